@@ -1,0 +1,70 @@
+# dus-edge: what a person types. `make` alone lists the targets.
+#
+# Set-up happens inside the targets: a virtual environment in .venv, made once and again only when
+# the requirements change.
+
+QUANT ?= q4_k_m
+BASE  ?= pico
+DROP  ?=
+OUT   ?= build
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# llama-cpp-python is compiled on the spot: leave out what is not used here, use every core.
+LLAMA_BUILD := CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" CMAKE_GENERATOR=Ninja
+
+# A comma cannot stand in an argument of $(subst) otherwise.
+comma := ,
+PLAN  := $(if $(DROP),--drop $(DROP))
+
+.DEFAULT_GOAL := help
+.PHONY: help gguf modelfiles upscale test lint bench clean
+
+help: ## List the targets.
+	@echo "Targets:"
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' \
+	  | while IFS='|' read -r name text; do printf '%-18s %s\n' "$$name" "$$text"; done
+	@echo "Variables (now):"
+	@echo "  QUANT=$(QUANT)    preset, or several: QUANT=q4_k_m,q8_0"
+	@echo "  BASE=$(BASE)      folder, hub id (org/name@rev) or pico, the built-in base"
+	@echo "  DROP=$(DROP)          layers dropped per copy (m); empty: a quarter of them"
+	@echo "  OUT=$(OUT)      folder of the results"
+
+gguf: $(VENV)/run.stamp ## Up-scale BASE and write a GGUF of preset QUANT, with its Modelfile.
+	@$(BIN)/dus-edge gguf "$(BASE)" $(PLAN) $(foreach q,$(subst $(comma), ,$(QUANT)),-q $(q)) \
+	  -o "$(OUT)" --alias solar-dus --overwrite
+
+upscale: $(VENV)/run.stamp ## Up-scale BASE into a Hugging Face checkpoint in OUT/checkpoint.
+	@$(BIN)/dus-edge upscale "$(BASE)" $(PLAN) -o "$(OUT)/checkpoint" --overwrite
+
+modelfiles: $(VENV)/run.stamp ## Render modelfiles/ anew.
+	@$(BIN)/dus-edge modelfile --tracked modelfiles
+
+test: $(VENV)/test.stamp ## Run the tests.
+	@$(BIN)/python -m pytest -n auto $(TESTS)
+
+lint: $(VENV)/test.stamp ## Check style.
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: $(VENV)/test.stamp ## Measure the export on this machine (minutes, 20 GB of disk).
+	@$(BIN)/python benchmarks/bench_export.py
+
+clean: ## Remove results and caches; .venv stays.
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(VENV)/run.stamp: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "Making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing; compiling llama.cpp takes minutes the first time"
+	@$(BIN)/pip install -q -c constraints.txt setuptools scikit-build-core cmake ninja
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(LLAMA_BUILD) $(BIN)/pip install -q -c constraints.txt \
+	  --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/run.stamp
+	@echo "Installing what the tests need"
+	@$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[test]"
+	@touch $@

@@ -1,0 +1,1 @@
+"""Sources of weights: typed configurations and lazily read safetensors."""

@@ -1,0 +1,307 @@
+"""Read safetensors files by rows, trusting nothing that the header says until it is checked.
+
+Format: https://github.com/huggingface/safetensors (README, "Format"): 8 bytes little-endian
+header length, a JSON header, then the tensors' bytes back to back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from dus_edge.checkpoint.config import ModelConfig, load_config, tensor_shapes
+from dus_edge.checkpoint.spec import DTYPE_BYTES, Checkpoint, Source, TensorSpec
+from dus_edge.errors import CheckpointError, UnsupportedError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+#: The reference implementation's own limit on a header's length.
+MAX_HEADER_BYTES = 100_000_000
+
+_NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+#: Buffers that old checkpoints carry and that can be computed from the config.
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor's bytes lie: file, dtype, shape and absolute offset."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """All tensors of one safetensors file, checked against the file's real size.
+
+    Raises:
+        CheckpointError: truncated file, or a header that lies about its length, an offset, a
+            dtype or a shape, or whose tensors overlap or leave holes.
+    """
+    size = _file_size(path)
+    if size < 8:
+        raise CheckpointError(f"{path} has {size} bytes, too few for safetensors; fetch it again.")
+    with path.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(
+                f"{path}: the header claims {length} bytes but the file has {size}; "
+                "it is truncated or no safetensors file, fetch it again."
+            )
+        blob = f.read(length)
+    try:
+        header = json.loads(blob)
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise CheckpointError(f"{path}: the header is not JSON ({e}); fetch it again.") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the header is not a JSON object; fetch it again.")
+    data_start = 8 + length
+    tensors = {
+        name: _entry(path, name, entry, data_start, size)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+    _check_layout(path, tensors, data_start, size)
+    return tensors
+
+
+def _entry(path: Path, name: str, entry: object, data_start: int, size: int) -> StoredTensor:
+    where = f"{path}: tensor {name}"
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[index]
+        numbers_ok = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError):
+        numbers_ok = False
+    if not numbers_ok:
+        raise CheckpointError(f"{where} has no sound dtype, shape and data_offsets in the header.")
+    if begin > end or data_start + end > size:
+        raise CheckpointError(
+            f"{where} is said to lie at bytes {begin}–{end} of {size - data_start}; "
+            "the file is truncated or its header lies, fetch it again."
+        )
+    width = DTYPE_BYTES.get(dtype)
+    if width is not None and math.prod(shape) * width != end - begin:
+        raise CheckpointError(
+            f"{where} has {end - begin} bytes, but dtype {dtype} and shape {list(shape)} "
+            f"need {math.prod(shape) * width}; fetch the file again."
+        )
+    return StoredTensor(path, str(dtype), tuple(shape), data_start + begin, end - begin)
+
+
+def _check_layout(path: Path, tensors: Mapping[str, StoredTensor], start: int, size: int) -> None:
+    position, previous = start, None
+    for name, t in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if t.offset < position:
+            raise CheckpointError(
+                f"{path}: tensors {previous} and {name} overlap; the header lies, "
+                "fetch the file again."
+            )
+        if t.offset > position:
+            raise CheckpointError(
+                f"{path}: {t.offset - position} bytes before tensor {name} belong to no tensor; "
+                "the header lies, fetch the file again."
+            )
+        position, previous = t.offset + t.nbytes, name
+    if position != size:
+        raise CheckpointError(
+            f"{path} has {size - position} bytes after its last tensor; fetch it again."
+        )
+
+
+def _file_size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read ({e.strerror}).") from None
+
+
+def shard_files(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
+    """The folder's weight files, and the index's ``weight_map`` if there is an index.
+
+    Raises:
+        CheckpointError: no safetensors, a shard missing, or an index that points outside.
+        UnsupportedError: only pickled weights.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        weight_map = _read_index(index)
+        names = sorted(set(weight_map.values()))
+        missing = [n for n in names if not (folder / n).is_file()]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(
+                f"{index} names {missing[0]}{more}, which is not in the folder; "
+                "fetch the missing shards."
+            )
+        return [folder / n for n in names], weight_map
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE], None
+    if pickled := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pth")):
+        raise UnsupportedError(
+            f"{folder} holds only pickled weights ({pickled[0].name}), which can run code when "
+            "they are opened; convert them once with transformers: "
+            "AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DST)."
+        )
+    raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}; nothing to read.")
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not (isinstance(weight_map, dict) and weight_map):
+            raise ValueError("weight_map is empty")
+        if not all(isinstance(v, str) for v in weight_map.values()):
+            raise ValueError("weight_map holds something other than file names")
+    except (OSError, KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{index} is no index of shards ({e}); fetch it again.") from None
+    for name, file in weight_map.items():
+        if not is_plain_name(file):
+            raise CheckpointError(
+                f"{index}: tensor {name} points to {file!r}, outside the folder; refused."
+            )
+    return weight_map
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a file name from an index stays in the folder that holds the index."""
+    return (
+        bool(name)
+        and name not in (".", "..")
+        and PurePosixPath(name).name == name
+        and "\\" not in name
+        and "\0" not in name
+    )
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """A checkpoint folder: `config.json` and one safetensors file, or shards with an index.
+
+    Opening it reads headers only, and checks every tensor's name and shape against the
+    configuration, so that a job can be refused before its first byte is written.
+    """
+
+    def __init__(self, source: Source, config: ModelConfig | None = None) -> None:
+        self.source = source
+        self.config = config or load_config(source.folder / "config.json")
+        self._stored = _collect(source.folder)
+        self._specs = _check_against_config(source.folder, self.config, self._stored)
+        self._handles: dict[Path, int] = {}
+        self._opening = threading.Lock()
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self._specs
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        spec, stored = self._specs[name], self._stored[name]
+        stop = spec.n_rows if stop is None else stop
+        n_bytes = (stop - start) * spec.row_bytes
+        buffer = np.empty(n_bytes, np.uint8)
+        # pread has no file position: threads read from one descriptor without a lock.
+        fd = self._descriptor(stored.file)
+        view, done = memoryview(buffer), 0
+        while done < n_bytes:
+            got = os.preadv(fd, [view[done:]], stored.offset + start * spec.row_bytes + done)
+            if got <= 0:
+                raise CheckpointError(
+                    f"{stored.file}: tensor {name} ended early; the file changed while it was read."
+                )
+            done += got
+        return buffer.view(_NUMPY[spec.dtype]).reshape(stop - start, *spec.shape[1:])
+
+    def _descriptor(self, file: Path) -> int:
+        with self._opening:
+            if file not in self._handles:
+                self._handles[file] = os.open(file, os.O_RDONLY)
+            return self._handles[file]
+
+    def close(self) -> None:
+        """Close the files; reading again opens them again."""
+        while self._handles:
+            os.close(self._handles.popitem()[1])
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handles"):
+            self.close()
+
+
+def _collect(folder: Path) -> dict[str, StoredTensor]:
+    files, weight_map = shard_files(folder)
+    stored: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in read_header(file).items():
+            if weight_map is not None and weight_map.get(name) != file.name:
+                continue  # a shard may carry what the index places elsewhere
+            stored[name] = tensor
+    if weight_map is not None:
+        for name in weight_map:
+            if name not in stored:
+                raise CheckpointError(
+                    f"{folder / weight_map[name]}: tensor {name}, which {INDEX} places there, "
+                    "is missing; fetch the shard again."
+                )
+    return stored
+
+
+def _check_against_config(
+    folder: Path, config: ModelConfig, stored: dict[str, StoredTensor]
+) -> dict[str, TensorSpec]:
+    shapes = tensor_shapes(config)
+    _check_extra(folder, config, shapes, stored)
+    return dict(_checked_specs(folder, shapes, stored))
+
+
+def _checked_specs(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]
+) -> Iterator[tuple[str, TensorSpec]]:
+    for name, shape in shapes.items():
+        if name not in stored:
+            raise CheckpointError(
+                f"{folder}: tensor {name} is missing from the weights; "
+                "fetch the checkpoint again or correct config.json."
+            )
+        t = stored[name]
+        if t.dtype not in DTYPE_BYTES:
+            raise UnsupportedError(
+                f"{t.file}: tensor {name} has dtype {t.dtype}; "
+                f"known are {', '.join(DTYPE_BYTES)}: convert the checkpoint to bf16 first."
+            )
+        if t.shape != shape:
+            raise CheckpointError(
+                f"{t.file}: tensor {name} has shape {list(t.shape)}, "
+                f"but config.json means {list(shape)}."
+            )
+        yield name, TensorSpec(name, t.dtype, t.shape, source=name)
+
+
+def _check_extra(
+    folder: Path,
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, StoredTensor],
+) -> None:
+    for name, tensor in stored.items():
+        if name in shapes or name.endswith(_IGNORED_SUFFIXES):
+            continue
+        if name == "lm_head.weight" and config.tied_head:
+            continue  # saved although tied: the embedding is what counts, as in transformers
+        part = name.removeprefix("model.layers.").split(".")[0]
+        if name.startswith("model.layers.") and part.isdecimal() and int(part) >= config.n_layers:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name} belongs to layer {part}, but config.json says "
+                f"{config.n_layers} layers (0–{config.n_layers - 1}); correct num_hidden_layers."
+            )
+        raise UnsupportedError(
+            f"{tensor.file}: tensor {name} has no place in a {config.architecture}; "
+            "adapters must be merged and other architectures converted first."
+        )

@@ -1,0 +1,199 @@
+"""The command line: parses, calls one function of `jobs`, prints.
+
+Nothing heavy is imported here; each command imports what it needs, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dus_edge import __version__
+from dus_edge.errors import DusEdgeError
+
+INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+def main() -> None:
+    """Entry point of `dus-edge`: errors become one sentence and an exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        sys.exit(cli.main(standalone_mode=False))
+    except DusEdgeError as e:
+        if "-v" in sys.argv or "--verbose" in sys.argv:
+            import traceback
+
+            traceback.print_exc()
+        click.echo(f"dus-edge: {e}", err=True)
+        sys.exit(e.exit_code)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(e.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("dus-edge: interrupted; nothing half-written was left behind.", err=True)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _terminated(signum: int, frame: object) -> None:
+    # The same way out as Ctrl-C: partial files are removed on it.
+    raise KeyboardInterrupt
+
+
+def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = (
+        click.option("--drop", type=int, metavar="M", help="Layers dropped from each copy "
+                     "[default: a quarter of the base's, as SOLAR did]."),
+        click.option("--layers", type=int, metavar="S", help="Depth of the result: 2 × (n − m)."),
+        click.option("--plan", "plans", multiple=True, metavar="RANGES", help="Source layers, "
+                     "e.g. 0:24,8:32; given twice, the second applies to the first's result."),
+        click.option("--no-upscale", is_flag=True, help="Leave the depth as it is."),
+    )
+    for option in reversed(options):
+        command = option(command)
+
+    @functools.wraps(command)
+    def wrapped(
+        drop: int | None, layers: int | None, plans: tuple[str, ...], no_upscale: bool, **rest: Any
+    ) -> Any:
+        from dus_edge.jobs import plan_chooser
+
+        return command(choose=plan_chooser(drop, layers, plans, not no_upscale), **rest)
+
+    return wrapped
+
+
+def _output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = (
+        click.option("--threads", type=click.IntRange(min=1), metavar="N",
+                     help="Worker threads [default: all cores]."),
+        click.option("--overwrite", is_flag=True, help="Replace outputs that exist."),
+        click.option("--allow-nonfinite", is_flag=True,
+                     help="Go on although a weight is NaN or infinite."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead."),
+        click.option("-v", "--verbose", is_flag=True, help="Say more."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
+@click.version_option(__version__, prog_name="dus-edge")
+def cli() -> None:
+    """Depth up-scale a Llama-family checkpoint and run it on what you own.
+
+    BASE is a folder, a hub id (org/name or org/name@revision), or pico, the small
+    model that comes with the program.
+    """
+
+
+@cli.command()
+@click.argument("base")
+@_plan_options
+@click.option("-q", "--quant", "presets", multiple=True, metavar="PRESET", default=("q4_k_m",),
+              show_default=True, help="Preset; may be given several times.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), default="build", show_default=True,
+              metavar="DIR", help="Folder for the files.")
+@click.option("--alias", metavar="NAME", help="Also link NAME.gguf and NAME-PRESET.gguf to the "
+              "files, for Modelfiles that are the same for every base.")
+@_output_options
+def gguf(  # noqa: PLR0913
+    base: str, choose: Any, presets: tuple[str, ...], out: Path, alias: str | None,
+    threads: int | None, overwrite: bool, allow_nonfinite: bool, as_json: bool,
+    verbose: bool,
+) -> None:
+    """Up-scale BASE and write quantized GGUF files with their Modelfiles."""
+    from dus_edge import jobs
+    from dus_edge.quant.recipe import find_preset
+
+    chosen = list({p.name: p for p in map(find_preset, presets)}.values())
+    result = jobs.export_gguf(
+        base, choose, chosen, out, alias=alias, n_threads=threads, overwrite=overwrite,
+        allow_nonfinite=allow_nonfinite, say=_say(as_json),
+    )
+    model = alias or result.model.name.stem.lower()
+    if as_json:
+        _print_json(result, command=f"ollama create {model} -f {result.outputs[0].modelfile}")
+        return
+    for output in result.outputs:
+        bits = 8 * output.nbytes / result.model.n_parameters
+        click.echo(f"{output.path}")
+        click.echo(f"  {_size(output.nbytes)}, {bits:.2f} bits per weight")
+    if verbose:
+        for note in result.notes:
+            click.echo(f"note: {note}")
+    click.echo(f"Done in {_seconds(result.seconds)}. Now run it:")
+    for output in result.outputs:
+        click.echo(f"  ollama create {model} -f {output.modelfile}")
+
+
+@cli.command()
+@click.argument("base")
+@_plan_options
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, metavar="DIR",
+              help="Folder of the new checkpoint.")
+@_output_options
+def upscale(
+    base: str, choose: Any, out: Path, threads: int | None, overwrite: bool,
+    allow_nonfinite: bool, as_json: bool, verbose: bool,
+) -> None:
+    """Up-scale BASE into a checkpoint that transformers loads."""
+    from dus_edge import jobs
+
+    result = jobs.export_checkpoint(
+        base, choose, out, n_threads=threads, overwrite=overwrite,
+        allow_nonfinite=allow_nonfinite, say=_say(as_json),
+    )
+    if as_json:
+        _print_json(result)
+        return
+    click.echo(f"{out}\n  {_size(result.outputs[0].nbytes)} of weights")
+    click.echo(f"Done in {_seconds(result.seconds)}.")
+
+
+@cli.command()
+@click.argument("model")
+@_plan_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead.")
+def inspect(model: str, choose: Any, as_json: bool) -> None:
+    """Show MODEL's shape, plan and the size of every preset.
+
+    No weight is read or fetched; a folder with only config.json will do.
+    """
+    from dus_edge import jobs
+    from dus_edge.report import inspection, inspection_json
+
+    found = jobs.find_model(model, choose, weights=False, say=_say(as_json))
+    click.echo(json.dumps(inspection_json(found)) if as_json else inspection(found))
+
+
+def _say(as_json: bool) -> Callable[[str], None]:
+    return functools.partial(click.echo, err=True) if as_json else click.echo
+
+
+def _size(n: int) -> str:
+    from dus_edge.files import format_bytes
+
+    return format_bytes(n)
+
+
+def _seconds(s: float) -> str:
+    from dus_edge.progress import format_time
+
+    return f"{s:.1f} s" if s < 60 else f"{format_time(s)} (m:ss)"
+
+
+def _print_json(result: Any, **more: Any) -> None:
+    from dus_edge.report import result_json
+
+    click.echo(json.dumps(result_json(result) | more))

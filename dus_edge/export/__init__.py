@@ -1,0 +1,1 @@
+"""Sinks: Hugging Face safetensors and GGUF."""

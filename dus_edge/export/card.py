@@ -1,0 +1,48 @@
+"""The model card of an up-scaled checkpoint: what it is, of what, under which licence."""
+
+from __future__ import annotations
+
+from string import Template
+
+from dus_edge import __version__
+from dus_edge.checkpoint.config import ModelConfig
+from dus_edge.checkpoint.spec import Source
+from dus_edge.data import read_text
+from dus_edge.export.naming import ModelName
+from dus_edge.upscale.plan import DepthPlan
+
+
+def model_card(
+    source: Source, config: ModelConfig, plan: DepthPlan, name: ModelName, n_parameters: int
+) -> str:
+    """Markdown with the hub's front matter.
+
+    The licence is the base's own: copying layers gives no new rights. One that is not known is
+    said to be unknown.
+    """
+    licence = source.licence
+    base = source.repo_id or source.name
+    seams = "; ".join(
+        f"between layers {s.position - 1} and {s.position} (source layers {s.left} and {s.right})"
+        for s in plan.seams
+    )
+    return Template(read_text("model_card.md")).substitute(
+        front_licence=licence or "unknown",
+        front_base=f"base_model: {source.repo_id}\n" if source.repo_id else "",
+        title=name.title,
+        base=base + (f" at revision `{source.revision}`" if source.revision else ""),
+        licence=(
+            f"The weights are copies of the base's, so its licence holds: `{licence}`."
+            if licence
+            else "The base does not say its licence, so the licence is unknown: ask its authors "
+            "before you pass this on."
+        ),
+        n_base=plan.n_base,
+        depth=plan.depth,
+        spelled=plan.spelled,
+        drop=f" (m = {plan.drop})" if plan.drop is not None else "",
+        seams=f"Seams: {seams}." if seams else "There is no seam.",
+        parameters=f"{n_parameters:,}",
+        architecture=config.architecture,
+        version=__version__,
+    )

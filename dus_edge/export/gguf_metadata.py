@@ -1,0 +1,188 @@
+"""The metadata of an exported GGUF, as llama.cpp's own converter writes it, plus the plan.
+
+Keys and their order follow `conversion/base.py` (`TextModel.set_gguf_parameters`),
+`conversion/llama.py` and `gguf-py/gguf/metadata.py` of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+from gguf import GGUFValueType as Kind
+
+from dus_edge import __version__
+from dus_edge.checkpoint.card import languages, read_base_models, tags
+from dus_edge.checkpoint.config import ModelConfig
+from dus_edge.checkpoint.spec import Source
+from dus_edge.export.gguf_format import KeyValue
+from dus_edge.export.gguf_vocab import Vocab, vocab_metadata
+from dus_edge.export.naming import ModelName
+from dus_edge.quant.recipe import Preset
+from dus_edge.upscale.plan import DepthPlan
+
+ARCHITECTURE = "llama"
+
+#: generation_config.json's fields that llama.cpp reads as suggested sampling.
+_SAMPLING = (
+    ("top_k", "general.sampling.top_k", Kind.INT32),
+    ("top_p", "general.sampling.top_p", Kind.FLOAT32),
+    ("min_p", "general.sampling.min_p", Kind.FLOAT32),
+    ("temperature", "general.sampling.temp", Kind.FLOAT32),
+    ("repetition_penalty", "general.sampling.penalty_repeat", Kind.FLOAT32),
+)
+
+
+def build_metadata(
+    config: ModelConfig, source: Source, name: ModelName, plan: DepthPlan, vocab: Vocab
+) -> list[KeyValue]:
+    """All entries that do not depend on the preset; `with_file_type` adds the rest."""
+    return [
+        *_general(config, source, name, plan),
+        *_hyperparameters(config),
+        *_plan(source, plan),
+        *vocab_metadata(vocab),
+    ]
+
+
+def with_file_type(metadata: list[KeyValue], preset: Preset) -> list[KeyValue]:
+    """Add what depends on the preset.
+
+    `llama_model_quantize` sets these two anew, which moves them to the end; they stand there from
+    the start so that its output and ours are the same bytes.
+    """
+    return [
+        *metadata,
+        KeyValue("general.quantization_version", gguf.GGML_QUANT_VERSION, Kind.UINT32),
+        KeyValue("general.file_type", preset.file_type, Kind.UINT32),
+    ]
+
+
+def _text(key: str, value: str) -> KeyValue:
+    return KeyValue(key, value, Kind.STRING)
+
+
+def _u32(key: str, value: int) -> KeyValue:
+    return KeyValue(key, value, Kind.UINT32)
+
+
+def _f32(key: str, value: float) -> KeyValue:
+    return KeyValue(key, value, Kind.FLOAT32)
+
+
+def _general(
+    config: ModelConfig, source: Source, name: ModelName, plan: DepthPlan
+) -> Iterator[KeyValue]:
+    yield _text("general.architecture", ARCHITECTURE)
+    yield _text("general.type", "model")
+    generation = _read_json(source.folder / "generation_config.json")
+    for field, key, kind in _SAMPLING:
+        value = generation.get(field)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            yield KeyValue(key, int(value) if kind is Kind.INT32 else float(value), kind)
+    yield _text("general.name", name.title)
+    yield _text("general.version", name.version)
+    if name.finetune:
+        yield _text("general.finetune", name.finetune)
+    yield _text("general.basename", name.base)
+    if not plan.is_identity:
+        yield _text(
+            "general.description",
+            f"{source.name} up-scaled in depth from {plan.n_base} to {plan.depth} layers "
+            f"({plan.spelled}), not trained further.",
+        )
+    yield _text("general.size_label", name.size)
+    if source.licence:
+        yield _text("general.license", source.licence)
+    yield from _base_models(source, plan)
+    labels = [t for t in tags(source.folder) if t != "depth-up-scaling"]
+    if not plan.is_identity:
+        labels.append("depth-up-scaling")
+    if labels:
+        yield KeyValue("general.tags", labels, Kind.ARRAY, Kind.STRING)
+    if spoken := languages(source.folder):
+        yield KeyValue("general.languages", spoken, Kind.ARRAY, Kind.STRING)
+
+
+def _base_models(source: Source, plan: DepthPlan) -> Iterator[KeyValue]:
+    """The source itself if it was up-scaled; else what the source's card names."""
+    if plan.is_identity:
+        names = read_base_models(source.folder)
+    else:
+        names = [source.repo_id or source.name]
+    if not names:
+        return
+    yield _u32("general.base_model.count", len(names))
+    for i, full in enumerate(names):
+        organization, slash, short = full.rpartition("/")
+        yield _text(f"general.base_model.{i}.name", short)
+        if slash:
+            yield _text(f"general.base_model.{i}.organization", organization)
+            yield _text(f"general.base_model.{i}.repo_url", f"https://huggingface.co/{full}")
+
+
+def _hyperparameters(config: ModelConfig) -> Iterator[KeyValue]:
+    a = ARCHITECTURE
+    yield _u32(f"{a}.block_count", config.n_layers)
+    yield _u32(f"{a}.context_length", config.context_length)
+    yield _u32(f"{a}.embedding_length", config.hidden_size)
+    yield _u32(f"{a}.feed_forward_length", config.intermediate_size)
+    yield _u32(f"{a}.attention.head_count", config.n_heads)
+    yield _u32(f"{a}.attention.head_count_kv", config.n_kv_heads)
+    yield from _rope_scaling(config)
+    yield _f32(f"{a}.rope.freq_base", config.rope.theta)
+    yield _f32(f"{a}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
+    if config.raw.get("head_dim") is not None:
+        yield _u32(f"{a}.attention.key_length", config.head_dim)
+        yield _u32(f"{a}.attention.value_length", config.head_dim)
+    yield _u32(f"{a}.vocab_size", config.vocab_size)
+    yield _u32(f"{a}.rope.dimension_count", config.head_dim)
+
+
+def _rope_scaling(config: ModelConfig) -> Iterator[KeyValue]:
+    """Linear and YaRN scaling; Llama 3's is a tensor, and `dynamic` starts past the context."""
+    rope, a = config.rope, f"{ARCHITECTURE}.rope.scaling"
+    if rope.kind not in ("linear", "yarn"):
+        return
+    yield _text(f"{a}.type", rope.kind)
+    yield _f32(f"{a}.factor", float(rope.params["factor"]))
+    if rope.kind == "linear":
+        return
+    original = rope.params.get("original_max_position_embeddings") or config.raw.get(
+        "original_max_position_embeddings", config.context_length
+    )
+    yield _u32(f"{a}.original_context_length", int(original))
+    for field, key in (
+        ("extrapolation_factor", "yarn_ext_factor"),
+        ("attention_factor", "yarn_attn_factor"),
+        ("beta_fast", "yarn_beta_fast"),
+        ("beta_slow", "yarn_beta_slow"),
+    ):
+        if isinstance(rope.params.get(field), int | float):
+            yield _f32(f"{a}.{key}", float(rope.params[field]))
+
+
+def _plan(source: Source, plan: DepthPlan) -> Iterator[KeyValue]:
+    """Our own keys, so that a file says how it was made."""
+    if plan.is_identity:
+        return
+    yield _text("dus.version", __version__)
+    yield _text("dus.plan", plan.spelled)
+    yield _u32("dus.base_block_count", plan.n_base)
+    if plan.drop is not None:
+        yield _u32("dus.drop", plan.drop)
+    yield KeyValue("dus.layer_sources", list(plan.sources), Kind.ARRAY, Kind.INT32)
+    yield _text("dus.base", source.repo_id or source.name)
+    if source.revision:
+        yield _text("dus.base_revision", source.revision)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

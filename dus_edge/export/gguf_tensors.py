@@ -1,0 +1,102 @@
+"""From Hugging Face tensors to GGUF's: names, row order, and the tensors computed from the config.
+
+Follows `gguf-py/gguf/tensor_mapping.py` and `conversion/llama.py` of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+
+from dus_edge.checkpoint.config import ModelConfig
+
+_TOP = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_IN_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)\.(weight|bias)$")
+_BLK = re.compile(r"^blk\.(\d+)\.")
+
+ROPE_FREQS = "rope_freqs.weight"
+
+
+def gguf_name(name: str) -> str:
+    """GGUF's name of a Hugging Face tensor."""
+    if name in _TOP:
+        return _TOP[name]
+    match = _LAYER.match(name)
+    if match is None:
+        raise KeyError(name)
+    return f"blk.{match[1]}.{_IN_LAYER[match[2]]}.{match[3]}"
+
+
+def file_order(name: str) -> tuple[int, str]:
+    """Sort key that gives llama.cpp's own order: by layer, then by name.
+
+    `llama_model_quantize` sorts its tensors so (`weight_name_comparer`); a file in this order is
+    the file it would write, byte for byte.
+    """
+    match = _BLK.match(name)
+    return (int(match[1]) if match else -1, name)
+
+
+def rope_heads(name: str, config: ModelConfig) -> int | None:
+    """Number of heads whose rows must change their order, or None for a tensor left as it is."""
+    if ".q_proj." in name:
+        return config.n_heads
+    if ".k_proj." in name:
+        return config.n_kv_heads
+    return None
+
+
+def to_interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Reorder the rows of whole heads from transformers' rope layout to llama.cpp's.
+
+    transformers rotates dimension i with i + head_dim/2, llama.cpp's llama rope 2i with 2i + 1.
+
+    Args:
+        rows: ``(n_heads × head_dim, …)``; the first dimension is whole heads.
+        head_dim: rows of a head, even.
+    """
+    heads = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
+    return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def rope_factors(config: ModelConfig) -> np.ndarray | None:
+    """Llama 3's per-frequency divisors, ``(head_dim / 2,)`` float32, or None for other ropes.
+
+    Formula: transformers `modeling_rope_utils._compute_llama3_parameters`; stored as
+    `rope_freqs.weight` as llama.cpp's converter does. The steps are in float32 as they are there.
+    """
+    if config.rope.kind != "llama3":
+        return None
+    p = config.rope.params
+    factor = float(p["factor"])
+    low, high = float(p.get("low_freq_factor", 1.0)), float(p.get("high_freq_factor", 4.0))
+    original = float(p.get("original_max_position_embeddings", 8192))
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    wavelengths = 2 * math.pi * np.power(np.float32(config.rope.theta), exponents)
+    factors = np.empty_like(exponents)
+    for i, wavelength in enumerate(wavelengths):
+        if wavelength < original / high:
+            factors[i] = 1
+        elif wavelength > original / low:
+            factors[i] = factor
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            factors[i] = 1 / ((1 - smooth) / factor + smooth)
+    return factors

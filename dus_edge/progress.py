@@ -1,0 +1,99 @@
+"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+#: Seconds between plain lines, where there is no terminal.
+LINE_INTERVAL_S = 10.0
+
+Advance = Callable[[int], None]
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int, *, unit: str = "B") -> Iterator[Advance]:
+    """Show progress on stderr while the block runs.
+
+    Args:
+        title: what is being done, a few words.
+        total: amount of work.
+        unit: of the amount: ``B`` for bytes, ``W`` for weights.
+
+    Yields:
+        A function to be told of every amount done.
+    """
+    if sys.stderr.isatty():
+        with _bar(title, total, unit) as advance:
+            yield advance
+    else:
+        yield _Lines(title, total, unit).advance
+
+
+def format_rate(amount: float, seconds: float, unit: str) -> str:
+    """E.g. ``812 MB/s`` or ``7.4 M weights/s``; decimal prefixes."""
+    rate = amount / seconds if seconds > 0 else 0.0
+    prefix = ""
+    for prefix in ("", "k", "M", "G"):
+        if rate < 1000 or prefix == "G":
+            break
+        rate /= 1000
+    digits = 0 if rate >= 100 else 1
+    return f"{rate:.{digits}f} {prefix}B/s" if unit == "B" else f"{rate:.{digits}f} {prefix}W/s"
+
+
+def format_time(seconds: float) -> str:
+    """``m:ss`` or ``h:mm:ss``."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+class _Lines:
+    """One line now and then, for logs."""
+
+    def __init__(self, title: str, total: int, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = 0
+        self.start = self.last = time.monotonic()
+
+    def advance(self, n: int) -> None:
+        self.done += n
+        now = time.monotonic()
+        finished = self.done >= self.total
+        if now - self.last < LINE_INTERVAL_S and not finished:
+            return
+        self.last, spent = now, now - self.start
+        left = spent * (self.total - self.done) / self.done if self.done else 0.0
+        tail = f"took {format_time(spent)}" if finished else f"{format_time(left)} left"
+        print(
+            f"{self.title}: {self.done / max(self.total, 1):4.0%}  "
+            f"{format_rate(self.done, spent, self.unit)}  {tail}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+@contextlib.contextmanager
+def _bar(title: str, total: int, unit: str) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task):  # type: ignore[no-untyped-def]
+            return Text(format_rate(task.completed, task.elapsed or 0.0, unit))
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%"),
+        Rate(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda n: bar.advance(task, n)

@@ -1,0 +1,198 @@
+"""Which type every tensor of a preset gets: llama.cpp's rules as one pure function.
+
+Transcribed from the rules of `src/llama-quant.cpp` (`llama_tensor_get_type_impl`,
+`tensor_type_fallback`, `tensor_allows_quantization`) of the llama.cpp at `LLAMA_CPP_COMMIT`, for
+dense Llama-form models. Tests compare every preset with `llama_model_quantize` itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dus_edge.errors import UsageError
+from dus_edge.quant import types as t
+from dus_edge.quant.types import QuantType
+
+#: The llama.cpp whose rules these are, and the llama-cpp-python release that carries it.
+LLAMA_CPP_COMMIT = "0c1e57098"
+LLAMA_CPP_PYTHON = "0.3.36"
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A mix of types under llama.cpp's ftype name.
+
+    Attributes:
+        name: lower-case name, e.g. ``q4_k_m``.
+        file_type: its number in ``enum llama_ftype`` (`general.file_type`).
+        default: the type of every tensor that no rule speaks of.
+    """
+
+    name: str
+    file_type: int
+    default: QuantType
+
+    @property
+    def label(self) -> str:
+        """The name as file names spell it, e.g. ``Q4_K_M``."""
+        return self.name.upper()
+
+
+PRESETS: Mapping[str, Preset] = {
+    p.name: p
+    for p in (
+        Preset("f32", 0, t.F32),
+        Preset("f16", 1, t.F16),
+        Preset("bf16", 32, t.BF16),
+        Preset("q8_0", 7, t.Q8_0),
+        Preset("q6_k", 18, t.Q6_K),
+        Preset("q5_k_m", 17, t.Q5_K),
+        Preset("q5_k_s", 16, t.Q5_K),
+        Preset("q5_1", 9, t.Q5_1),
+        Preset("q5_0", 8, t.Q5_0),
+        Preset("q4_k_m", 15, t.Q4_K),
+        Preset("q4_k_s", 14, t.Q4_K),
+        Preset("q4_1", 3, t.Q4_1),
+        Preset("q4_0", 2, t.Q4_0),
+        Preset("q3_k_m", 12, t.Q3_K),
+        Preset("q2_k", 10, t.Q2_K),
+    )
+}
+#: Other spellings that people type.
+_ALIASES = {"q4_k": "q4_k_m", "q5_k": "q5_k_m", "q3_k": "q3_k_m", "fp16": "f16", "fp32": "f32"}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the rules look at besides the tensor itself."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    tied_head: bool
+    has_imatrix: bool = False
+
+    @property
+    def n_gqa(self) -> int:
+        """Query heads per KV head."""
+        return self.n_heads // self.n_kv_heads
+
+    @property
+    def is_70b(self) -> bool:
+        """llama.cpp takes any 80-layer Llama with grouped queries for the 70B model."""
+        return self.n_layers == 80 and self.n_heads != self.n_kv_heads
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name, in any case.
+
+    Raises:
+        UsageError: no such preset; the nearest one is suggested.
+    """
+    key = name.strip().lower().replace("-", "_")
+    key = _ALIASES.get(key, key)
+    if key in PRESETS:
+        return PRESETS[key]
+    near = difflib.get_close_matches(key, PRESETS, n=1, cutoff=0.0)
+    raise UsageError(
+        f"There is no preset {name!r}; did you mean {near[0]}? Presets: {', '.join(PRESETS)}."
+    )
+
+
+def tensor_type(
+    preset: Preset, name: str, shape: Sequence[int], model: ModelShape
+) -> QuantType:
+    """The type of one tensor.
+
+    Args:
+        preset: the mix.
+        name: the tensor's GGUF name, e.g. ``blk.3.ffn_down.weight``. The layer in it counts: the
+            mixes depend on the depth at which a layer stands in the *result*.
+        shape: outermost first; the last dimension is the row that blocks divide.
+        model: the resulting model's shape.
+    """
+    if len(shape) < 2 or not name.endswith("weight") or name.endswith("_norm.weight"):
+        return t.F32
+    if preset.default.block_weights == 1:
+        return preset.default
+    n_cols = shape[-1]
+    return _fallback(_mixed(preset, name, n_cols, model), n_cols)
+
+
+def _mixed(preset: Preset, name: str, n_cols: int, model: ModelShape) -> QuantType:
+    """The mix's choice, before a row's width has its say."""
+    default = preset.default
+    if name == "output.weight" or (name == "token_embd.weight" and model.tied_head):
+        if n_cols % default.block_weights:
+            return t.Q8_0
+        return default if default is t.Q8_0 else t.Q6_K
+    if name == "token_embd.weight":
+        return default
+    layer, part = _layer_and_part(name)
+    rule = {"attn_v": _attn_v, "ffn_down": _ffn_down, "attn_output": _attn_output}.get(part)
+    return rule(preset, layer, model) if rule else default
+
+
+def _layer_and_part(name: str) -> tuple[int, str]:
+    """``blk.3.ffn_down.weight`` → (3, ``ffn_down``)."""
+    _, layer, part, *_ = name.split(".")
+    return int(layer), part
+
+
+def _uses_more_bits(layer: int, n_layers: int) -> bool:
+    """The first and last eighth of the layers, and every third between."""
+    eighth = n_layers // 8
+    return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
+
+
+def _attn_v(preset: Preset, layer: int, model: ModelShape) -> QuantType:
+    chosen = preset.default
+    match preset.name:
+        case "q2_k":
+            chosen = t.Q4_K if model.n_gqa >= 4 else t.Q3_K
+        case "q3_k_m":
+            chosen = t.Q5_K if layer < 2 else t.Q4_K
+        case "q4_k_m" | "q5_k_m" if _uses_more_bits(layer, model.n_layers):
+            chosen = t.Q6_K
+        case "q4_k_s" if layer < 4:
+            chosen = t.Q5_K
+    if model.is_70b and chosen in (t.Q3_K, t.Q4_K):
+        # Eight heads share attn_v there, so a better type costs next to nothing.
+        chosen = t.Q5_K
+    return chosen
+
+
+def _ffn_down(preset: Preset, layer: int, model: ModelShape) -> QuantType:
+    n = model.n_layers
+    match preset.name:
+        case "q2_k":
+            return t.Q3_K
+        case "q3_k_m":
+            return t.Q5_K if layer < n // 16 else t.Q4_K
+        case "q4_k_m" | "q5_k_m" if _uses_more_bits(layer, n):
+            return t.Q6_K
+        case "q4_k_s" if layer < n // 8:
+            return t.Q5_K
+        case "q4_0" if model.has_imatrix and layer < n // 8:
+            return t.Q4_1
+        case "q5_0" if model.has_imatrix and layer < n // 8:
+            return t.Q5_1
+    return preset.default
+
+
+def _attn_output(preset: Preset, layer: int, model: ModelShape) -> QuantType:
+    return {"q2_k": t.Q3_K, "q3_k_m": t.Q4_K}.get(preset.name, preset.default)
+
+
+#: What stands in for a 256-weight block type when a row is no whole number of such blocks.
+_NARROWER = {t.Q2_K: t.Q4_0, t.Q3_K: t.Q4_0, t.Q4_K: t.Q5_0, t.Q5_K: t.Q5_1, t.Q6_K: t.Q8_0}
+
+
+def _fallback(chosen: QuantType, n_cols: int) -> QuantType:
+    """A type whose blocks divide the row: a 32-weight one, or F16 where not even 32 does."""
+    if n_cols % chosen.block_weights == 0:
+        return chosen
+    narrower = _NARROWER.get(chosen, chosen)
+    return narrower if n_cols % narrower.block_weights == 0 else t.F16

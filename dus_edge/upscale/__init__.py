@@ -1,0 +1,1 @@
+"""Depth up-scaling: plans, views and the seam."""

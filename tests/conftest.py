@@ -1,0 +1,127 @@
+"""Fixtures that several test modules share: random checkpoints of any shape, and the built-in base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dus_edge.checkpoint.config import parse_config, tensor_shapes
+from dus_edge.pico import model_dir
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+
+#: The smallest Llama that is still Llama: used where only the machinery matters.
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 4096,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
+MakeCheckpoint = Callable[..., Path]
+
+
+def to_bf16(x: np.ndarray) -> np.ndarray:
+    """float32 → bf16 bit patterns, rounding to nearest even."""
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def write_safetensors(path: Path, tensors: dict[str, tuple[str, np.ndarray]]) -> None:
+    """Write a file from (dtype name, array) pairs; bf16 arrays are uint16 bit patterns."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    blobs, position = [], 0
+    for name, (dtype, array) in tensors.items():
+        blob = array.tobytes()
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(array.shape),
+            "data_offsets": [position, position + len(blob)],
+        }
+        blobs.append(blob)
+        position += len(blob)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))
+
+
+def random_tensors(config: dict[str, Any], dtype: str, seed: int) -> dict[str, tuple[str, Any]]:
+    """Gaussian weights of every tensor that a configuration means; norms near one."""
+    rng = np.random.default_rng(seed)
+    cast = {"BF16": to_bf16, "F16": lambda x: x.astype(np.float16), "F32": lambda x: x}[dtype]
+    tensors = {}
+    for name, shape in tensor_shapes(parse_config(config)).items():
+        scale = 0.1 if "norm" in name else 0.5 / np.sqrt(config["hidden_size"])
+        x = rng.standard_normal(shape, np.float32) * np.float32(scale)
+        tensors[name] = (dtype, cast(x + 1 if "norm" in name else x))
+    return tensors
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
+    """A function that writes a random checkpoint: config overrides, dtype, shards."""
+
+    def make(
+        name: str = "base", *, dtype: str = "BF16", seed: int = 0, shards: int = 1, **overrides: Any
+    ) -> Path:
+        config = {k: v for k, v in (TINY | overrides).items() if v is not ...}
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        for file in TOKENIZER_FILES:
+            shutil.copy(model_dir() / file, folder / file)
+        tensors = random_tensors(config, dtype, seed)
+        if shards == 1:
+            write_safetensors(folder / "model.safetensors", tensors)
+            return folder
+        names = np.array_split(list(tensors), shards)
+        weight_map = {}
+        for i, part in enumerate(names, start=1):
+            file = f"model-{i:05}-of-{shards:05}.safetensors"
+            write_safetensors(folder / file, {str(n): tensors[str(n)] for n in part})
+            weight_map |= {str(n): file for n in part}
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pico() -> Path:
+    """The built-in base's folder."""
+    return model_dir()
+
+
+@pytest.fixture
+def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `dus-edge` as a person would, in a process of its own."""
+
+    def run(*args: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", "from dus_edge.cli import main; main()", *map(str, args)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            **kwargs,
+        )
+
+    return run

@@ -1,0 +1,57 @@
+"""Presets against llama.cpp itself: its quantizer's own choice of type for every tensor.
+
+`llama_model_quantize` needs whole files; the same choice is exported for tools as
+`llama_quant_compute_types`, but not from the library's public symbols. So small random models
+whose shapes trigger every rule go through both programs, and the files are compared whole.
+"""
+
+import ctypes
+
+import pytest
+
+from dus_edge.errors import UsageError
+from dus_edge.quant import ggml
+from dus_edge.quant.recipe import PRESETS, ModelShape, find_preset, tensor_type
+from dus_edge.quant.types import TYPES
+
+
+def test_block_sizes_are_the_librarys():
+    lib = ggml.library()
+    lib.ggml_type_name.restype = ctypes.c_char_p
+    for kind in TYPES.values():
+        assert lib.ggml_type_size(kind.ggml_id) == kind.block_bytes, kind
+        assert lib.ggml_blck_size(kind.ggml_id) == kind.block_weights, kind
+        assert lib.ggml_type_name(kind.ggml_id).decode().upper() == kind.name
+
+
+def test_file_types_are_the_librarys():
+    import llama_cpp
+
+    for preset in PRESETS.values():
+        stem = "ALL_" if preset.name == "f32" else "MOSTLY_"
+        assert getattr(llama_cpp, f"LLAMA_FTYPE_{stem}{preset.label}") == preset.file_type
+
+
+def test_twice_used_layers_get_two_types_in_solar():
+    """At 32 → 48 the mix gives 11 of the 16 doubled layers other types in their two places."""
+    model = ModelShape(48, 32, 8, tied_head=False)
+    preset = PRESETS["q4_k_m"]
+
+    def kind(layer):
+        return tensor_type(preset, f"blk.{layer}.ffn_down.weight", (4096, 14336), model)
+
+    differing = [i for i in range(8, 24) if kind(i) != kind(i + 16)]
+    assert len(differing) == 11
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("q4km", "q4_k_m"), ("Q8", "q8_0"), ("q4_k_l", "q4_k_"), ("int4", "")]
+)
+def test_unknown_preset_suggests_the_nearest(typed, meant):
+    with pytest.raises(UsageError, match=f"no preset '{typed}'; did you mean {meant}"):
+        find_preset(typed)
+
+
+@pytest.mark.parametrize("typed", ["Q4_K_M", "q4-k-m", " q4_k_m ", "Q4_K"])
+def test_spellings(typed):
+    assert find_preset(typed) is PRESETS["q4_k_m"]
