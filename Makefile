@@ -27,13 +27,14 @@ help: ## List the targets.
 	@echo "Targets:"
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' \
 	  | while IFS='|' read -r name text; do printf '%-18s %s\n' "$$name" "$$text"; done
-	@echo "Variables (now):"
-	@echo "  QUANT=$(QUANT)    preset, or several: QUANT=q4_k_m,q8_0"
-	@echo "  BASE=$(BASE)      folder, hub id (org/name@rev) or pico, the built-in base"
-	@echo "  DROP=$(DROP)          layers dropped per copy (m); empty: a quarter of them"
-	@echo "  OUT=$(OUT)      folder of the results"
+	@echo "Variables, as they are now:"
+	@printf '  %-16s %s\n' \
+	  "QUANT=$(QUANT)" "preset, or several: QUANT=q4_k_m,q8_0" \
+	  "BASE=$(BASE)" "folder, hub id (org/name@rev), or pico, the built-in base" \
+	  "DROP=$(DROP)" "layers dropped from each copy; empty: a quarter of them" \
+	  "OUT=$(OUT)" "folder of the results"
 
-gguf: $(VENV)/run.stamp ## Up-scale BASE and write a GGUF of preset QUANT, with its Modelfile.
+gguf: $(VENV)/run.stamp ## Up-scale BASE; write a GGUF of preset QUANT and its Modelfile.
 	@$(BIN)/dus-edge gguf "$(BASE)" $(PLAN) $(foreach q,$(subst $(comma), ,$(QUANT)),-q $(q)) \
 	  -o "$(OUT)" --alias solar-dus --overwrite
 

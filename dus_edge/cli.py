@@ -51,11 +51,21 @@ def _terminated(signum: int, frame: object) -> None:
 
 def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = (
-        click.option("--drop", type=int, metavar="M", help="Layers dropped from each copy "
-                     "[default: a quarter of the base's, as SOLAR did]."),
+        click.option(
+            "--drop",
+            type=int,
+            metavar="M",
+            help="Layers dropped from each copy [default: a quarter of the base's, as SOLAR did].",
+        ),
         click.option("--layers", type=int, metavar="S", help="Depth of the result: 2 × (n − m)."),
-        click.option("--plan", "plans", multiple=True, metavar="RANGES", help="Source layers, "
-                     "e.g. 0:24,8:32; given twice, the second applies to the first's result."),
+        click.option(
+            "--plan",
+            "plans",
+            multiple=True,
+            metavar="RANGES",
+            help="Source layers, "
+            "e.g. 0:24,8:32; given twice, the second applies to the first's result.",
+        ),
         click.option("--no-upscale", is_flag=True, help="Leave the depth as it is."),
     )
     for option in reversed(options):
@@ -74,11 +84,16 @@ def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = (
-        click.option("--threads", type=click.IntRange(min=1), metavar="N",
-                     help="Worker threads [default: all cores]."),
+        click.option(
+            "--threads",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Worker threads [default: all cores].",
+        ),
         click.option("--overwrite", is_flag=True, help="Replace outputs that exist."),
-        click.option("--allow-nonfinite", is_flag=True,
-                     help="Go on although a weight is NaN or infinite."),
+        click.option(
+            "--allow-nonfinite", is_flag=True, help="Go on although a weight is NaN or infinite."
+        ),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead."),
         click.option("-v", "--verbose", is_flag=True, help="Say more."),
     )
@@ -100,26 +115,59 @@ def cli() -> None:
 @cli.command()
 @click.argument("base")
 @_plan_options
-@click.option("-q", "--quant", "presets", multiple=True, metavar="PRESET", default=("q4_k_m",),
-              show_default=True, help="Preset; may be given several times.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), default="build", show_default=True,
-              metavar="DIR", help="Folder for the files.")
-@click.option("--alias", metavar="NAME", help="Also link NAME.gguf and NAME-PRESET.gguf to the "
-              "files, for Modelfiles that are the same for every base.")
+@click.option(
+    "-q",
+    "--quant",
+    "presets",
+    multiple=True,
+    metavar="PRESET",
+    default=("q4_k_m",),
+    show_default=True,
+    help="Preset; may be given several times.",
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default="build",
+    show_default=True,
+    metavar="DIR",
+    help="Folder for the files.",
+)
+@click.option(
+    "--alias",
+    metavar="NAME",
+    help="Also link NAME.gguf and NAME-PRESET.gguf to the "
+    "files, for Modelfiles that are the same for every base.",
+)
 @_output_options
-def gguf(  # noqa: PLR0913
-    base: str, choose: Any, presets: tuple[str, ...], out: Path, alias: str | None,
-    threads: int | None, overwrite: bool, allow_nonfinite: bool, as_json: bool,
+def gguf(
+    base: str,
+    choose: Any,
+    presets: tuple[str, ...],
+    out: Path,
+    alias: str | None,
+    threads: int | None,
+    overwrite: bool,
+    allow_nonfinite: bool,
+    as_json: bool,
     verbose: bool,
 ) -> None:
-    """Up-scale BASE and write quantized GGUF files with their Modelfiles."""
+    """Up-scale BASE into GGUF files and their Modelfiles."""
     from dus_edge import jobs
     from dus_edge.quant.recipe import find_preset
 
     chosen = list({p.name: p for p in map(find_preset, presets)}.values())
     result = jobs.export_gguf(
-        base, choose, chosen, out, alias=alias, n_threads=threads, overwrite=overwrite,
-        allow_nonfinite=allow_nonfinite, say=_say(as_json),
+        base,
+        choose,
+        chosen,
+        out,
+        alias=alias,
+        n_threads=threads,
+        overwrite=overwrite,
+        allow_nonfinite=allow_nonfinite,
+        say=_say(as_json),
     )
     model = alias or result.model.name.stem.lower()
     if as_json:
@@ -140,19 +188,36 @@ def gguf(  # noqa: PLR0913
 @cli.command()
 @click.argument("base")
 @_plan_options
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, metavar="DIR",
-              help="Folder of the new checkpoint.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="Folder of the new checkpoint.",
+)
 @_output_options
 def upscale(
-    base: str, choose: Any, out: Path, threads: int | None, overwrite: bool,
-    allow_nonfinite: bool, as_json: bool, verbose: bool,
+    base: str,
+    choose: Any,
+    out: Path,
+    threads: int | None,
+    overwrite: bool,
+    allow_nonfinite: bool,
+    as_json: bool,
+    verbose: bool,
 ) -> None:
     """Up-scale BASE into a checkpoint that transformers loads."""
     from dus_edge import jobs
 
     result = jobs.export_checkpoint(
-        base, choose, out, n_threads=threads, overwrite=overwrite,
-        allow_nonfinite=allow_nonfinite, say=_say(as_json),
+        base,
+        choose,
+        out,
+        n_threads=threads,
+        overwrite=overwrite,
+        allow_nonfinite=allow_nonfinite,
+        say=_say(as_json),
     )
     if as_json:
         _print_json(result)
@@ -175,6 +240,61 @@ def inspect(model: str, choose: Any, as_json: bool) -> None:
 
     found = jobs.find_model(model, choose, weights=False, say=_say(as_json))
     click.echo(json.dumps(inspection_json(found)) if as_json else inspection(found))
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write there instead of printing.",
+)
+@click.option(
+    "--from",
+    "from_path",
+    metavar="PATH",
+    help="What FROM names, relative to the Modelfile [default: the GGUF].",
+)
+@click.option(
+    "--num-ctx", type=click.IntRange(min=4), metavar="N", help="Highest num_ctx [default: 4096]."
+)
+@click.option(
+    "--tracked",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Render the project's own modelfiles/ into DIR.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
+def modelfile(
+    model: str | None,
+    out: Path | None,
+    from_path: str | None,
+    num_ctx: int | None,
+    tracked: Path | None,
+    overwrite: bool,
+) -> None:
+    """Write the Modelfile of a GGUF file or a checkpoint."""
+    from dus_edge import jobs
+    from dus_edge.errors import UsageError
+    from dus_edge.files import check_absent, check_writable, write_text
+
+    if (model is None) == (tracked is None):
+        raise UsageError("Give one of MODEL, a GGUF file or a checkpoint, and --tracked DIR.")
+    if tracked is not None:
+        for path in jobs.render_tracked(tracked):
+            click.echo(path)
+        return
+    folder = out.parent if out else Path()
+    text = jobs.render_modelfile_of(model, folder, from_path, num_ctx, say=_say(True))
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    check_absent([out], overwrite)
+    check_writable(out.parent)
+    write_text(out, text)
+    click.echo(f"ollama create {out.stem.lower()} -f {out}")
 
 
 def _say(as_json: bool) -> Callable[[str], None]:

@@ -7,6 +7,7 @@ tensor's header, plan the outputs to the byte, check names and disk, and only th
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,14 +60,31 @@ class Model:
     @property
     def name(self) -> ModelName:
         """What the result is called."""
-        return name_model(
-            self.source.name, self.n_parameters, upscaled=not self.plan.is_identity
-        )
+        return name_model(self.source.name, self.n_parameters, upscaled=not self.plan.is_identity)
 
     def open(self) -> Checkpoint:
         """Open the weights: headers are read and checked, nothing else."""
         base = SafetensorsCheckpoint(self.source, self.base_config)
         return base if self.plan.is_identity else UpscaledCheckpoint(base, self.plan)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a Modelfile says of a model, wherever it was learnt.
+
+    Attributes:
+        title: a name for people.
+        context_length: tokens that the model was made for.
+        licence: identifier or None.
+        chat_template: Jinja text or None.
+        special_tokens: texts by role: ``bos_token``, ``eos_token``, …
+    """
+
+    title: str
+    context_length: int
+    licence: str | None
+    chat_template: str | None
+    special_tokens: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -153,7 +171,8 @@ def export_gguf(
     modelfiles = [f.path.with_suffix(".Modelfile") for f in files]
     gguf.check_outputs(files, overwrite)
     check_absent(modelfiles, overwrite)
-    texts = [modelfile_text(model, f.path.name, vocab) for f in files]
+    facts = model_facts(model, vocab)
+    texts = [render_facts(facts, f"./{f.path.name}") for f in files]
     say(describe(model))
     with progress("Quantizing", gguf.total_work(checkpoint, files), unit="W") as tick:
         gguf.write_files(
@@ -254,22 +273,112 @@ def preset_sizes(model: Model, presets: Mapping[str, Preset]) -> tuple[dict[str,
     return sizes, exact
 
 
-def modelfile_text(model: Model, gguf_name: str, vocab: Vocab) -> str:
-    """The Modelfile that stands beside a GGUF file of this model."""
-    from dus_edge.ollama import chat
-    from dus_edge.ollama.modelfile import for_model, render_modelfile
+def render_tracked(folder: Path) -> list[Path]:
+    """Render the repository's `modelfiles/`; the same whatever base the GGUFs were made from."""
+    from dus_edge.files import check_writable, write_text
+    from dus_edge.ollama.tracked import tracked_modelfiles
 
-    special = {f"{kind}_token": vocab.tokens[i] for kind, i in vocab.special_ids.items()}
+    check_writable(folder)
+    texts = tracked_modelfiles()
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return [folder / name for name in texts]
+
+
+def render_modelfile_of(
+    model: str, folder: Path, from_path: str | None, num_ctx: int | None, *, say: Say
+) -> str:
+    """The Modelfile of a GGUF file or of a checkpoint.
+
+    Args:
+        model: a `.gguf` file, or a base as everywhere else.
+        folder: where the Modelfile will stand; FROM is relative to it.
+        from_path: what FROM names; needed for a checkpoint, which is no file that Ollama runs.
+        num_ctx: cap of the context; the module's default if None.
+        say: takes lines for the user.
+
+    Raises:
+        UsageError: a checkpoint without `from_path`.
+    """
+    from dus_edge.errors import UsageError
+
+    if model.endswith(".gguf"):
+        facts = gguf_facts(Path(model))
+        default = os.path.relpath(model, folder)
+        return render_facts(facts, from_path or default, num_ctx)
+    if from_path is None:
+        raise UsageError(
+            f"{model} is a checkpoint; name the GGUF file that the Modelfile runs with --from."
+        )
+    found = find_model(model, plan_chooser(None, None, (), False), weights=False, say=say)
+    from dus_edge.export.gguf_vocab import read_vocab
+
+    vocab = read_vocab(found.source.folder, found.config.vocab_size)
+    return render_facts(model_facts(found, vocab), from_path, num_ctx)
+
+
+def model_facts(model: Model, vocab: Vocab) -> ModelFacts:
+    """What a Modelfile says of a model that is about to be exported."""
     config = model.config
-    spec = for_model(
-        from_path=f"./{gguf_name}",
+    return ModelFacts(
+        title=model.name.title,
         # llama.cpp's llama graph has no sliding window, so past it the model is on its own.
         context_length=min(config.context_length, config.sliding_window or config.context_length),
-        family=chat.identify(vocab.chat_template, special),
-        chat_template_present=vocab.chat_template is not None,
         licence=model.source.licence,
-        title=f"{model.name.title}, made by dus-edge from {model.source.name}.",
-        eos_token=special.get("eos_token", "</s>"),
+        chat_template=vocab.chat_template,
+        special_tokens={f"{kind}_token": vocab.tokens[i] for kind, i in vocab.special_ids.items()},
+    )
+
+
+def gguf_facts(path: Path) -> ModelFacts:
+    """What a Modelfile says of a GGUF file.
+
+    Raises:
+        CheckpointError: no GGUF file, or one without a Llama-form model's keys.
+    """
+    from gguf import GGUFReader
+
+    from dus_edge.errors import CheckpointError
+
+    try:
+        fields = GGUFReader(path).fields
+        architecture = fields["general.architecture"].contents()
+        context_length = fields[f"{architecture}.context_length"].contents()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist.") from None
+    except (KeyError, ValueError, IndexError, OSError) as e:
+        raise CheckpointError(f"{path} is no GGUF file of a model ({e}).") from None
+
+    def text(key: str) -> str | None:
+        return fields[key].contents() if key in fields else None
+
+    special = {}
+    for kind in ("bos", "eos"):
+        if (field := fields.get(f"tokenizer.ggml.{kind}_token_id")) is not None:
+            special[f"{kind}_token"] = fields["tokenizer.ggml.tokens"].contents(field.contents())
+    return ModelFacts(
+        title=text("general.name") or path.stem,
+        context_length=context_length,
+        licence=text("general.license"),
+        chat_template=text("tokenizer.chat_template"),
+        special_tokens=special,
+    )
+
+
+def render_facts(facts: ModelFacts, from_path: str, num_ctx: int | None = None) -> str:
+    """A Modelfile's text."""
+    from dus_edge.ollama import chat
+    from dus_edge.ollama.modelfile import NUM_CTX_CAP, for_model, render_modelfile
+
+    spec = for_model(
+        from_path=from_path,
+        context_length=facts.context_length,
+        family=chat.identify(facts.chat_template, facts.special_tokens),
+        chat_template_present=facts.chat_template is not None,
+        licence=facts.licence,
+        title=f"{facts.title}, made by dus-edge.",
+        num_ctx_cap=num_ctx or NUM_CTX_CAP,
+        eos_token=facts.special_tokens.get("eos_token", "</s>"),
     )
     return render_modelfile(spec)
 

@@ -118,9 +118,7 @@ def plan_file(
 
 def total_work(checkpoint: Checkpoint, files: Sequence[GGUFFile]) -> int:
     """Weights to be quantized: each source tensor counts once per type it is needed in."""
-    return sum(
-        job.spec.n_elements * len(job.places) for job in _jobs(checkpoint, files)
-    )
+    return sum(job.spec.n_elements * len(job.places) for job in _jobs(checkpoint, files))
 
 
 def write_files(

@@ -17,7 +17,13 @@ from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
 from dus_edge.errors import OutputError
 from dus_edge.export import finite
 from dus_edge.export.gguf import chunks
-from dus_edge.files import check_free_space, check_replaceable, output_files, output_folder, pwrite_all
+from dus_edge.files import (
+    check_free_space,
+    check_replaceable,
+    output_files,
+    output_folder,
+    pwrite_all,
+)
 from dus_edge.stream import run
 
 #: transformers' own default for `save_pretrained`.
@@ -149,9 +155,7 @@ def write_checkpoint(
             places = _places(checkpoint, shards, fds)
             for fd, shard in zip(fds, shards, strict=True):
                 pwrite_all(fd, shard.header, 0)
-            run(
-                _tasks(checkpoint, places, allow_nonfinite), n_threads=n_threads, advance=advance
-            )
+            run(_tasks(checkpoint, places, allow_nonfinite), n_threads=n_threads, advance=advance)
 
 
 def _places(
@@ -201,9 +205,7 @@ def _write_small_files(checkpoint: Checkpoint, folder: Path, card: str) -> None:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if (source / "additional_chat_templates").is_dir():
-        shutil.copytree(
-            source / "additional_chat_templates", folder / "additional_chat_templates"
-        )
+        shutil.copytree(source / "additional_chat_templates", folder / "additional_chat_templates")
     _write_json(folder / "config.json", checkpoint.config.raw)
     (folder / "README.md").write_text(card, encoding="utf-8")
 

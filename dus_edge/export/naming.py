@@ -77,7 +77,9 @@ def name_model(source_name: str, n_parameters: int, *, upscaled: bool) -> ModelN
     )
     base = _clean(base or source_name)
     if not upscaled:
-        return ModelName(base, label or size_label(n_parameters), finetune, version or DEFAULT_VERSION)
+        return ModelName(
+            base, label or size_label(n_parameters), finetune, version or DEFAULT_VERSION
+        )
     base = base if base.upper().endswith("-DUS") else f"{base}-DUS"
     return ModelName(base, size_label(n_parameters), finetune, version or DEFAULT_VERSION)
 

@@ -101,9 +101,7 @@ def find_preset(name: str) -> Preset:
     )
 
 
-def tensor_type(
-    preset: Preset, name: str, shape: Sequence[int], model: ModelShape
-) -> QuantType:
+def tensor_type(preset: Preset, name: str, shape: Sequence[int], model: ModelShape) -> QuantType:
     """The type of one tensor.
 
     Args:

@@ -53,6 +53,5 @@ Q5_K = QuantType("Q5_K", 13, 256, 176)
 Q6_K = QuantType("Q6_K", 14, 256, 210)
 
 TYPES = {
-    t.name: t
-    for t in (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K)
+    t.name: t for t in (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K)
 }

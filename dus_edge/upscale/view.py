@@ -24,9 +24,7 @@ class UpscaledCheckpoint(Checkpoint):
         self.source = base.source
         self.config = with_layers(base.config, plan.sources)
         below = base.specs()
-        self._names = {
-            name: base_tensor_name(name, plan) for name in tensor_shapes(self.config)
-        }
+        self._names = {name: base_tensor_name(name, plan) for name in tensor_shapes(self.config)}
         self._specs = {
             name: replace(below[base_name], name=name) for name, base_name in self._names.items()
         }

@@ -1,0 +1,253 @@
+"""SentencePiece models (``tokenizer.model``): their few fields, read from the protobuf bytes.
+
+The format is ``sentencepiece_model.proto`` of https://github.com/google/sentencepiece; five
+fields of it matter here, so a reader of the wire format is smaller than a dependency. What
+becomes of the pieces follows ``_create_vocab_sentencepiece`` in llama.cpp's
+``conversion/base.py`` at 0c1e57098, with the differences that the comments name.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf import TokenType
+
+from dus_edge.errors import CheckpointError, UnsupportedError
+from dus_edge.export.vocab_files import AddedToken, TokenizerFiles
+from dus_edge.export.vocab_table import ADDED_SCORE, TokenTable
+
+#: ``SentencePiece.Type``; the numbers are those of ``gguf.TokenType``.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+_MODEL_TYPES = {1: "Unigram", 2: "BPE", 3: "Word", 4: "Char"}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One entry of the model's table; its id is its place."""
+
+    text: str
+    score: float
+    type: int
+
+
+@dataclass(frozen=True)
+class SentencePieceModel:
+    """The part of a SentencePiece model that decides how text becomes ids."""
+
+    pieces: tuple[Piece, ...]
+    model_type: int = 1
+    whitespace_suffix: bool = False
+    has_charsmap: bool = False
+    normalizer: str = ""
+    dummy_prefix: bool = True
+    remove_extra_whitespaces: bool = True
+    escape_whitespaces: bool = True
+
+
+def is_sentencepiece(path: Path) -> bool:
+    """Whether `path` begins as a SentencePiece model does.
+
+    Llama 3 folders may hold a tiktoken table (base64 text) under the name ``tokenizer.model``.
+    """
+    with path.open("rb") as file:
+        return file.read(1) == b"\n"  # field 1 (pieces), length-delimited
+
+
+def read_model(path: Path) -> SentencePieceModel:
+    """Parse a SentencePiece model file.
+
+    Raises:
+        CheckpointError: the bytes are no such model.
+    """
+    try:
+        return _parse_model(path.read_bytes())
+    except (ValueError, IndexError, struct.error) as error:  # UnicodeDecodeError is a ValueError
+        raise CheckpointError(
+            f"{path}: not a SentencePiece model ({error}); download the file again."
+        ) from error
+
+
+def spm_table(files: TokenizerFiles, model: SentencePieceModel, vocab_size: int) -> TokenTable:
+    """The tokens of a SentencePiece model and of the files that add to it.
+
+    Raises:
+        CheckpointError: more tokens than `vocab_size`, or the same token twice.
+        UnsupportedError: llama.cpp has no tokenizer that cuts text as this model does.
+    """
+    path = files.folder / "tokenizer.model"
+    _check_kind(model, path)
+    if len(model.pieces) > vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {len(model.pieces)} tokens, but the model's embedding has "
+            f"only {vocab_size} rows (vocab_size); the two files are not of one model."
+        )
+    table = TokenTable(vocab_size, path)
+    for token_id, (piece, kind) in enumerate(_kinds(model)):
+        text = piece.text.replace("▁", " ") if kind == USER_DEFINED else piece.text
+        table.set(token_id, text, kind, piece.score, path)
+    for content, token_id in files.added_tokens_json.items():
+        table.set(
+            token_id,
+            content,
+            TokenType.USER_DEFINED,
+            ADDED_SCORE,
+            files.folder / "added_tokens.json",
+        )
+    added, added_path = added_tokens(files)
+    table.add(added, added_path)
+    table.check()
+    return table
+
+
+def added_tokens(files: TokenizerFiles) -> tuple[tuple[AddedToken, ...], Path]:
+    """The added tokens beside a SentencePiece model, and the file that holds them.
+
+    The converter reads ``added_tokens_decoder`` only; transformers 5 no longer writes it, and
+    then the same list stands in ``tokenizer.json``.
+    """
+    if files.added_decoder:
+        return files.added_decoder, files.folder / "tokenizer_config.json"
+    return files.added, files.folder / "tokenizer.json"
+
+
+def spm_notes(model: SentencePieceModel, space_prefix: bool) -> list[str]:
+    """What llama.cpp will not reproduce of this model, one sentence each."""
+    notes = []
+    cut_out = [piece.text for piece, kind in _kinds(model) if kind == USER_DEFINED]
+    if cut_out and space_prefix:
+        notes.append(
+            f"tokenizer.model has user-defined pieces such as {cut_out[0]!r}; llama.cpp puts its "
+            "space before the text after such a piece too, and not before one that comes first."
+        )
+    if model.has_charsmap:
+        notes.append(
+            f"tokenizer.model normalizes its text ({model.normalizer or 'unnamed'} rules); "
+            "llama.cpp does not, so text that those rules change gets other ids."
+        )
+    if model.remove_extra_whitespaces:
+        notes.append(
+            "tokenizer.model drops repeated, leading and trailing spaces; llama.cpp keeps them."
+        )
+    if any(piece.type == UNUSED for piece in model.pieces):
+        notes.append("tokenizer.model has unused pieces; llama.cpp may form them nevertheless.")
+    return notes
+
+
+def _check_kind(model: SentencePieceModel, path: Path) -> None:
+    if model.model_type != 2:
+        kind = _MODEL_TYPES.get(model.model_type, str(model.model_type))
+        raise UnsupportedError(
+            f"{path}: a SentencePiece {kind} model; llama.cpp's tokenizer for Llama models merges "
+            "pairs as BPE does and would give other ids; only SentencePiece BPE can be exported."
+        )
+    if model.whitespace_suffix or not model.escape_whitespaces:
+        raise UnsupportedError(
+            f"{path}: treat_whitespace_as_suffix or escape_whitespaces is set in a way that "
+            "llama.cpp's tokenizer for Llama models cannot follow."
+        )
+    bytes_found = sum(piece.type == BYTE for piece in model.pieces)
+    if bytes_found != 256:
+        raise UnsupportedError(
+            f"{path}: {bytes_found} of the 256 byte tokens <0x00> … <0xFF> exist; llama.cpp "
+            "aborts on the first character outside such a vocabulary (train with byte_fallback)."
+        )
+
+
+def _kinds(model: SentencePieceModel) -> Iterator[tuple[Piece, int]]:
+    """Each piece with its type in the GGUF file: its own, but for some user-defined ones.
+
+    SentencePiece cuts user-defined pieces out before anything else. The converter writes them
+    as NORMAL, so llama.cpp finds only those that merging two neighbours leads to; as
+    USER_DEFINED llama.cpp cuts them out as well, but where it adds a space prefix it also puts
+    a space after each of them, which would ruin runs of spaces or newlines. Those need no
+    cutting out: their score, 0, is the highest, so merging forms them without fail.
+    """
+    formed: set[str] = set()
+    own = (piece.text for piece in model.pieces if piece.type == USER_DEFINED)
+    for text in sorted(own, key=len):
+        cuts = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
+        if len(text) == 1 or any(
+            all(len(part) == 1 or part in formed for part in parts) for parts in cuts
+        ):
+            formed.add(text)
+    for piece in model.pieces:
+        yield piece, NORMAL if piece.text in formed else piece.type
+
+
+# -- protobuf -----------------------------------------------------------------------------------
+
+
+def _parse_model(data: bytes) -> SentencePieceModel:
+    pieces: list[Piece] = []
+    trainer: dict[int, int | bytes] = {}
+    normalizer: dict[int, int | bytes] = {}
+    for number, value in _fields(data):
+        if number == 1:
+            fields = dict(_fields(_as_bytes(value)))
+            pieces.append(
+                Piece(
+                    text=_as_bytes(fields.get(1, b"")).decode("utf-8"),
+                    score=struct.unpack("<f", _as_bytes(fields.get(2, bytes(4))))[0],
+                    type=int(fields.get(3, NORMAL)),
+                )
+            )
+        elif number == 2:
+            trainer.update(_fields(_as_bytes(value)))
+        elif number == 3:
+            normalizer.update(_fields(_as_bytes(value)))
+    if not pieces:
+        raise ValueError("it holds no pieces")
+    return SentencePieceModel(
+        pieces=tuple(pieces),
+        model_type=int(trainer.get(3, 1)),
+        whitespace_suffix=bool(trainer.get(24, 0)),
+        has_charsmap=bool(normalizer.get(2, b"")),
+        normalizer=_as_bytes(normalizer.get(1, b"")).decode("utf-8"),
+        dummy_prefix=bool(normalizer.get(3, 1)),
+        remove_extra_whitespaces=bool(normalizer.get(4, 1)),
+        escape_whitespaces=bool(normalizer.get(5, 1)),
+    )
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of one protobuf message: numbers as int, everything else as its bytes."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        number, wire = tag >> 3, tag & 7
+        if wire == 0:
+            value, at = _varint(data, at)
+            yield number, value
+            continue
+        if wire == 2:
+            length, at = _varint(data, at)
+        elif wire in (1, 5):
+            length = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire} at byte {at}")
+        if at + length > len(data):
+            raise ValueError("it ends in the middle of a field")
+        yield number, data[at : at + length]
+        at += length
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= len(data) or shift > 63:
+            raise ValueError("it ends in the middle of a number")
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+
+
+def _as_bytes(value: int | bytes) -> bytes:
+    if isinstance(value, int):
+        raise ValueError("a field has the wrong type")
+    return value

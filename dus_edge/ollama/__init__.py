@@ -1,0 +1,1 @@
+"""Ollama Modelfiles and chat templates."""

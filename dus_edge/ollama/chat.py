@@ -1,0 +1,218 @@
+"""Which chat format a checkpoint uses, found by what its template renders.
+
+A chat template is a program in Jinja; Ollama runs programs in Go's text/template. Two are
+taken for one format only if they give the same text for the same conversations. Comparing
+the programs' texts, as Ollama does by edit distance when a Modelfile has no TEMPLATE,
+mistakes short templates for others.
+"""
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cache, lru_cache
+from importlib import resources
+from typing import Any
+
+from dus_edge.ollama.gotemplate import Message, render_conversation
+
+# Templates that ask for today's date get the day that Llama 3.1's falls back to, so that a
+# template gives the same text on every day.
+_TODAY = datetime(2024, 7, 26)
+
+
+def _talk(*contents: str, system: str | None = None) -> tuple[Message, ...]:
+    roles = ("user", "assistant")
+    turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+    return (*([{"role": "system", "content": system}] if system is not None else []), *turns)
+
+
+_WITHOUT_SYSTEM = (
+    _talk("Hello there."),
+    _talk("Who are you?", "A model & a <test>.", "What is 2 + 2?"),
+    _talk(
+        "깊이를 늘린다는 것은?", "층을 복사하는 것입니다.", "How many?\n\nSay it.", "16.", "Why?"
+    ),
+)
+_WITH_SYSTEM = (
+    _talk("Hello there.", system="Answer in one line."),
+    _talk("하나.", "둘.", "셋?", system='You count.\n"Slowly".'),
+)
+_MARK = "the system message goes here"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A chat format: its Go template, its stops, and where it is defined.
+
+    `system` is the system message that the checkpoint's template puts in where a
+    conversation has none; None where it puts in nothing.
+    """
+
+    name: str
+    title: str
+    template: str
+    stops: tuple[str, ...]
+    source: str
+    notes: str = ""
+    system: str | None = None
+
+
+@cache
+def families() -> tuple[Family, ...]:
+    """Every known family, in the order of `templates/families.toml`."""
+    entries = tomllib.loads(template_text("families.toml"))["family"]
+    return tuple(
+        Family(
+            name=entry["name"],
+            title=entry["title"],
+            template=template_text(f"{entry['name']}.gotmpl"),
+            stops=tuple(entry["stops"]),
+            source=entry["source"],
+            notes=entry.get("notes", ""),
+        )
+        for entry in entries
+    )
+
+
+def family(name: str) -> Family:
+    """The family called `name`. Raises KeyError."""
+    return {known.name: known for known in families()}[name]
+
+
+@cache
+def template_text(file_name: str) -> str:
+    """A file of the `templates` folder, without its last line end."""
+    path = resources.files(__package__) / "templates" / file_name
+    return path.read_text(encoding="utf-8").removesuffix("\n")
+
+
+def identify(jinja_template: str | None, special_tokens: Mapping[str, str]) -> Family | None:
+    """The family that renders as a checkpoint's chat template does, or None.
+
+    `special_tokens` is the tokenizer's (`bos_token`, `eos_token`, …). A template may refuse
+    system messages; it must render every other probe, and equal the family's wherever it
+    renders. A system message of its own is found and kept in `Family.system`.
+    """
+    if not jinja_template:
+        return None
+    plain = [render_jinja(jinja_template, talk, special_tokens) for talk in _WITHOUT_SYSTEM]
+    if None in plain:
+        return None
+    told = [render_jinja(jinja_template, talk, special_tokens) for talk in _WITH_SYSTEM]
+    for known in families():
+        candidate = _with_tokens(known, special_tokens)
+        if not _agrees(candidate, _WITH_SYSTEM, told):
+            continue
+        if _agrees(candidate, _WITHOUT_SYSTEM, plain):
+            return candidate
+        system = None if None in told else _default_system(candidate, str(plain[0]))
+        if system is not None:
+            prepended = [(_system(system), *talk) for talk in _WITHOUT_SYSTEM]
+            if _agrees(candidate, prepended, plain):
+                return replace(candidate, system=system)
+    return None
+
+
+def render_jinja(
+    jinja_template: str, messages: Sequence[Message], special_tokens: Mapping[str, str]
+) -> str | None:
+    """The prompt a chat template makes, without the begin-of-text token; None if it fails.
+
+    The environment is that of transformers (`utils/chat_template_utils.py`), except that
+    today is a fixed day. A checkpoint's template is a stranger's program: it runs in Jinja's
+    sandbox, and whatever it raises counts as a refusal.
+    """
+    try:
+        text = (
+            _environment()
+            .from_string(jinja_template)
+            .render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **special_tokens,
+            )
+        )
+    except Exception:  # see above
+        return None
+    return text.removeprefix(special_tokens.get("bos_token") or "")
+
+
+@lru_cache(maxsize=8)
+def _compiled(jinja_template: str):
+    return _environment().from_string(jinja_template)
+
+
+@cache
+def _environment():
+    import jinja2
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks an answer for training; its text passes as it is."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
+    def raise_exception(message: str):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = _TODAY.strftime
+    return environment
+
+
+def _with_tokens(known: Family, special_tokens: Mapping[str, str]) -> Family:
+    """The family with a checkpoint's token texts in place of Llama's."""
+    begin = special_tokens.get("bos_token") or "<s>"
+    end = special_tokens.get("eos_token") or "</s>"
+    if "{{" in begin + end:  # would be an action of the Go template
+        return known
+
+    def put(text: str) -> str:
+        return end.join(part.replace("<s>", begin) for part in text.split("</s>"))
+
+    return replace(known, template=put(known.template), stops=tuple(map(put, known.stops)))
+
+
+def _agrees(known: Family, talks: Sequence[Sequence[Message]], texts: list[str | None]) -> bool:
+    """Whether the Go template gives these texts, leaving out those that Jinja refused."""
+    return all(
+        text is None or render_conversation(known.template, talk) == text
+        for talk, text in zip(talks, texts, strict=True)
+    )
+
+
+def _default_system(known: Family, text: str) -> str | None:
+    """What stands in `text` (the first probe) where the family's system message goes."""
+    marked = render_conversation(known.template, (_system(_MARK), *_WITHOUT_SYSTEM[0]))
+    before, found, after = marked.partition(_MARK)
+    fits = len(text) > len(before) + len(after)
+    if found and fits and text.startswith(before) and text.endswith(after):
+        return text[len(before) : len(text) - len(after)]
+    return None
+
+
+def _system(content: str) -> Message:
+    return {"role": "system", "content": content}

@@ -1,0 +1,255 @@
+"""A strict reading of Ollama's Modelfile grammar, to check what we render.
+
+The rules are those of Ollama's `parser/parser.go` and of `FormatParams` in `api/types.go`,
+read from the source of 2026-08-21. They differ from what a Modelfile looks like: a `#` is a
+comment only where a command could begin, there are no escapes, a value that begins with a
+quote swallows lines until one ends in that quote, and characters that do not print are
+dropped without a word.
+
+Stricter than Ollama in one way: a name after PARAMETER that is the name of a command
+(`PARAMETER system x`) sets that command in Ollama and is refused here.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from dus_edge.errors import DusEdgeError
+
+COMMANDS = (
+    "adapter", "draft", "from", "license", "message", "parameter", "parser", "renderer",
+    "requires", "system", "template",
+)  # fmt: skip
+ROLES = ("system", "user", "assistant")
+
+_INTS = (
+    "draft_num_predict", "main_gpu", "num_batch", "num_ctx", "num_gpu", "num_keep",
+    "num_predict", "num_thread", "repeat_last_n", "seed", "top_k",
+)  # fmt: skip
+_FLOATS = (
+    "frequency_penalty", "min_p", "presence_penalty", "repeat_penalty", "temperature", "top_p",
+    "typical_p",
+)  # fmt: skip
+_BOOLS = ("use_mmap",)
+_STRINGS = ("stop",)
+# Ollama prints "parameter … is deprecated" and goes on.
+_IGNORED = (
+    "f16_kv", "logits_all", "low_vram", "mirostat", "mirostat_eta", "mirostat_tau",
+    "penalize_newline", "use_mlock", "vocab_only",
+)  # fmt: skip
+PARAMETERS = (*_INTS, *_FLOATS, *_BOOLS, *_STRINGS)
+
+_INT = re.compile(r"[+-]?[0-9]+")
+_FLOAT = re.compile(
+    r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf|infinity|nan)", re.IGNORECASE
+)
+_TRUE = ("1", "t", "T", "TRUE", "true", "True")
+_FALSE = ("0", "f", "F", "FALSE", "false", "False")
+_SEMVER = re.compile(
+    r"v?(?:0|[1-9][0-9]*)(?:\.(?:0|[1-9][0-9]*)(?:\.(?:0|[1-9][0-9]*)"
+    r"(?:-[0-9A-Za-z.-]+)?(?:\+[0-9A-Za-z.-]+)?)?)?"
+)
+_MAX_FLOAT32 = 3.4028235677973366e38  # larger rounds to infinity, which ParseFloat refuses
+_BLANK = " \t"
+_NEWLINE = "\r\n"
+
+Value = str | int | float | bool
+
+
+class ModelfileError(DusEdgeError):
+    """A Modelfile that Ollama would refuse, or would read as something else than is written."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command. `key` is a parameter's name or a message's role, None for the others.
+
+    A parameter's value has its type (`num_ctx` an int, `stop` a str); every other value is
+    text. `ignored` marks a parameter that Ollama warns about and drops.
+    """
+
+    name: str
+    value: Value
+    line: int
+    key: str | None = None
+    ignored: bool = False
+
+
+def decode_modelfile(data: bytes) -> str:
+    """The text of a Modelfile's bytes: UTF-8, or UTF-16 with a byte-order mark."""
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
+    return data.decode(encoding, "replace")
+
+
+def parse_modelfile(text: str) -> list[Command]:
+    """The commands of a Modelfile, in order.
+
+    Raises ModelfileError, with the line where the command begins, for whatever
+    `ollama create` refuses to read: an unknown command or parameter, a value of the wrong
+    type, a quote that is never closed, a role that does not exist, no FROM.
+    """
+    scanner = _Scanner(text)
+    commands = []
+    while scanner.to_command():
+        commands.append(_command(scanner))
+    if not any(command.name == "from" for command in commands):
+        raise ModelfileError("The Modelfile has no FROM line.")
+    return commands
+
+
+def resolve_from(modelfile: Path, value: str) -> Path | None:
+    """The file that a FROM value names, or None where Ollama takes it for a model's name.
+
+    Paths are relative to the Modelfile's folder, whatever the working directory is.
+    Raises ModelfileError for a folder: Ollama picks among what lies in it (the last of
+    several GGUFs, without saying so) and fails if a `.json` lies beside a GGUF.
+    """
+    expanded = Path(value).expanduser() if value.startswith("~") else Path(value)
+    path = modelfile.parent / expanded
+    if path.is_dir():
+        raise ModelfileError(
+            f"{modelfile}: FROM {value} names a folder; name the one .gguf file to run, because"
+            " Ollama fails on a folder that also holds a .json file and takes the last of several"
+            " GGUF files without saying so."
+        )
+    return path if value and path.exists() else None
+
+
+def _command(scanner: "_Scanner") -> Command:
+    line = scanner.line
+    name = scanner.command_word()
+    if name == "parameter":
+        key = scanner.key("a parameter's name", lambda c: c.isascii() and (c.isalnum() or c == "_"))
+        ignored = key in _IGNORED
+        if not ignored and key not in PARAMETERS:
+            raise ModelfileError(f"Line {line}: unknown parameter '{key}'.")
+        raw = scanner.value(line)
+        return Command(name, raw if ignored else _typed(key, raw, line), line, key, ignored)
+    if name == "message":
+        role = scanner.key("a role", lambda c: c.isascii() and c.isalpha())
+        if role not in ROLES:
+            raise ModelfileError(
+                f"Line {line}: a message's role is system, user or assistant, not '{role}'."
+            )
+        return Command(name, scanner.value(line), line, role)
+    value = scanner.value(line)
+    if name == "requires" and not _SEMVER.fullmatch(value):
+        raise ModelfileError(f"Line {line}: REQUIRES needs a version such as 0.14.0.")
+    return Command(name, value, line)
+
+
+class _Scanner:
+    """A position in the text that knows its line."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text.removeprefix("\ufeff")
+        self._at = 0
+
+    @property
+    def line(self) -> int:
+        before = self._text[: self._at].replace("\r\n", "\n").replace("\r", "\n")
+        return before.count("\n") + 1
+
+    def _peek(self) -> str:
+        return self._text[self._at : self._at + 1]
+
+    def _take(self) -> str:
+        char = self._peek()
+        self._at += 1
+        return char
+
+    def to_command(self) -> bool:
+        """Skip blanks and comments; False at the end of the text."""
+        while char := self._peek():
+            if char == "#":
+                while self._peek() and self._peek() not in _NEWLINE:
+                    self._at += 1
+            elif char in _BLANK + _NEWLINE:
+                self._at += 1
+            else:
+                return True
+        return False
+
+    def command_word(self) -> str:
+        """The command in lower case, and the blank after it."""
+        line, word = self.line, _printed(self._take())
+        while (char := self._take()) and char not in _BLANK:
+            if not (char.isascii() and char.isalpha()):
+                raise _not_a_command(line, word + char)
+            word += char
+        if word.lower() not in COMMANDS:
+            raise _not_a_command(line, word)
+        if not char:
+            raise ModelfileError(f"Line {line}: {word} has no value.")
+        return word.lower()
+
+    def key(self, what: str, allowed) -> str:
+        """The name between PARAMETER or MESSAGE and its value, and the blank after it."""
+        line, word = self.line, ""
+        while (char := self._take()) not in _BLANK or not char:
+            if not char or not allowed(char):
+                raise ModelfileError(
+                    f"Line {line}: {what} must be followed by a blank and a value; found"
+                    f" {word + char!r}."
+                )
+            word += char
+        return word
+
+    def value(self, line: int) -> str:
+        """The text up to the first line end at which it is whole."""
+        held: list[str] = []
+        while char := self._take():
+            if char in _NEWLINE:
+                value = _unquote("".join(held))
+                if value is not None:
+                    return value
+                held.append(char)
+            elif char in _BLANK:
+                held.append(char)
+            else:
+                held.append(_printed(char))
+        value = _unquote("".join(held))
+        if value is None:
+            raise ModelfileError(
+                f"Line {line}: the quote that opens this value is never closed at a line's end."
+            )
+        return value
+
+
+def _printed(char: str) -> str:
+    """Ollama drops what does not print: controls, no-break and zero-width spaces, U+2028 …"""
+    return char if char.isprintable() else ""
+
+
+def _unquote(text: str) -> str | None:
+    text = text.strip(_BLANK + _NEWLINE)
+    for quote in ('"""', '"'):
+        if text.startswith(quote):
+            whole = len(text) >= 2 * len(quote) and text.endswith(quote)
+            return text[len(quote) : -len(quote)] if whole else None
+    return text
+
+
+def _typed(key: str, raw: str, line: int) -> Value:
+    if key in _INTS:
+        if _INT.fullmatch(raw) and -(2**63) <= int(raw) < 2**63:
+            return int(raw)
+        raise ModelfileError(f"Line {line}: {key} takes a whole number, not {raw!r}.")
+    if key in _FLOATS:
+        if _FLOAT.fullmatch(raw):
+            number, is_word = float(raw), raw.lstrip("+-")[0].isalpha()
+            if is_word or abs(number) < _MAX_FLOAT32:
+                return number
+        raise ModelfileError(f"Line {line}: {key} takes a number, not {raw!r}.")
+    if key in _BOOLS:
+        if raw in _TRUE or raw in _FALSE:
+            return raw in _TRUE
+        raise ModelfileError(f"Line {line}: {key} takes true or false, not {raw!r}.")
+    return raw
+
+
+def _not_a_command(line: int, word: str) -> ModelfileError:
+    names = ", ".join(COMMANDS).upper()
+    return ModelfileError(f"Line {line}: {word!r} is not a command; Ollama knows {names}.")

@@ -1,0 +1,171 @@
+"""The GGUF sink against llama.cpp: whole files byte for byte, sizes, logits, metadata."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import gguf as gguf_py
+import llama_cpp
+import numpy as np
+import pytest
+
+from dus_edge import jobs
+from dus_edge.quant.recipe import PRESETS
+
+SILENT = llama_cpp.llama_log_callback(lambda level, text, data: None)
+llama_cpp.llama_log_set(SILENT, ctypes.c_void_p(0))
+
+#: Shapes that trigger every rule and fallback, as overrides of the smallest Llama.
+SHAPES = {
+    "gqa-256": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8},
+    "mha": {"hidden_size": 256, "intermediate_size": 256, "num_key_value_heads": 4},
+    # n_gqa >= 4 is a rule of q2_k.
+    "gqa-4": {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 256},
+    "tied": {"hidden_size": 256, "intermediate_size": 256, "tie_word_embeddings": True},
+    # 576 = SmolLM's width, no multiple of 256; 172 is none of 32.
+    "fallback-32": {"hidden_size": 288, "num_attention_heads": 6, "intermediate_size": 320},
+    "fallback-f16": {"hidden_size": 96, "intermediate_size": 172},
+    "tied-narrow": {"hidden_size": 96, "intermediate_size": 172, "tie_word_embeddings": True},
+    "80-layers": {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 53,
+        "plan": "0:40,13:53",
+        "vocab_size": 4100,
+    },
+    "80-layers-mha": {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 80,
+        "num_key_value_heads": 4,
+        "plan": "0:80",
+        "vocab_size": 4097,
+    },
+    "odd-vocabulary": {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 4099},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "head-dim": {"hidden_size": 256, "intermediate_size": 256, "head_dim": 32},
+}
+
+
+def export(base: Path | str, out: Path, *presets: str, plan: str | None = None) -> dict[str, Path]:
+    """Export as a user does and give the files by preset."""
+    choose = jobs.plan_chooser(None, None, (plan,) if plan else (), True)
+    chosen = [PRESETS[p] for p in presets]
+    result = jobs.export_gguf(str(base), choose, chosen, out)
+    for written in result.outputs:
+        assert written.path.stat().st_size == written.nbytes
+    return {w.preset: w.path for w in result.outputs}
+
+
+def llama_quantize(source: Path, target: Path, preset: str) -> None:
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = PRESETS[preset].file_type
+    params.nthread = 2
+    code = llama_cpp.llama_model_quantize(
+        str(source).encode(), str(target).encode(), ctypes.byref(params)
+    )
+    assert code == 0
+
+
+def assert_same_as_llama_quantize(files: dict[str, Path], tmp_path: Path) -> None:
+    for preset, ours in files.items():
+        theirs = tmp_path / "theirs.gguf"
+        llama_quantize(files["f32"], theirs, preset)
+        assert ours.read_bytes() == theirs.read_bytes(), preset
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "F16"])
+def test_pico_upscaled_is_what_llama_quantize_writes(pico, tmp_path, dtype, make_checkpoint):
+    base = pico
+    if dtype != "BF16":  # pico ships in bf16; other dtypes on random weights of its shape
+        base = make_checkpoint(dtype=dtype, **SHAPES["gqa-256"])
+    files = export(base, tmp_path / "out", *PRESETS)
+    assert_same_as_llama_quantize(files, tmp_path)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_rule_is_llama_cpps(make_checkpoint, tmp_path, shape):
+    overrides = dict(SHAPES[shape])
+    plan = overrides.pop("plan", None)
+    base = make_checkpoint(**overrides)
+    files = export(base, tmp_path / "out", *PRESETS, plan=plan)
+    assert_same_as_llama_quantize(files, tmp_path)
+
+
+def test_bf16_does_not_pass_through_f16(make_checkpoint, tmp_path):
+    """Weights beyond f16's range survive in bf16, f32 and the block formats' own arithmetic."""
+    base = make_checkpoint(dtype="BF16")
+    files = export(base, tmp_path, "bf16", "f32")
+    as_bf16 = {t.name: t for t in gguf_py.GGUFReader(files["bf16"]).tensors}
+    for tensor in gguf_py.GGUFReader(files["f32"]).tensors:
+        bits = tensor.data.view(np.uint32)
+        assert not (bits & 0xFFFF).any()
+        if as_bf16[tensor.name].tensor_type == gguf_py.GGMLQuantizationType.BF16:
+            half = as_bf16[tensor.name].data.view(np.uint16)
+            np.testing.assert_array_equal((bits >> 16).astype(np.uint16), half)
+
+
+def test_metadata_says_what_it_is(tmp_path):
+    files = export("pico", tmp_path, "q4_k_m")
+    fields = gguf_py.GGUFReader(files["q4_k_m"]).fields
+
+    def value(key):
+        return fields[key].contents()
+
+    assert value("general.architecture") == "llama"
+    assert value("general.file_type") == 15
+    assert value("llama.block_count") == 12
+    assert value("llama.attention.head_count_kv") == 2
+    assert value("dus.plan") == "0:6,2:8"
+    assert value("dus.drop") == 2
+    assert value("dus.base_block_count") == 8
+    assert list(value("dus.layer_sources")) == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 6, 7]
+    assert value("general.base_model.0.name") == "pico"
+    assert "depth-up-scaling" in value("general.tags")
+    assert value("general.size_label") in files["q4_k_m"].name
+
+
+def test_file_names_follow_the_convention(tmp_path):
+    """The pattern is the one that ggml's docs/gguf.md gives for checking names."""
+    import re
+
+    pattern = re.compile(
+        r"^(?P<BaseName>[A-Za-z0-9\s]*(?:(?:-(?:(?:[A-Za-z\s][A-Za-z0-9\s]*)|(?:[0-9\s]*)))*))"
+        r"-(?:(?P<SizeLabel>(?:\d+x)?(?:\d+\.)?\d+[A-Za-z](?:-[A-Za-z]+(\d+\.)?\d+[A-Za-z]+)?)"
+        r"(?:-(?P<FineTune>[A-Za-z0-9\s-]+))?)?-(?:(?P<Version>v\d+(?:\.\d+)*))"
+        r"(?:-(?P<Encoding>(?!LoRA|vocab)[\w_]+))?(?:-(?P<Type>LoRA|vocab))?"
+        r"(?:-(?P<Shard>\d{5}-of-\d{5}))?\.gguf$"
+    )
+    files = export("pico", tmp_path, "q4_k_m")
+    match = pattern.match(files["q4_k_m"].name)
+    assert match
+    assert match["BaseName"] == "pico-DUS"
+    assert match["Encoding"] == "Q4_K_M"
+
+
+def test_aliases_point_to_the_files(pico, tmp_path, cli):
+    run = cli("gguf", pico, "-q", "q4_0", "-q", "q8_0", "-o", tmp_path, "--alias", "solar-dus")
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "solar-dus.gguf").resolve().name.endswith("-Q4_0.gguf")
+    assert (tmp_path / "solar-dus-q8_0.gguf").resolve().name.endswith("-Q8_0.gguf")
+    assert run.stdout.splitlines()[-1].strip().startswith("ollama create solar-dus -f ")
+    assert Path(run.stdout.splitlines()[-1].split(" -f ")[1]).is_file()
+    assert max(map(len, run.stdout.splitlines())) <= 80 + len(str(tmp_path))
+
+
+def test_an_export_imports_no_torch(pico, tmp_path):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.argv=['dus-edge','gguf',*sys.argv[1:]]\n"
+        "from dus_edge.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as e: assert not e.code, e.code\n"
+        "bad = {'torch', 'transformers', 'llama_cpp'} & set(sys.modules)\n"
+        "assert not bad, bad"
+    )
+    args = [sys.executable, "-c", code, str(pico), "-q", "q4_0", "-o", str(tmp_path)]
+    run = subprocess.run(args, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr

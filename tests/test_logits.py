@@ -1,0 +1,128 @@
+"""What the results compute: transformers and llama.cpp against the base with its layers copied."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import pytest
+
+from dus_edge import jobs
+from dus_edge.quant.recipe import PRESETS
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+#: Every form of model, as overrides of the smallest Llama.
+FORMS = {
+    "llama-gqa": {},
+    "llama-mha": {"num_key_value_heads": 4},
+    "llama-tied": {"tie_word_embeddings": True},
+    "llama-3": {"rope_scaling": LLAMA3_ROPE, "rope_theta": 500000.0},
+    "llama-3-tied-head-dim": {
+        "rope_scaling": LLAMA3_ROPE,
+        "tie_word_embeddings": True,
+        "head_dim": 32,
+    },
+    "llama-5-spelling": {
+        "rope_theta": ...,
+        "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 500000.0},
+    },
+    "llama-linear-rope": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "llama-yarn-rope": {
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "llama-biases": {"attention_bias": True, "mlp_bias": True},
+    "llama-old-config": {"rope_theta": ..., "num_key_value_heads": ..., "hidden_act": ...},
+    "mistral-v0.1": {**MISTRAL, "sliding_window": 4096},
+    "mistral-v0.3": {**MISTRAL, "sliding_window": None, "rope_theta": 1000000.0},
+    "mistral-head-dim": {**MISTRAL, "sliding_window": None, "head_dim": 32},
+}
+TOKENS = [1, *np.random.default_rng(7).integers(3, 4096, 47).tolist()]
+PLAN = "0:3,1:4"
+
+
+@pytest.fixture(params=FORMS)
+def base(request, make_checkpoint) -> Path:
+    # f32 weights: bf16 would hide differences of the size that is looked for.
+    return make_checkpoint(dtype="F32", **FORMS[request.param])
+
+
+def load(folder: Path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
+
+
+def log_probs(model) -> np.ndarray:
+    with torch.no_grad():
+        return torch.log_softmax(model(torch.tensor([TOKENS])).logits[0], -1).numpy()
+
+
+def deep_copied(model, sources):
+    """transformers' own model with its layers copied in order: the meaning of a plan."""
+    model = copy.deepcopy(model)
+    layers = [copy.deepcopy(model.model.layers[i]) for i in sources]
+    for i, layer in enumerate(layers):
+        layer.self_attn.layer_idx = i
+    model.model.layers = torch.nn.ModuleList(layers)
+    model.config.num_hidden_layers = len(layers)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[i] for i in sources]
+    return model
+
+
+def llama_log_probs(path: Path) -> np.ndarray:
+    model = llama_cpp.Llama(
+        str(path), n_ctx=64, logits_all=True, verbose=False, n_threads=1, n_gpu_layers=0
+    )
+    try:
+        model.eval(TOKENS)
+        logits = np.array(model.scores[: len(TOKENS)], np.float64)
+    finally:
+        model.close()
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def test_upscaled_checkpoint_is_the_base_with_its_layers_copied(base, tmp_path):
+    choose = jobs.plan_chooser(None, None, (PLAN,), True)
+    jobs.export_checkpoint(str(base), choose, tmp_path / "up")
+    expected = log_probs(deep_copied(load(base), (0, 1, 2, 1, 2, 3)))
+    np.testing.assert_array_equal(log_probs(load(tmp_path / "up")), expected)
+
+
+def test_gguf_computes_what_transformers_does(base, tmp_path):
+    choose = jobs.plan_chooser(None, None, (PLAN,), True)
+    jobs.export_checkpoint(str(base), choose, tmp_path / "up")
+    jobs.export_gguf(str(base), choose, [PRESETS["f32"]], tmp_path)
+    theirs = llama_log_probs(next(tmp_path.glob("*.gguf")))
+    assert np.abs(theirs - log_probs(load(tmp_path / "up"))).max() < 1e-3
+
+
+def test_an_upscaled_base_is_a_base_like_any_other(make_checkpoint, tmp_path):
+    """View of a view on disk: 4 → 6 → 10 layers equals the composed plan at once."""
+    base = make_checkpoint(dtype="F32")
+    once = jobs.plan_chooser(1, None, (), True)
+    jobs.export_checkpoint(str(base), once, tmp_path / "six")
+    jobs.export_checkpoint(str(tmp_path / "six"), once, tmp_path / "ten")
+    both = jobs.plan_chooser(None, None, ("0:3,1:4", "0:5,1:6"), True)
+    jobs.export_checkpoint(str(base), both, tmp_path / "composed")
+    weights = "model.safetensors"
+    assert (tmp_path / "ten" / weights).read_bytes() == (
+        tmp_path / "composed" / weights
+    ).read_bytes()
