@@ -34,7 +34,7 @@ help: ## List the targets.
 	  "DROP=$(DROP)" "layers dropped from each copy; empty: a quarter of them" \
 	  "OUT=$(OUT)" "folder of the results"
 
-gguf: $(VENV)/run.stamp ## Up-scale BASE; write a GGUF of preset QUANT and its Modelfile.
+gguf: $(VENV)/run.stamp ## Up-scale BASE to a GGUF of preset QUANT, with its Modelfile.
 	@$(BIN)/dus-edge gguf "$(BASE)" $(PLAN) $(foreach q,$(subst $(comma), ,$(QUANT)),-q $(q)) \
 	  -o "$(OUT)" --alias solar-dus --overwrite
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import math
+from collections import Counter
 from pathlib import Path
 
 import gguf as gguf_py
@@ -11,7 +13,13 @@ import numpy as np
 import pytest
 
 from dus_edge import jobs
-from dus_edge.quant.recipe import PRESETS
+from dus_edge.checkpoint.config import load_config, tensor_shapes, with_layers
+from dus_edge.export.gguf import model_shape
+from dus_edge.export.gguf_tensors import gguf_name
+from dus_edge.quant import ggml
+from dus_edge.quant.recipe import PRESETS, tensor_type
+from dus_edge.upscale.plan import from_drop
+from dus_edge.upscale.view import base_tensor_name
 
 SILENT = llama_cpp.llama_log_callback(lambda level, text, data: None)
 llama_cpp.llama_log_set(SILENT, ctypes.c_void_p(0))
@@ -91,6 +99,35 @@ def test_every_rule_is_llama_cpps(make_checkpoint, tmp_path, shape):
     base = make_checkpoint(**overrides)
     files = export(base, tmp_path / "out", *PRESETS, plan=plan)
     assert_same_as_llama_quantize(files, tmp_path)
+
+
+def test_a_tensor_is_quantized_once_per_type(make_checkpoint, tmp_path, monkeypatch):
+    """12 layers of 8: as many weights are quantized as there are (source, type) pairs."""
+    base = make_checkpoint(**SHAPES["gqa-256"])
+    done = Counter()
+    quantize = ggml.quantize
+
+    def counting(rows, kind, **options):
+        done[kind.name] += rows.size
+        return quantize(rows, kind, **options)
+
+    monkeypatch.setattr(ggml, "quantize", counting)
+    files = export(base, tmp_path, "q4_k_m", "q5_k_m")
+    written = Counter()
+    for path in files.values():
+        for tensor in gguf_py.GGUFReader(path).tensors:
+            written[tensor.tensor_type.name] += int(tensor.n_elements)
+    config = load_config(base / "config.json")
+    matrices = {n: math.prod(s) for n, s in tensor_shapes(config).items() if len(s) == 2}
+    plan, pairs = from_drop(8), set()
+    model = model_shape(with_layers(config, plan.sources))
+    for preset in ("q4_k_m", "q5_k_m"):
+        for name, shape in tensor_shapes(with_layers(config, plan.sources)).items():
+            kind = tensor_type(PRESETS[preset], gguf_name(name), shape, model)
+            if len(shape) == 2:
+                pairs.add((base_tensor_name(name, plan), kind.name))
+    assert sum(done.values()) == sum(matrices[name] for name, _ in pairs)
+    assert sum(done.values()) < 0.75 * sum(written.values())
 
 
 def test_bf16_does_not_pass_through_f16(make_checkpoint, tmp_path):

@@ -7,7 +7,6 @@ vocabulary-only GGUF file made of `vocab_metadata`.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import difflib
 import inspect
 import io
@@ -39,7 +38,7 @@ from tokenizers import (
 )
 
 from dus_edge.errors import CheckpointError, UnsupportedError
-from dus_edge.export import vocab_spm
+from dus_edge.export import vocab_special, vocab_spm
 from dus_edge.export.gguf_vocab import Vocab, read_vocab, vocab_metadata
 
 VOCAB_SIZE = 1400  # of the SentencePiece models
@@ -92,7 +91,8 @@ def sample_texts() -> list[str]:
         "The the THE tHe", "camelCaseString", "SCREAMING_SNAKE", "a\n\n\nb", "a \n b",
         "a  \n\n  b", "x\t\ty", "trailing\t", "trailing \n ", " \n", "\n ", "a\u2028b\u2029c",
         "\u1680\u180e\u202f\u205f", "1st 2nd 3rd", "²³¹", "x²+y²", "Ⅳ", "〇一二三", "۱۲۳", "१२३",
-        "½", "㍿", "ｶﾞﾊﾟ", "Ａｂｃ１２３", "…—–‘’“”", "</s", "<s", "s>", "< s >", "<unk", "[PAD",
+        "½", "㍿", "ｶﾞﾊﾟ", "Ａｂｃ１２３", "…—–‘’“”", "<s>", "</s>", "<unk>", "<0x0A>",
+        "[PAD1402]", "</s", "<s", "s>", "< s >", "<unk", "[PAD",
         "<0x0A", "<|", "|>", "<|eot", "[INST", "INST]",
     ]
     # fmt: on
@@ -148,15 +148,9 @@ class LlamaVocab:
         llama_cpp.llama_model_free(self._model)
 
 
-@llama_cpp.llama_log_callback
-def _no_log(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
-    pass
-
-
 @pytest.fixture(scope="session")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Vocab], LlamaVocab]]:
     """Load a vocabulary into llama.cpp by way of a GGUF file."""
-    llama_cpp.llama_log_set(_no_log, ctypes.c_void_p())
     loaded: list[LlamaVocab] = []
 
     def load_vocab(vocab: Vocab) -> LlamaVocab:
@@ -185,13 +179,6 @@ def write_gguf(vocab: Vocab, path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-
-
-def differences(
-    ours: Callable[[str], list[int]], theirs: Callable[[str], list[int]], texts: Iterable[str]
-) -> list[str]:
-    """The texts that two tokenizers cut differently."""
-    return [text for text in texts if ours(text) != theirs(text)]
 
 
 # -- source tokenizers --------------------------------------------------------------------------
@@ -334,7 +321,7 @@ class Case:
     size: int
     encode: Callable[[str, bool, bool], list[int]]  # text, add_special, parse_special
     special_texts: tuple[str, ...] = ()
-    #: Texts that llama.cpp is known to cut differently; `test_known_limits` shows why.
+    #: Texts that llama.cpp is known to cut differently, for reasons given at each predicate.
     excluded: Callable[[str, bool], bool] = lambda text, parse_special: False
 
 
@@ -670,7 +657,7 @@ def test_the_converters_scores_would_give_other_ids(
         != ours.encode(text, add_special=False, parse_special=False)
         for text in TEXTS
     )
-    assert wrong > 100
+    assert wrong > 50
     assert not vocab.notes
 
 
@@ -714,6 +701,15 @@ def test_added_tokens_of_sentencepiece_folders(cases: Any) -> None:
     assert len(rows) == 13 and rows[-1][0] == f"[PAD{VOCAB_SIZE + 12}]"
     assert vocab.flags == {"add_bos_token": True}
     assert vocab.special_ids == {"bos": 1, "eos": 2, "unk": 0}
+
+
+def test_folders_without_added_tokens_decoder_keep_their_own_specials(cases: Any) -> None:
+    _, vocab, _ = cases("spm-transformers-5")
+    kind = gguf.TokenType
+    assert vocab.token_types[:3] == [kind.UNKNOWN, kind.CONTROL, kind.CONTROL]
+    assert vocab.scores[:3] == [0.0] * 3
+    added = [kind.CONTROL, kind.CONTROL, kind.USER_DEFINED, kind.CONTROL]
+    assert vocab.token_types[VOCAB_SIZE : VOCAB_SIZE + 4] == added
 
 
 def test_fast_tokens_equal_the_converters(cases: Any) -> None:
@@ -778,9 +774,9 @@ def test_metadata_keys_types_and_order(cases: Any) -> None:
 
 def test_every_key_is_one_that_gguf_names() -> None:
     names = set(vars(gguf.Keys.Tokenizer).values())
-    kinds = "bos eos eot eom unk sep pad mask prefix suffix middle".split()
+    further = ("eot", "eom", "prefix", "suffix", "middle")
     flags = ("add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix")
-    ids = dict.fromkeys(kinds, 0)
+    ids = dict.fromkeys(vocab_special.KINDS + further, 0)
     vocab = Vocab("gpt2", "gpt-2", ["a"], [0.0], [1], ["a b"], ids, dict.fromkeys(flags, True), "T")
     assert {entry.key for entry in vocab_metadata(vocab)} <= names
 
@@ -853,6 +849,26 @@ def test_special_ids_from_the_less_usual_files(tmp_path: Path) -> None:
     assert vocab.flags == {"add_bos_token": False}
 
 
+def test_the_post_processor_outweighs_the_config(tmp_path: Path) -> None:
+    # As in the converter: the template is what transformers runs. (gguf 0.19 has it reversed.)
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}],
+        "pair": [],
+    }
+    tokenizer = tiny(added_tokens=[added(256, "<s>")], post_processor=template)
+    write_folder(tmp_path, tokenizer=tokenizer, tokenizer_config={"add_bos_token": False})
+    vocab = read_vocab(tmp_path, 257)
+    assert vocab.flags == {"add_bos_token": True} and vocab.special_ids == {"bos": 256}
+
+
+def test_a_flag_without_its_token_is_not_written_as_set(tmp_path: Path) -> None:
+    write_folder(tmp_path, tokenizer=TINY, tokenizer_config={"add_bos_token": True})
+    vocab = read_vocab(tmp_path, 256)
+    assert vocab.flags == {"add_bos_token": False}  # llama.cpp would add its default, token 11
+    assert any("no bos token" in note for note in vocab.notes)
+
+
 def test_a_template_that_ends_with_another_token_makes_eos_the_end_of_turn(tmp_path: Path) -> None:
     template = {
         "type": "TemplateProcessing",
@@ -873,7 +889,7 @@ def test_a_template_that_ends_with_another_token_makes_eos_the_end_of_turn(tmp_p
     write_folder(
         tmp_path,
         tokenizer=tiny(added_tokens=tokens, post_processor=template),
-        tokenizer_config={"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False},
+        tokenizer_config={"bos_token": "<s>", "eos_token": "</s>", "add_eos_token": True},
     )
     vocab = read_vocab(tmp_path, 260)
     theirs = gguf.SpecialVocab(tmp_path)
@@ -881,6 +897,119 @@ def test_a_template_that_ends_with_another_token_makes_eos_the_end_of_turn(tmp_p
     assert vocab.flags == {
         f"add_{kind}_token": value for kind, value in theirs.add_special_token.items()
     }
+
+
+# -- shapes of tokenizer.json -------------------------------------------------------------------
+
+
+def split(pattern: dict[str, str], behavior: str, invert: bool) -> dict[str, Any]:
+    """A pre-tokenizer of the Llama 3 kind."""
+    steps = [
+        {"type": "Split", "pattern": pattern, "behavior": behavior, "invert": invert},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+    ]
+    return {"type": "Sequence", "pretokenizers": steps}
+
+
+@pytest.mark.parametrize(
+    ("behavior", "invert", "pre"),
+    [("Isolated", False, "smaug-bpe"), ("Removed", True, "smaug-bpe"), ("Removed", False, None)],
+)
+def test_spellings_of_one_split(
+    tmp_path: Path, behavior: str, invert: bool, pre: str | None
+) -> None:
+    tokenizer = tiny(pre_tokenizer=split({"Regex": LLAMA3}, behavior, invert))
+    write_folder(tmp_path, tokenizer=tokenizer)
+    if pre is None:
+        with pytest.raises(UnsupportedError, match="removed"):
+            read_vocab(tmp_path, 256)
+        return
+    assert read_vocab(tmp_path, 256).pre == pre
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "prefix", "n_notes"),
+    [
+        ({"normalizer": REPLACE, "pre_tokenizer": None}, False, 0),
+        (
+            {
+                "normalizer": REPLACE,
+                "pre_tokenizer": {
+                    "type": "Split",
+                    "pattern": {"String": " "},
+                    "behavior": "MergedWithPrevious",
+                },
+            },
+            False,
+            0,
+        ),
+        (
+            {
+                "normalizer": {
+                    "type": "Sequence",
+                    "normalizers": [{"type": "Prepend", "prepend": "▁"}, REPLACE],
+                },
+                "pre_tokenizer": None,
+            },
+            True,
+            0,
+        ),
+        (
+            {"pre_tokenizer": {"type": "Metaspace", "add_prefix_space": True, "split": False}},
+            True,
+            1,
+        ),
+        ({"pre_tokenizer": {"type": "Metaspace", "add_prefix_space": False}}, False, 1),
+        ({"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "never"}}, False, 1),
+        ({"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "first"}}, True, 3),
+    ],
+)
+def test_shapes_of_the_space_prefix(
+    tmp_path: Path, shape: dict[str, Any], prefix: bool, n_notes: int
+) -> None:
+    vocab = {f"<0x{i:02X}>": i for i in range(256)}
+    for text in ("▁", "a", "▁▁"):  # the last needs merging across words
+        vocab[text] = len(vocab)
+    model = {"vocab": vocab, "merges": ["▁ ▁"]}
+    read = read_vocab(write_folder(tmp_path, tokenizer=fallback(model=model, **shape)), 260)
+    assert read.flags.get("add_space_prefix", True) is prefix
+    assert len(read.notes) == n_notes
+
+
+def test_the_config_decides_on_the_space_prefix(tmp_path: Path) -> None:
+    config = {"add_prefix_space": False}
+    write_folder(tmp_path, tokenizer=fallback(), tokenizer_config=config)
+    assert read_vocab(tmp_path, 260).flags["add_space_prefix"] is False
+
+
+@pytest.mark.parametrize(
+    ("files", "adds"),
+    [
+        ({}, False),
+        ({"tokenizer_config": {"tokenizer_class": "LlamaTokenizerFast"}}, None),
+        ({"tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast"}}, False),
+        ({"tokenizer_config": {"add_bos_token": True}}, True),
+    ],
+)
+def test_bos_of_folders_without_a_template(
+    tmp_path: Path, files: dict[str, Any], adds: bool | None
+) -> None:
+    write_folder(tmp_path, tokenizer=fallback(), **files)
+    assert read_vocab(tmp_path, 260).flags.get("add_bos_token") is adds
+
+
+def test_merges_may_be_strings_or_pairs(tmp_path: Path) -> None:
+    for merges in (["a b", "ab c"], [["a", "b"], ["ab", "c"]]):
+        write_folder(tmp_path, tokenizer=tiny(model={"merges": merges}))
+        assert read_vocab(tmp_path, 256).merges == ["a b", "ab c"]
+
+
+def test_tokens_that_swallow_spaces_carry_a_note(tmp_path: Path) -> None:
+    write_folder(tmp_path, tokenizer=tiny(added_tokens=[added(256, "<s>") | {"rstrip": True}]))
+    assert any("'<s>' swallow spaces" in note for note in read_vocab(tmp_path, 257).notes)
 
 
 # -- refusals -----------------------------------------------------------------------------------

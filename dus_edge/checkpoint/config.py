@@ -23,6 +23,16 @@ _MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 PER_LAYER_LISTS = ("layer_types",)
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+_ROPE_NEEDS = {
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -87,7 +97,7 @@ def load_config(path: Path) -> ModelConfig:
         raise CheckpointError(
             f"{path} is missing; a checkpoint folder holds config.json beside its safetensors."
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (OSError, ValueError, RecursionError) as e:  # ValueError: no UTF-8, or no JSON
         raise CheckpointError(f"{path} cannot be read as JSON ({e}); fetch it again.") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} is not a JSON object; fetch it again.")
@@ -98,7 +108,8 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     """Turn the JSON of a `config.json` into a `ModelConfig`; see `load_config` for errors."""
     architecture = _architecture(raw, where)
     if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "some method")
+        details = raw["quantization_config"]
+        method = details.get("quant_method") if isinstance(details, dict) else details
         raise UnsupportedError(
             f"{where}: the weights are already quantized ({method}); "
             "start from the bf16, f16 or f32 checkpoint instead."
@@ -125,9 +136,10 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     head_dim = read.positive("head_dim", hidden // n_heads)
     if head_dim % 2:
         raise CheckpointError(f"{where}: head_dim is {head_dim}; rotary embeddings need it even.")
-    window = raw.get("sliding_window") if architecture == "MistralForCausalLM" else None
-    if architecture == "MistralForCausalLM" and "sliding_window" not in raw:
-        window = 4096  # transformers' default for a config that leaves it out
+    window = None
+    if architecture == "MistralForCausalLM" and raw.get("sliding_window", 0) is not None:
+        # null means none; left out, it is transformers' default
+        window = read.positive("sliding_window", 4096)
     n_layers = read.positive("num_hidden_layers")
     for key in PER_LAYER_LISTS:
         if isinstance(raw.get(key), list) and len(raw[key]) != n_layers:
@@ -216,7 +228,10 @@ def _default_kv_heads(architecture: str, n_heads: int) -> int:
 
 def _rope(raw: Mapping[str, Any], where: str) -> Rope:
     """Rope of either spelling; transformers 5 keeps theta inside `rope_parameters`."""
-    params = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    params = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(params, dict):
+        raise CheckpointError(f"{where}: the rope parameters are {params!r}, not a JSON object.")
+    params = dict(params)
     kind = str(params.pop("rope_type", None) or params.pop("type", None) or "default").lower()
     params.pop("type", None)
     theta = params.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
@@ -224,11 +239,15 @@ def _rope(raw: Mapping[str, Any], where: str) -> Rope:
         raise UnsupportedError(
             f"{where}: rope type {kind!r} is not supported; known are {', '.join(ROPE_TYPES)}."
         )
-    if kind in ("linear", "yarn", "llama3") and not isinstance(params.get("factor"), int | float):
-        raise CheckpointError(f"{where}: rope type {kind!r} needs a numeric 'factor'.")
+    for key in _ROPE_NEEDS.get(kind, ()):
+        value = params.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+            raise CheckpointError(
+                f"{where}: rope type {kind!r} needs a positive number {key!r}, not {value!r}."
+            )
     if params.get("partial_rotary_factor", 1) not in (None, 1):
         raise UnsupportedError(f"{where}: partial rotary embeddings are not supported.")
-    if not isinstance(theta, int | float) or theta <= 0:
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < 1e30:
         raise CheckpointError(f"{where}: rope_theta is {theta!r}; a positive number is needed.")
     return Rope(float(theta), kind, params)
 
@@ -245,7 +264,7 @@ class _Fields:
         value = default if value is None else value
         if value is None:
             raise CheckpointError(f"{self.where}: the field {key} is missing.")
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
             raise CheckpointError(
                 f"{self.where}: {key} is {value!r}; a positive whole number is needed."
             )

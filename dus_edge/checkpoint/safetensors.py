@@ -62,7 +62,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         blob = f.read(length)
     try:
         header = json.loads(blob)
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # also what is no UTF-8
         raise CheckpointError(f"{path}: the header is not JSON ({e}); fetch it again.") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is not a JSON object; fetch it again.")
@@ -80,10 +80,11 @@ def _entry(path: Path, name: str, entry: object, data_start: int, size: int) -> 
     where = f"{path}: tensor {name}"
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[index]
-        numbers_ok = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        sound = isinstance(dtype, str) and isinstance(shape, list)
+        sound = sound and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
-        numbers_ok = False
-    if not numbers_ok:
+        sound = False
+    if not sound:
         raise CheckpointError(f"{where} has no sound dtype, shape and data_offsets in the header.")
     if begin > end or data_start + end > size:
         raise CheckpointError(
@@ -163,7 +164,7 @@ def _read_index(index: Path) -> dict[str, str]:
             raise ValueError("weight_map is empty")
         if not all(isinstance(v, str) for v in weight_map.values()):
             raise ValueError("weight_map holds something other than file names")
-    except (OSError, KeyError, TypeError, ValueError) as e:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{index} is no index of shards ({e}); fetch it again.") from None
     for name, file in weight_map.items():
         if not is_plain_name(file):

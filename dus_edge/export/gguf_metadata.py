@@ -81,7 +81,7 @@ def _general(
     generation = _read_json(source.folder / "generation_config.json")
     for field, key, kind in _SAMPLING:
         value = generation.get(field)
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9:
             yield KeyValue(key, int(value) if kind is Kind.INT32 else float(value), kind)
     yield _text("general.name", name.title)
     yield _text("general.version", name.version)

@@ -85,9 +85,8 @@ def rope_factors(config: ModelConfig) -> np.ndarray | None:
     if config.rope.kind != "llama3":
         return None
     p = config.rope.params
-    factor = float(p["factor"])
-    low, high = float(p.get("low_freq_factor", 1.0)), float(p.get("high_freq_factor", 4.0))
-    original = float(p.get("original_max_position_embeddings", 8192))
+    factor, low, high = (float(p[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    original = float(p["original_max_position_embeddings"])
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     wavelengths = 2 * math.pi * np.power(np.float32(config.rope.theta), exponents)
     factors = np.empty_like(exponents)

@@ -52,9 +52,15 @@ def is_sentencepiece(path: Path) -> bool:
     """Whether `path` begins as a SentencePiece model does.
 
     Llama 3 folders may hold a tiktoken table (base64 text) under the name ``tokenizer.model``.
+
+    Raises:
+        CheckpointError: the file cannot be read.
     """
-    with path.open("rb") as file:
-        return file.read(1) == b"\n"  # field 1 (pieces), length-delimited
+    try:
+        with path.open("rb") as file:
+            return file.read(1) == b"\n"  # field 1 (pieces), length-delimited
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
 
 
 def read_model(path: Path) -> SentencePieceModel:
@@ -98,6 +104,8 @@ def spm_table(files: TokenizerFiles, model: SentencePieceModel, vocab_size: int)
             files.folder / "added_tokens.json",
         )
     added, added_path = added_tokens(files)
+    if not files.added_decoder:  # tokenizer.json repeats <unk>, <s> and </s>: leave them as found
+        added = tuple(token for token in added if not _is_own_special(model, token))
     table.add(added, added_path)
     table.check()
     return table
@@ -135,6 +143,13 @@ def spm_notes(model: SentencePieceModel, space_prefix: bool) -> list[str]:
     if any(piece.type == UNUSED for piece in model.pieces):
         notes.append("tokenizer.model has unused pieces; llama.cpp may form them nevertheless.")
     return notes
+
+
+def _is_own_special(model: SentencePieceModel, token: AddedToken) -> bool:
+    if token.id >= len(model.pieces):
+        return False
+    piece = model.pieces[token.id]
+    return piece.text == token.content and piece.type in (UNKNOWN, CONTROL)
 
 
 def _check_kind(model: SentencePieceModel, path: Path) -> None:

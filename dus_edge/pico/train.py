@@ -56,10 +56,10 @@ class Recipe:
     late_library_share: float = 0.75
     late_from: float = 0.5
     split_rate: float = 0.015
-    upscaled_every: int = 4
-    upscaled_from: float = 0.0
+    upscaled_every: int = 8
+    upscaled_from: float = 0.6
     save_minutes: float = 3.0
-    eval_minutes: float = 5.0
+    eval_minutes: float = 4.0
     compile: bool = True
 
 
