@@ -45,7 +45,7 @@ modelfiles: $(VENV)/run.stamp ## Render modelfiles/ anew.
 	@$(BIN)/dus-edge modelfile --tracked modelfiles
 
 test: $(VENV)/test.stamp ## Run the tests.
-	@$(BIN)/python -m pytest -n auto $(TESTS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)
 
 lint: $(VENV)/test.stamp ## Check style.
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -177,9 +177,8 @@ def gguf(
         bits = 8 * output.nbytes / result.model.n_parameters
         click.echo(f"{output.path}")
         click.echo(f"  {_size(output.nbytes)}, {bits:.2f} bits per weight")
-    if verbose:
-        for note in result.notes:
-            click.echo(f"note: {note}")
+    for note in result.notes:
+        click.echo(click.wrap_text(f"note: {note}", 80, subsequent_indent="  "))
     click.echo(f"Done in {_seconds(result.seconds)}. Now run it:")
     for output in result.outputs:
         click.echo(f"  ollama create {model} -f {output.modelfile}")

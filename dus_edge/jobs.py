@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,12 +43,12 @@ class Model:
     base_config: ModelConfig
     plan: DepthPlan
 
-    @property
+    @cached_property
     def config(self) -> ModelConfig:
         """Configuration of the result."""
         return with_layers(self.base_config, self.plan.sources)
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the result's tensors."""
         return tensor_shapes(self.config)
@@ -116,11 +117,29 @@ def plan_chooser(
     )
 
 
-def find_model(base: str, choose: ChoosePlan, *, weights: bool, say: Say) -> Model:
-    """Resolve a base and its plan; a hub base's weights are fetched only if both are sound."""
+def find_model(
+    base: str,
+    choose: ChoosePlan,
+    *,
+    weights: bool,
+    say: Say,
+    early: Callable[[Path, ModelConfig], object] = lambda folder, config: None,
+) -> Model:
+    """Resolve a base and its plan.
+
+    Args:
+        base: folder, hub id or the built-in base's name.
+        choose: gives the plan for a base's depth.
+        weights: whether the weights are wanted.
+        say: takes lines for the user.
+        early: a check that the small files are enough for. Like configuration and plan it comes
+            before a hub base's gigabytes are fetched.
+    """
 
     def check(folder: Path) -> None:
-        choose(load_config(folder / "config.json").n_layers)
+        config = load_config(folder / "config.json")
+        choose(config.n_layers)
+        early(folder, config)
 
     source = resolve_base(base, weights=weights, on_config=check, progress=say)
     config = load_config(source.folder / "config.json")
@@ -160,7 +179,13 @@ def export_gguf(
 
     start = time.monotonic()
     ggml.library()  # a missing library is met before any work
-    model = find_model(base, choose, weights=True, say=say)
+    model = find_model(
+        base,
+        choose,
+        weights=True,
+        say=say,
+        early=lambda folder, config: read_vocab(folder, config.vocab_size),
+    )
     checkpoint = model.open()
     vocab = read_vocab(model.source.folder, model.config.vocab_size)
     metadata = build_metadata(model.config, model.source, model.name, model.plan, vocab)

@@ -1,4 +1,4 @@
-"""Fixtures that several test modules share: random checkpoints of any shape, and the built-in base."""
+"""Fixtures that several test modules share: random checkpoints of any shape, pico, the CLI."""
 
 from __future__ import annotations
 

@@ -109,10 +109,8 @@ def _general(
 
 def _base_models(source: Source, plan: DepthPlan) -> Iterator[KeyValue]:
     """The source itself if it was up-scaled; else what the source's card names."""
-    if plan.is_identity:
-        names = read_base_models(source.folder)
-    else:
-        names = [source.repo_id or source.name]
+    itself = [source.repo_id or source.name]
+    names = read_base_models(source.folder) if plan.is_identity else itself
     if not names:
         return
     yield _u32("general.base_model.count", len(names))

@@ -8,13 +8,16 @@ tokenizers. It differs where the converter's result gives other ids than the sou
 - added tokens of folders that transformers 5 saved are found (`vocab_spm.added_tokens`);
 - scores of tokenizers that exist as ``tokenizer.json`` only follow the merges
   (`vocab_bpe.byte_fallback_table`), and their vocabulary is padded to the embedding;
+- special added tokens are CONTROL there whether or not ``tokenizer_config.json`` names them;
 - user-defined pieces of SentencePiece models stay whole (`vocab_spm`);
 - ``add_dummy_prefix = false`` of a SentencePiece model is kept;
 - ``add_bos_token`` is written as false where llama.cpp would add one unasked;
+- special ids that only further files name are found (`vocab_special`);
 - more tokens than the embedding has rows are refused, not dropped.
 
 Limits that are llama.cpp's own are listed in `Vocab.notes`. One has no note because every
-byte-level tokenizer has it: regular expressions there may know other Unicode versions.
+byte-level tokenizer has it: llama.cpp sorts characters into letters, digits, … by Unicode 15.1,
+the tokenizers library of today by Unicode 16, so words in the scripts new in 16 split otherwise.
 """
 
 from __future__ import annotations

@@ -125,16 +125,12 @@ def render_jinja(
     sandbox, and whatever it raises counts as a refusal.
     """
     try:
-        text = (
-            _environment()
-            .from_string(jinja_template)
-            .render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **special_tokens,
-            )
+        text = _compiled(jinja_template).render(
+            messages=[dict(message) for message in messages],
+            tools=None,
+            documents=None,
+            add_generation_prompt=True,
+            **special_tokens,
         )
     except Exception:  # see above
         return None
