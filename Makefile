@@ -30,7 +30,7 @@ help: ## List the targets.
 	@echo "Variables, as they are now:"
 	@printf '  %-16s %s\n' \
 	  "QUANT=$(QUANT)" "preset, or several: QUANT=q4_k_m,q8_0" \
-	  "BASE=$(BASE)" "folder, hub id (org/name@rev), or pico, the built-in base" \
+	  "BASE=$(BASE)" "folder, hub id (org/name@rev) or pico, built in" \
 	  "DROP=$(DROP)" "layers dropped from each copy; empty: a quarter of them" \
 	  "OUT=$(OUT)" "folder of the results"
 
@@ -38,7 +38,7 @@ gguf: $(VENV)/run.stamp ## Up-scale BASE to a GGUF of preset QUANT, with its Mod
 	@$(BIN)/dus-edge gguf "$(BASE)" $(PLAN) $(foreach q,$(subst $(comma), ,$(QUANT)),-q $(q)) \
 	  -o "$(OUT)" --alias solar-dus --overwrite
 
-upscale: $(VENV)/run.stamp ## Up-scale BASE into a Hugging Face checkpoint in OUT/checkpoint.
+upscale: $(VENV)/run.stamp ## Up-scale BASE to a transformers checkpoint, OUT/checkpoint.
 	@$(BIN)/dus-edge upscale "$(BASE)" $(PLAN) -o "$(OUT)/checkpoint" --overwrite
 
 modelfiles: $(VENV)/run.stamp ## Render modelfiles/ anew.

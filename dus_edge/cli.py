@@ -180,8 +180,9 @@ def gguf(
     for note in result.notes:
         click.echo(click.wrap_text(f"note: {note}", 80, subsequent_indent="  "))
     click.echo(f"Done in {_seconds(result.seconds)}. Now run it:")
-    for output in result.outputs:
-        click.echo(f"  ollama create {model} -f {output.modelfile}")
+    for i, output in enumerate(result.outputs):
+        tag = f":{output.preset}" if i else ""
+        click.echo(f"  ollama create {model}{tag} -f {output.modelfile}")
 
 
 @cli.command()

@@ -28,14 +28,14 @@ def format_bytes(n: float) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder if need be and see that files can be made in it.
+    """See that files can be made in a folder, or that the folder can be made.
 
     Raises:
-        OutputError: it cannot be made or written to.
+        OutputError: neither is so.
     """
+    nearest = _nearest(folder)
+    probe = nearest / f".dus-edge-{os.getpid()}{PARTIAL}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".dus-edge-{os.getpid()}{PARTIAL}"
         probe.touch()
         probe.unlink()
     except OSError as e:
@@ -48,7 +48,7 @@ def check_free_space(folder: Path, needed: int) -> None:
     Raises:
         OutputError: they do not.
     """
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(_nearest(folder)).free
     if needed > free:
         raise OutputError(
             f"{folder}: {format_bytes(needed)} are needed and {format_bytes(free)} are free; "
@@ -84,8 +84,10 @@ def output_files(sizes: Sequence[tuple[Path, int]]) -> Iterator[list[int]]:
     """
     partials = [path.with_name(path.name + PARTIAL) for path, _ in sizes]
     fds: list[int] = []
+    made: list[Path] = []
     try:
         for partial, (_, size) in zip(partials, sizes, strict=True):
+            made += _make_folder(partial.parent)
             fds.append(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644))
             _reserve(fds[-1], size)
         yield fds
@@ -99,7 +101,11 @@ def output_files(sizes: Sequence[tuple[Path, int]]) -> Iterator[list[int]]:
             with contextlib.suppress(OSError):
                 os.close(fd)
         for partial in partials:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         if isinstance(e, OSError):
             raise _refused(sizes[0][0], e) from None
         raise
@@ -162,10 +168,11 @@ def output_folder(folder: Path, overwrite: bool, replaceable: Sequence[str]) -> 
         OutputError: it exists, holds other things, or cannot be written. Nothing is left behind.
     """
     check_replaceable(folder, overwrite, replaceable)
-    check_writable(folder.parent)
     partial = folder.with_name(folder.name + PARTIAL)
     aside = folder.with_name(folder.name + ".replaced" + PARTIAL)
+    made: list[Path] = []
     try:
+        made = _make_folder(partial.parent)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
@@ -177,6 +184,9 @@ def output_folder(folder: Path, overwrite: bool, replaceable: Sequence[str]) -> 
         shutil.rmtree(partial, ignore_errors=True)
         if aside.is_dir() and not folder.exists():
             aside.rename(folder)
+        for parent in reversed(made):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
         if isinstance(e, OSError):
             raise _refused(folder, e) from None
         raise
@@ -197,6 +207,19 @@ def check_replaceable(folder: Path, overwrite: bool, replaceable: Sequence[str])
                 f"{folder} holds {entry.name}, which is no part of a checkpoint; "
                 "it is not replaced, choose another folder with -o."
             )
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder itself or the closest of its parents that exists."""
+    folder = folder.absolute()
+    return next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+
+
+def _make_folder(folder: Path) -> list[Path]:
+    """Make a folder and its parents; the ones that were not there, outermost first."""
+    missing = [p for p in (folder, *folder.parents) if not p.exists()][::-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
 
 
 def _reserve(fd: int, size: int) -> None:

@@ -199,7 +199,7 @@ def export_gguf(
     facts = model_facts(model, vocab)
     texts = [render_facts(facts, f"./{f.path.name}") for f in files]
     say(describe(model))
-    with progress("Quantizing", gguf.total_work(checkpoint, files), unit="W") as tick:
+    with progress("Quantizing", gguf.total_work(checkpoint, files), unit="weights") as tick:
         gguf.write_files(
             checkpoint,
             files,

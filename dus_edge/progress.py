@@ -20,7 +20,7 @@ def progress(title: str, total: int, *, unit: str = "B") -> Iterator[Advance]:
     Args:
         title: what is being done, a few words.
         total: amount of work.
-        unit: of the amount: ``B`` for bytes, ``W`` for weights.
+        unit: of the amount: ``B`` for bytes, or a plural such as ``weights``.
 
     Yields:
         A function to be told of every amount done.
@@ -41,7 +41,8 @@ def format_rate(amount: float, seconds: float, unit: str) -> str:
             break
         rate /= 1000
     digits = 0 if rate >= 100 else 1
-    return f"{rate:.{digits}f} {prefix}B/s" if unit == "B" else f"{rate:.{digits}f} {prefix}W/s"
+    gap = "" if unit == "B" else " " if prefix else ""
+    return f"{rate:.{digits}f} {prefix}{gap}{unit}/s"
 
 
 def format_time(seconds: float) -> str:

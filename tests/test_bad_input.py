@@ -264,7 +264,16 @@ def test_spoiled_shards(make_checkpoint, tmp_path, run_job, spoil):
     spoil(base)
     with pytest.raises(DusEdgeError, match=SPOILED_SHARDS[spoil]):
         run_job("gguf", base, tmp_path / "out")
-    assert not list((tmp_path / "out").glob("*"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_left_of_a_first_export_that_fails(make_checkpoint, tmp_path, run_job):
+    base = make_checkpoint()
+    not_a_number(base)
+    for job in ("gguf", "upscale"):
+        with pytest.raises(DusEdgeError, match="is NaN"):
+            run_job(job, base, tmp_path / "deep" / "er" / "out")
+        assert not (tmp_path / "deep").exists()
 
 
 def test_nonfinite_weights_can_be_allowed(make_checkpoint, tmp_path, run_job):
@@ -411,4 +420,4 @@ def test_interrupted(tmp_path):
     assert run.returncode == 130
     assert "interrupted" in err
     assert "Traceback" not in err
-    assert not list(out.glob("*"))
+    assert not out.exists()

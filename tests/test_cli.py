@@ -132,7 +132,8 @@ def test_plain_progress_has_rate_and_time(cli, tmp_path):
     run = cli("gguf", "pico", "-q", "q8_0", "-o", tmp_path)
     last = run.stderr.splitlines()[-1]
     assert last.startswith("Quantizing: 100%")
-    assert "W/s" in last
+    assert "M weights/s" in last
+    assert "took 0:0" in last
 
 
 def test_make_alone_lists_the_targets():

@@ -80,7 +80,7 @@ def test_licence_is_carried_over(make_checkpoint, tmp_path, front, said):
     from dus_edge.checkpoint.card import read_licence
 
     expected = front.removeprefix("license: ") if front.startswith("license") else None
-    assert read_licence(tmp_path / "up") in (expected, "unknown")
+    assert read_licence(tmp_path / "up") == expected
 
 
 def test_view_reads_any_rows(make_checkpoint):

@@ -20,6 +20,7 @@ from dus_edge.export.gguf import chunks
 from dus_edge.files import (
     check_free_space,
     check_replaceable,
+    check_writable,
     output_files,
     output_folder,
     pwrite_all,
@@ -116,8 +117,8 @@ def check_outputs(checkpoint: Checkpoint, folder: Path, overwrite: bool) -> None
     if folder.resolve() == checkpoint.source.folder.resolve():
         raise OutputError(f"{folder} is the source itself; choose another folder with -o.")
     check_replaceable(folder, overwrite, REPLACEABLE)
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    check_free_space(existing, sum(s.nbytes for s in checkpoint.specs().values()))
+    check_writable(folder.parent)
+    check_free_space(folder, sum(s.nbytes for s in checkpoint.specs().values()))
 
 
 def write_checkpoint(

@@ -20,8 +20,16 @@ import torch
 
 from dus_edge.pico import corpus, evaluate
 from dus_edge.pico.batches import Stream
+from dus_edge.pico.card import Run, model_card
 from dus_edge.pico.model import Pico, PicoConfig, initialise, upscaled_plan
 from dus_edge.pico.optim import Muon
+from dus_edge.pico.package import (
+    Scores,
+    continue_text,
+    round_to_bf16,
+    score,
+    write_checkpoint,
+)
 from dus_edge.pico.parallel import accumulate, make_pool, mean_loss
 from dus_edge.pico.tokenizer import (
     encode_documents,
@@ -33,6 +41,8 @@ from dus_edge.pico.tokenizer import (
 
 PUBLISHED_M = 2
 """Layers dropped at each seam in the up-scaling which the card reports (8 -> 12)."""
+
+SAMPLE_PROMPTS = ("def __init__(self", "import os\nimport ", "for i in range(")
 
 
 @dataclass(frozen=True)
@@ -224,12 +234,15 @@ def save_state(path: Path, model: Pico, optimisers: list, progress: Progress) ->
 
 
 def load_state(path: Path, model: Pico, optimisers: list) -> Progress:
-    """Load a checkpoint of :func:`save_state`; a fresh :class:`Progress` if there is none."""
+    """Load a checkpoint of :func:`save_state`; a fresh :class:`Progress` if there is none.
+
+    Without optimisers only the weights are loaded.
+    """
     if not path.exists():
         return Progress()
     state = torch.load(path, weights_only=True)
     model.load_state_dict(state["model"])
-    for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+    for optimiser, saved in zip(optimisers, state["optimisers"], strict=bool(optimisers)):
         optimiser.load_state_dict(saved)
     return Progress(**state["progress"])
 
@@ -240,6 +253,49 @@ def log_point(path: Path, **point: float | int | None) -> None:
     with path.open("a", encoding="utf-8") as log:
         log.write(line + "\n")
     print("  ".join(f"{key} {value}" for key, value in point.items()), flush=True)
+
+
+def mean_bits(losses: list[float]) -> float | None:
+    """Return the mean of nats in bits, leaving out nan; None if nothing is left."""
+    real = [loss for loss in losses if not math.isnan(loss)]
+    return round(float(np.mean(real)) / math.log(2), 4) if real else None
+
+
+def finish(out: Path, recipe: Recipe, command: str, history: str) -> Scores:
+    """Score the run in ``out`` and write its checkpoint with card to ``out/model``."""
+    split = corpus.load_split()
+    tokenizer = (out / "tokenizer.model").read_bytes()
+    model = Pico(PicoConfig())
+    progress = load_state(out / "state.pt", model, [])
+    round_to_bf16(model)
+    with make_pool(recipe.threads) as pool:
+        scores = score(model, split, tokenizer, pool)
+    plan = upscaled_plan(model.config.layers, PUBLISHED_M)
+    samples = [
+        (f"{kind}, prompt {prompt!r}", continue_text(model, tokenizer, prompt, 60, layers))
+        for kind, layers in (("8 layers", None), ("12 layers", plan))
+        for prompt in SAMPLE_PROMPTS
+    ]
+    run = Run(
+        steps=progress.step,
+        tokens=progress.tokens,
+        minutes=progress.seconds / 60.0,
+        parameters=sum(weight.numel() for weight in model.parameters()),
+        command=command,
+        history=history,
+    )
+    folder = out / "model"
+    write_checkpoint(folder, model, tokenizer)
+    card = model_card(split, scores, run, recipe, samples)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    log_point(
+        out / "training.jsonl",
+        step=progress.step,
+        tokens=progress.tokens,
+        minutes=round(progress.seconds / 60.0, 2),
+        **{f"heldout_{name}_bits_per_byte": round(n, 4) for name, n in asdict(scores).items()},
+    )
+    return scores
 
 
 def train(out: Path, recipe: Recipe) -> tuple[Pico, Progress]:
@@ -301,16 +357,11 @@ def train(out: Path, recipe: Recipe) -> tuple[Pico, Progress]:
     return model, progress
 
 
-def mean_bits(losses: list[float]) -> float | None:
-    """Return the mean of nats in bits, leaving out nan; None if nothing is left."""
-    real = [loss for loss in losses if not math.isnan(loss)]
-    return round(float(np.mean(real)) / math.log(2), 4) if real else None
-
-
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m dus_edge.pico.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--history", default="", help="a sentence on the run, for the card")
     defaults = Recipe()
     for name in ("minutes", "muon_lr", "adam_lr", "upscaled_from", "eval_minutes"):
         flag = "--" + name.replace("_", "-")
@@ -326,7 +377,11 @@ def main() -> None:
     arguments = vars(parse_arguments())
     out = arguments.pop("out")
     out.mkdir(parents=True, exist_ok=True)
-    train(out, Recipe(**arguments))
+    history = arguments.pop("history")
+    recipe = Recipe(**arguments)
+    train(out, recipe)
+    command = f"python -m dus_edge.pico.train --out DIR --minutes {recipe.minutes:g}"
+    finish(out, recipe, command, history)
 
 
 if __name__ == "__main__":
