@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dus_edge.errors import DusEdgeError
+from dus_edge.jobs import render_tracked
 from dus_edge.ollama import chat
 from dus_edge.ollama.grammar import (
     Command,
@@ -23,7 +24,8 @@ from dus_edge.ollama.modelfile import (
     licence_text,
     render_modelfile,
 )
-from dus_edge.ollama.tracked import TRACKED_PRESETS, tracked_modelfiles, write_tracked
+from dus_edge.ollama.tracked import tracked_modelfiles
+from dus_edge.quant.recipe import PRESETS
 
 TRACKED = Path(__file__).parent.parent / "modelfiles"
 
@@ -372,13 +374,13 @@ def test_tracked_files_are_what_we_render():
 
 
 def test_write_tracked(tmp_path):
-    paths = write_tracked(tmp_path / "modelfiles")
+    paths = render_tracked(tmp_path / "modelfiles")
     assert {path.name: path.read_bytes().decode() for path in paths} == tracked_modelfiles()
 
 
 def test_tracked_set():
     texts = tracked_modelfiles()
-    names = {"solar", "solar-instruct", *(f"solar-{preset}" for preset in TRACKED_PRESETS)}
+    names = {"solar", "solar-instruct", *(f"solar-{preset}" for preset in PRESETS)}
     assert set(texts) == names
     for name, text in texts.items():
         commands = parsed(text)

@@ -1,7 +1,5 @@
 """The Modelfiles that the repository keeps in `modelfiles/`, one per preset and two more."""
 
-from pathlib import Path
-
 from dus_edge.ollama import chat
 from dus_edge.ollama.modelfile import (
     NUM_CTX_CAP,
@@ -58,14 +56,3 @@ def tracked_modelfiles() -> dict[str, str]:
         title = f"The depth-up-scaled model in {preset.upper()}."
         texts[f"solar-{preset}"] = completion(f"solar-{preset}", f"solar-dus-{preset}.gguf", title)
     return texts
-
-
-def write_tracked(folder: Path) -> list[Path]:
-    """Write the tracked Modelfiles into `folder`; their paths in order of name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, text in sorted(tracked_modelfiles().items()):
-        path = folder / name
-        path.write_text(text, encoding="utf-8", newline="\n")
-        paths.append(path)
-    return paths
