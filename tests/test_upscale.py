@@ -61,6 +61,16 @@ def test_config_is_the_bases_but_for_the_depth(make_checkpoint, tmp_path):
     assert new == old
 
 
+def test_transformers_5_configs_are_written_for_4_too():
+    rope = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 500000.0}
+    config = hf.both_spellings({"rope_parameters": rope, "dtype": "bfloat16"})
+    assert config["rope_theta"] == 500000.0
+    assert config["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
+    assert config["torch_dtype"] == "bfloat16"
+    old = {"rope_theta": 1e6, "rope_scaling": None, "torch_dtype": "float16"}
+    assert hf.both_spellings(old) == old
+
+
 @pytest.mark.parametrize(
     ("front", "said"),
     [

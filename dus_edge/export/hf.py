@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dus_edge.checkpoint.safetensors import INDEX, SINGLE
 from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
@@ -207,8 +208,27 @@ def _write_small_files(checkpoint: Checkpoint, folder: Path, card: str) -> None:
             shutil.copyfile(source / name, folder / name)
     if (source / "additional_chat_templates").is_dir():
         shutil.copytree(source / "additional_chat_templates", folder / "additional_chat_templates")
-    _write_json(folder / "config.json", checkpoint.config.raw)
+    _write_json(folder / "config.json", both_spellings(checkpoint.config.raw))
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def both_spellings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that transformers 4 and 5 read alike.
+
+    transformers 4 does not know `rope_parameters` and `dtype`: it would silently take
+    rope_theta for 10,000 and the weights for float32. transformers 5 reads both spellings.
+    """
+    config = dict(raw)
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict):
+        if "rope_theta" in rope:
+            config.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+            config.setdefault("rope_scaling", scaling)
+    if config.get("dtype") is not None:
+        config.setdefault("torch_dtype", config["dtype"])
+    return config
 
 
 def _index(shards: Sequence[Shard], specs: Sequence[TensorSpec]) -> dict[str, object]:
