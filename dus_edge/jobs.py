@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dus_edge.checkpoint.config import ModelConfig, load_config, tensor_shapes, with_layers
+from dus_edge.checkpoint.names import CONFIG
 from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint
 from dus_edge.checkpoint.spec import Checkpoint, Source
@@ -137,12 +138,12 @@ def find_model(
     """
 
     def check(folder: Path) -> None:
-        config = load_config(folder / "config.json")
+        config = load_config(folder / CONFIG)
         choose(config.n_layers)
         early(folder, config)
 
     source = resolve_base(base, weights=weights, on_config=check, progress=say)
-    config = load_config(source.folder / "config.json")
+    config = load_config(source.folder / CONFIG)
     return Model(source, config, choose(config.n_layers))
 
 

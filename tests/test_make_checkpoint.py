@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from dus_edge.checkpoint.resolve import indexed_shards
+from dus_edge.checkpoint.hub import indexed_shards
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "make_checkpoint.py"
 SIZES = {"layers": 2, "hidden": 64, "intermediate": 176, "heads": 4, "kv-heads": 2, "vocab": 320}

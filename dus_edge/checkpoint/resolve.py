@@ -7,50 +7,22 @@ before gigabytes are downloaded.
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import re
-import shutil
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-import dus_edge
 from dus_edge.checkpoint.card import read_licence
+from dus_edge.checkpoint.hub import from_hub
+from dus_edge.checkpoint.names import CONFIG
 from dus_edge.checkpoint.spec import Source
-from dus_edge.errors import CheckpointError, DusEdgeError, OutputError, UnsupportedError, UsageError
+from dus_edge.errors import CheckpointError, UsageError
 
 BUILTIN = "pico"
 """The built-in base's name on the command line."""
 
-CONFIG = "config.json"
-_SMALL = frozenset(
-    (
-        CONFIG,
-        "generation_config.json",
-        "tokenizer.model",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "merges.txt",
-        "chat_template.jinja",
-        "chat_template.json",
-        "README.md",
-        "model.safetensors.index.json",
-    )
-)
-_SMALL_PATTERN = re.compile(r"LICENSE[\w.-]*|additional_chat_templates/[\w-][\w.-]*")
-
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(\w[\w./-]*))?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
-#: Bytes that stay free on the cache's disk.
-_DISK_MARGIN = 100_000_000
 
 Progress = Callable[[str], None]
 
@@ -89,7 +61,7 @@ def resolve_base(
         source = _local(base, folder)
     else:
         repo, revision = parse_hub_id(base)
-        return _from_hub(base, repo, revision, weights, cache_dir, progress, on_config)
+        return from_hub(base, repo, revision, weights, cache_dir, progress, on_config)
     if on_config is not None:
         on_config(source.folder)
     return source
@@ -118,11 +90,6 @@ def parse_hub_id(base: str) -> tuple[str, str | None]:
             f"org/name@revision; the built-in base is called {BUILTIN}."
         )
     return found[1], found[2]
-
-
-def is_small_file(name: str) -> bool:
-    """Whether a repository's file is one of the small ones that are always fetched."""
-    return name in _SMALL or (_SMALL_PATTERN.fullmatch(name) is not None and ".." not in name)
 
 
 def _looks_like_path(base: str) -> bool:
@@ -175,342 +142,3 @@ def snapshot_origin(folder: Path) -> tuple[str | None, str | None]:
     if snapshots != "snapshots" or not repo.startswith("models--"):
         return None, None
     return repo.removeprefix("models--").replace("--", "/"), commit
-
-
-# --- the hub -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Repo:
-    """One repository at one commit, and where the cache keeps it."""
-
-    id: str
-    commit: str
-    sizes: Mapping[str, int | None]
-    cache: Path
-
-    @property
-    def folder(self) -> Path:
-        return _storage(self.cache, self.id) / "snapshots" / self.commit
-
-
-def _storage(cache: Path, repo: str) -> Path:
-    return cache / f"models--{repo.replace('/', '--')}"
-
-
-def _from_hub(
-    base: str,
-    repo: str,
-    revision: str | None,
-    weights: bool,
-    cache_dir: Path | None,
-    progress: Progress,
-    on_config: Callable[[Path], None] | None,
-) -> Source:
-    with _quiet_hub():
-        from huggingface_hub import constants
-
-        cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
-        try:
-            listing = _list_files(repo, revision, cache)
-        except _Unreachable as e:
-            folder = _cached_folder(repo, revision, weights, cache, str(e))
-            progress(f"{repo}: using the cached copy, commit {folder.name[:12]}")
-            if on_config is not None:
-                on_config(folder)
-        else:
-            folder = _download(listing, revision, weights, progress, on_config)
-    return Source(folder, base, repo.rpartition("/")[2], repo, folder.name, read_licence(folder))
-
-
-def _download(
-    repo: _Repo,
-    revision: str | None,
-    weights: bool,
-    progress: Progress,
-    on_config: Callable[[Path], None] | None,
-) -> Path:
-    if CONFIG not in repo.sizes:
-        raise CheckpointError(f"{repo.id} has no {CONFIG}, so it is no transformers checkpoint.")
-    if weights:
-        _check_has_safetensors(repo.id, repo.sizes)
-    # config.json comes last: where it is, the other small files are too.
-    _fetch(
-        repo, sorted(filter(is_small_file, repo.sizes), key=lambda n: (n == CONFIG, n)), progress
-    )
-    _remember(repo, revision)
-    if on_config is not None:
-        on_config(repo.folder)
-    if weights:
-        names = _weight_files(repo)
-        _check_disk(repo, names)
-        _fetch(repo, names, progress)
-    return repo.folder
-
-
-def _check_has_safetensors(repo: str, names: Iterable[str]) -> None:
-    """Refuse a repository without safetensors weights, saying what it has instead."""
-    from dus_edge.checkpoint.safetensors import INDEX, SINGLE
-
-    names = sorted(names)
-    if INDEX in names or SINGLE in names:
-        return
-    pickled = [n for n in names if n.endswith((".bin", ".pth", ".pt"))]
-    if pickled:
-        raise UnsupportedError(
-            f"{repo} has only pickled weights ({pickled[0]}), which can run code when they are "
-            'opened; if you trust it, convert it once with python -c "from transformers import '
-            f"AutoModelForCausalLM as M; M.from_pretrained('{repo}').save_pretrained('DIR')\" "
-            "and give DIR."
-        )
-    if any(n.endswith(".gguf") for n in names):
-        raise UnsupportedError(
-            f"{repo} has only GGUF files; take the checkpoint that they were made from."
-        )
-    raise UnsupportedError(f"{repo} has neither {SINGLE} nor {INDEX}, so no weights to read.")
-
-
-def _weight_files(repo: _Repo) -> list[str]:
-    """The shards that the fetched index names, all of them listed by the hub, or the one file."""
-    from dus_edge.checkpoint.safetensors import INDEX, SINGLE
-
-    if INDEX not in repo.sizes:
-        return [SINGLE]
-    names = indexed_shards(repo.folder / INDEX, repo.id)
-    for name in names:
-        if name not in repo.sizes:
-            raise CheckpointError(
-                f"{repo.id}: {INDEX} names {name}, which the repository does not have."
-            )
-    return names
-
-
-def indexed_shards(index: Path, where: str) -> list[str]:
-    """Names of the shards in an index, sorted; each is a plain ``*.safetensors`` file name.
-
-    Args:
-        index: a `model.safetensors.index.json`.
-        where: what the message calls the place that the index is from.
-
-    Raises:
-        CheckpointError: it is no index, or it names a file outside its folder or a pickle.
-    """
-    from dus_edge.checkpoint.safetensors import is_plain_name
-
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if not names or not all(isinstance(n, str) for n in names):
-            raise ValueError("its weight_map is empty or holds no file names")
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(f"{where}: {index.name} is no index of shards ({e}).") from None
-    for name in names:
-        if not is_plain_name(name):
-            raise CheckpointError(
-                f"{where}: {index.name} points to {name!r}, outside the folder; refused."
-            )
-        if not name.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{where}: {index.name} names {name!r}, which is no safetensors file; refused."
-            )
-    return names
-
-
-def _check_disk(repo: _Repo, names: Iterable[str]) -> None:
-    need = sum(repo.sizes[n] or 0 for n in names if not (repo.folder / n).exists())
-    free = shutil.disk_usage(repo.folder).free
-    if need and need + _DISK_MARGIN > free:
-        raise OutputError(
-            f"{repo.id} needs {_human(need)} more, but {repo.cache} has {_human(free)} free; "
-            "set HF_HOME to a folder on a larger disk."
-        )
-
-
-def _fetch(repo: _Repo, names: Iterable[str], progress: Progress) -> None:
-    """Bring files of one commit into the cache; those that are there already cost nothing."""
-    from huggingface_hub import hf_hub_download
-
-    missing = [n for n in names if not (repo.folder / n).exists()]
-    for i, name in enumerate(missing, 1):
-        size = repo.sizes[name]
-        progress(
-            f"{repo.id}: fetching {name} ({i} of {len(missing)}"
-            + (f", {_human(size)})" if size is not None else ")")
-        )
-        try:
-            with _explained(repo.id, repo.commit, name):
-                hf_hub_download(
-                    repo.id,
-                    name,
-                    revision=repo.commit,
-                    cache_dir=repo.cache,
-                    library_name="dus-edge",
-                    library_version=dus_edge.__version__,
-                )
-        except KeyboardInterrupt:
-            progress(f"{repo.id}: interrupted; run the same command again to go on with {name}")
-            raise
-
-
-def _list_files(repo: str, revision: str | None, cache: Path) -> _Repo:
-    """Ask the hub for the commit behind a revision and for its files with sizes in bytes."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(library_name="dus-edge", library_version=dus_edge.__version__)
-    with _explained(repo, revision, None):
-        info = api.model_info(repo, revision=revision, files_metadata=True, timeout=30)
-    sizes = {f.rfilename: f.size for f in info.siblings or ()}
-    if not _COMMIT.fullmatch(info.sha or ""):
-        raise DusEdgeError(f"The hub names no commit for {repo}; check HF_ENDPOINT.")
-    return _Repo(repo, info.sha, sizes, cache)
-
-
-def _remember(repo: _Repo, revision: str | None) -> None:
-    """Note the commit behind a branch or tag where the hub client does, for offline use.
-
-    The client does it only when it is asked for files by branch; we ask by commit, so that a
-    push in the middle of a download cannot mix two versions.
-    """
-    revision = revision or "main"
-    if _COMMIT.fullmatch(revision):
-        return
-    ref = _storage(repo.cache, repo.id) / "refs" / revision
-    with suppress(OSError):  # a read-only cache is no obstacle
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        partial = ref.with_name(f"{ref.name}.{os.getpid()}.part")
-        partial.write_text(repo.commit, encoding="ascii")
-        partial.replace(ref)
-
-
-def _cached_folder(
-    repo: str, revision: str | None, weights: bool, cache: Path, why_not_online: str
-) -> Path:
-    """The snapshot that the cache has for a revision, if it is whole.
-
-    Raises:
-        DusEdgeError: not cached, or not all of it.
-    """
-    from dus_edge.checkpoint.safetensors import shard_files
-
-    storage, revision = _storage(cache, repo), revision or "main"
-    commit = revision
-    if not _COMMIT.fullmatch(revision):
-        try:
-            commit = (storage / "refs" / revision).read_text(encoding="ascii").strip()
-        except (OSError, ValueError):
-            commit = ""
-    folder = storage / "snapshots" / commit
-    if not _COMMIT.fullmatch(commit) or not (folder / CONFIG).is_file():
-        raise DusEdgeError(f"{why_not_online}, and {cache} has no copy of {repo} at {revision}.")
-    if weights:
-        try:
-            shard_files(folder)
-        except UnsupportedError:
-            raise
-        except CheckpointError:
-            raise DusEdgeError(
-                f"{why_not_online}, and the copy of {repo} in {cache} is incomplete."
-            ) from None
-    return folder
-
-
-class _Unreachable(DusEdgeError):
-    """No answer from the hub; the message is a clause without its full stop."""
-
-
-@contextmanager
-def _explained(repo: str, revision: str | None, file: str | None) -> Iterator[None]:
-    """Turn what the hub client raises into one sentence.
-
-    With no file (the first question to the hub) a hub that does not answer is `_Unreachable`,
-    so that the cache can be tried; later it is the download that broke off.
-    """
-    # The client's transport errors are httpx's or httpx2's, depending on its version.
-    from huggingface_hub.errors import HfHubHTTPError
-
-    transport = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
-    try:
-        yield
-    # RuntimeError is what the client's compiled transfer back end raises.
-    except (transport, OSError, ValueError, RuntimeError) as e:
-        raise _explain(e, repo, revision, file) from e
-
-
-def _explain(e: BaseException, repo: str, revision: str | None, file: str | None) -> DusEdgeError:
-    from huggingface_hub import constants, errors
-
-    cause: BaseException | None = e
-    if isinstance(e, errors.LocalEntryNotFoundError) and e.__cause__ is not None:
-        cause = e.__cause__  # the client's wrapping says less than what it wraps
-    status = getattr(getattr(cause, "response", None), "status_code", 0)
-    page = f"{constants.ENDPOINT}/{repo}"
-    match cause:
-        case errors.GatedRepoError():
-            return DusEdgeError(
-                f"{repo} is gated: accept its licence on {page} and set HF_TOKEN to a token of "
-                "the account that did."
-            )
-        case errors.RepositoryNotFoundError():
-            return UsageError(
-                f"The hub has no model {repo}, or it is private: check the spelling, or set "
-                "HF_TOKEN to a token that may read it."
-            )
-        case errors.RevisionNotFoundError():
-            return UsageError(
-                f"{repo} has no revision {revision}; its branches and tags are on {page}/tree/main."
-            )
-        case errors.OfflineModeIsEnabled():
-            return _Unreachable("HF_HUB_OFFLINE is set")
-    if status in (401, 403):
-        return DusEdgeError(f"The hub refuses access to {repo} ({status}): check HF_TOKEN.")
-    if status == 404:
-        return CheckpointError(f"The hub has no {file or repo} at {page} (404).")
-    number = getattr(cause, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"The disk of the hub cache is full; {file or repo} does not fit.")
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        place = getattr(cause, "filename", None) or "the hub cache"
-        return OutputError(f"{place} cannot be written ({os.strerror(number)}).")
-    reason = f"HTTP status {status}" if status else _first_line(cause)
-    if file is not None:
-        return DusEdgeError(
-            f"The download of {file} from {repo} broke off ({reason}); finished files are kept, "
-            "run the same command again to go on."
-        )
-    if isinstance(cause, ValueError):
-        reason = "its answer is not the hub's"
-    return _Unreachable(f"The hub at {constants.ENDPOINT} cannot be reached ({reason})")
-
-
-def _first_line(e: BaseException | None) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip(".")
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Keep the hub client's bars, hints and telemetry away; our own lines say enough."""
-    # Read when the client is imported, which must not happen before.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from huggingface_hub import utils
-
-    verbosity, bars = utils.logging.get_verbosity(), not utils.are_progress_bars_disabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        utils.logging.set_verbosity_error()
-        utils.disable_progress_bars()
-        try:
-            yield
-        finally:
-            utils.logging.set_verbosity(verbosity)
-            if bars:
-                utils.enable_progress_bars()
-
-
-def _human(n_bytes: int) -> str:
-    """Bytes in decimal units, as the hub shows them: ``4.94 GB``."""
-    if n_bytes < 1000:
-        return f"{n_bytes} B"
-    size, unit = n_bytes / 1e3, "kB"
-    for bigger in ("MB", "GB"):
-        if size >= 1000:
-            size, unit = size / 1000, bigger
-    return f"{size:.2f} {unit}"

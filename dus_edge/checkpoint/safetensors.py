@@ -17,11 +17,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from dus_edge.checkpoint.config import ModelConfig, load_config, tensor_shapes
+from dus_edge.checkpoint.names import CONFIG, INDEX, SINGLE
 from dus_edge.checkpoint.spec import DTYPE_BYTES, Checkpoint, Source, TensorSpec
 from dus_edge.errors import CheckpointError, UnsupportedError
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 #: The reference implementation's own limit on a header's length.
 MAX_HEADER_BYTES = 100_000_000
@@ -194,7 +192,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def __init__(self, source: Source, config: ModelConfig | None = None) -> None:
         self.source = source
-        self.config = config or load_config(source.folder / "config.json")
+        self.config = config or load_config(source.folder / CONFIG)
         self._stored = _collect(source.folder)
         self._specs = _check_against_config(source.folder, self.config, self._stored)
         self._handles: dict[Path, int] = {}

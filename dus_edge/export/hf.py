@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dus_edge.checkpoint.safetensors import INDEX, SINGLE
+from dus_edge.checkpoint.names import CONFIG, GENERATION_CONFIG, INDEX, SINGLE, TOKENIZER_FILES
 from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
 from dus_edge.errors import OutputError
 from dus_edge.export import finite
@@ -33,16 +33,11 @@ SHARD_BYTES = 5_000_000_000
 
 #: What a folder may hold for `--overwrite` to replace it.
 REPLACEABLE = (
-    "config.json",
-    "generation_config.json",
+    CONFIG,
+    GENERATION_CONFIG,
     "model*.safetensors",
     INDEX,
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.*",
+    *TOKENIZER_FILES,
     "additional_chat_templates",
     "README.md",
     "LICENSE*",
@@ -50,16 +45,8 @@ REPLACEABLE = (
 )
 #: Files of the source that belong to the result as they are.
 _CARRIED = (
-    "generation_config.json",
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    GENERATION_CONFIG,
+    *TOKENIZER_FILES,
     "LICENSE",
     "LICENSE.txt",
     "LICENSE.md",
@@ -208,7 +195,7 @@ def _write_small_files(checkpoint: Checkpoint, folder: Path, card: str) -> None:
             shutil.copyfile(source / name, folder / name)
     if (source / "additional_chat_templates").is_dir():
         shutil.copytree(source / "additional_chat_templates", folder / "additional_chat_templates")
-    _write_json(folder / "config.json", both_spellings(checkpoint.config.raw))
+    _write_json(folder / CONFIG, both_spellings(checkpoint.config.raw))
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
