@@ -186,7 +186,9 @@ def test_aliases_point_to_the_files(pico, tmp_path, cli):
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "solar-dus.gguf").resolve().name.endswith("-Q4_0.gguf")
     assert (tmp_path / "solar-dus-q8_0.gguf").resolve().name.endswith("-Q8_0.gguf")
-    assert run.stdout.splitlines()[-1].strip().startswith("ollama create solar-dus -f ")
+    creates = [line.strip() for line in run.stdout.splitlines()[-2:]]
+    assert creates[0].startswith("ollama create solar-dus -f ")
+    assert creates[1].startswith("ollama create solar-dus:q8_0 -f ")
     assert Path(run.stdout.splitlines()[-1].split(" -f ")[1]).is_file()
     assert max(map(len, run.stdout.splitlines())) <= 80 + len(str(tmp_path))
 

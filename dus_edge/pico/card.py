@@ -64,8 +64,9 @@ The test packages, which are in the training text, do use the held-out modules, 
 file is unseen text about partly seen names.
 
 Licence of the data: the Python Software Foundation License Version 2 (PSF-2.0),
-{copyright} The weights are this project's own work made with the recipe below and
-hold no file of the library, so they come under Apache-2.0 like the program; PSF-2.0 allows
+{copyright}
+The weights are this project's own work made with the recipe below and hold no file of the
+library, so they come under Apache-2.0 like the program; PSF-2.0 allows
 works based on Python when its notice is kept, as it is here. A model of this kind can
 repeat short passages of its training text.
 
@@ -94,7 +95,8 @@ after a space.
 
 ## Sample
 
-Greedy, unedited. The prompt is the first line of each block.
+Unedited; each block starts with its prompt. Greedy choice soon repeats itself in a model this
+small.
 
 {samples}
 

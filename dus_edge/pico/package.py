@@ -91,6 +91,7 @@ def write_checkpoint(folder: Path, model: Pico, tokenizer: bytes) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.bfloat16().contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it private
     for name, content in (
         ("config.json", config_json(model.config)),
         ("generation_config.json", generation_json()),
@@ -127,14 +128,26 @@ def score(model: Pico, split: corpus.Split, tokenizer: bytes, pool: Executor) ->
 
 @torch.inference_mode()
 def continue_text(
-    model: Pico, tokenizer: bytes, prompt: str, tokens: int, plan: list[int] | None = None
+    model: Pico,
+    tokenizer: bytes,
+    prompt: str,
+    tokens: int,
+    plan: list[int] | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> str:
-    """Return the prompt and ``tokens`` greedily chosen tokens after it, as text."""
+    """Return the prompt and ``tokens`` tokens after it, as text: greedy at temperature 0."""
     processor = load_sentencepiece(tokenizer)
+    generator = torch.Generator().manual_seed(seed)
     ids = [BOS, *processor.encode(prompt)]
     for _ in range(tokens):
         window = torch.tensor([ids[-model.config.context :]])
-        ids.append(int(model(window, plan)[0, -1].argmax()))
+        logits = model(window, plan)[0, -1]
+        if temperature > 0:
+            chances = (logits / temperature).softmax(dim=-1)
+            ids.append(int(torch.multinomial(chances, 1, generator=generator)))
+        else:
+            ids.append(int(logits.argmax()))
         if ids[-1] == EOS:
             break
     return processor.decode(ids)

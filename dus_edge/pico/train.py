@@ -263,6 +263,24 @@ def mean_bits(losses: list[float]) -> float | None:
     return round(float(np.mean(real)) / math.log(2), 4) if real else None
 
 
+def draw_samples(model: Pico, tokenizer: bytes) -> list[tuple[str, str]]:
+    """Return (title, text) of the card's samples: the first draws, whatever they are."""
+    plan = upscaled_plan(model.config.layers, PUBLISHED_M)
+    greedy = [
+        (f"{kind}, greedy", continue_text(model, tokenizer, prompt, 40, layers))
+        for kind, layers in (("8 layers", None), ("12 layers", plan))
+        for prompt in SAMPLE_PROMPTS
+    ]
+    drawn = [
+        (
+            f"{kind}, temperature 0.7, seed 0",
+            continue_text(model, tokenizer, SAMPLE_PROMPTS[0], 160, layers, temperature=0.7),
+        )
+        for kind, layers in (("8 layers", None), ("12 layers", plan))
+    ]
+    return greedy + drawn
+
+
 def finish(out: Path, recipe: Recipe, command: str, history: str) -> Scores:
     """Score the run in ``out`` and write its checkpoint with card to ``out/model``."""
     split = corpus.load_split()
@@ -272,12 +290,7 @@ def finish(out: Path, recipe: Recipe, command: str, history: str) -> Scores:
     round_to_bf16(model)
     with make_pool(recipe.threads) as pool:
         scores = score(model, split, tokenizer, pool)
-    plan = upscaled_plan(model.config.layers, PUBLISHED_M)
-    samples = [
-        (f"{kind}, prompt {prompt!r}", continue_text(model, tokenizer, prompt, 60, layers))
-        for kind, layers in (("8 layers", None), ("12 layers", plan))
-        for prompt in SAMPLE_PROMPTS
-    ]
+    samples = draw_samples(model, tokenizer)
     run = Run(
         steps=progress.step,
         tokens=progress.tokens,
