@@ -139,7 +139,7 @@ def model_card(
     split: corpus.Split, scores: Scores, run: Run, recipe, samples: list[tuple[str, str]]
 ) -> str:
     """Fill in the card; ``samples`` are (title, text) pairs."""
-    blocks = [f"{title}:\n\n```python\n{text.rstrip()}\n```" for title, text in samples]
+    blocks = [f"{title}:\n\n```text\n{text.rstrip()}\n```" for title, text in samples]
     return TEMPLATE.format(
         **asdict(scores),
         **asdict(run),
