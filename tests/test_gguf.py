@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import math
 from collections import Counter
@@ -208,3 +209,20 @@ def test_an_export_imports_no_torch(pico, tmp_path):
     args = [sys.executable, "-c", code, str(pico), "-q", "q4_0", "-o", str(tmp_path)]
     run = subprocess.run(args, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("prompt", "closing"),
+    [("def __init__(self", " pass"), ("import os\nimport", ""), ("class Reader(object", " pass")],
+)
+def test_up_scaled_pico_continues_a_line_of_python(tmp_path, prompt, closing):
+    """The main job's own file, Q4_K_M at 12 layers, in llama.cpp: the line becomes valid Python."""
+    files = export("pico", tmp_path, "q4_k_m")
+    model = llama_cpp.Llama(str(files["q4_k_m"]), n_ctx=64, verbose=False, n_threads=1)
+    try:
+        choice = model.create_completion(prompt, max_tokens=12, temperature=0)["choices"][0]
+    finally:
+        model.close()
+    text = choice["text"]
+    assert "\n" in text, text
+    ast.parse(prompt + text.split("\n")[0] + closing)
