@@ -9,7 +9,7 @@ import functools
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def _output_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--allow-nonfinite", is_flag=True, help="Go on although a weight is NaN or infinite."
         ),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead."),
-        click.option("-v", "--verbose", is_flag=True, help="Say more."),
+        click.option("-v", "--verbose", is_flag=True, help="Say more, errors in full."),
     )
     for option in reversed(options):
         command = option(command)
@@ -177,6 +177,8 @@ def gguf(
         bits = 8 * output.nbytes / result.model.n_parameters
         click.echo(f"{output.path}")
         click.echo(f"  {_size(output.nbytes)}, {bits:.2f} bits per weight")
+        if verbose:
+            click.echo(f"  tensors: {_counts(output.types)}")
     for note in result.notes:
         click.echo(click.wrap_text(f"note: {note}", 80, subsequent_indent="  "))
     click.echo(f"Done in {_seconds(result.seconds)}. Now run it:")
@@ -222,7 +224,10 @@ def upscale(
     if as_json:
         _print_json(result)
         return
-    click.echo(f"{out}\n  {_size(result.outputs[0].nbytes)} of weights")
+    output = result.outputs[0]
+    click.echo(f"{out}\n  {_size(output.nbytes)} of weights")
+    if verbose:
+        click.echo(f"  tensors: {_counts(output.types)}")
     click.echo(f"Done in {_seconds(result.seconds)}.")
 
 
@@ -305,6 +310,11 @@ def _size(n: int) -> str:
     from dus_edge.files import format_bytes
 
     return format_bytes(n)
+
+
+def _counts(types: Mapping[str, int]) -> str:
+    """``72 Q4_K, 13 Q6_K, 25 F32``, the most frequent first."""
+    return ", ".join(f"{n} {t}" for t, n in sorted(types.items(), key=lambda item: -item[1]))
 
 
 def _seconds(s: float) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,12 +92,21 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Written:
-    """One finished output."""
+    """One finished output.
+
+    Attributes:
+        path: the file, or the folder of a checkpoint.
+        nbytes: its size; for a checkpoint that of the weights.
+        preset: the mix of a GGUF file.
+        modelfile: the Modelfile beside it.
+        types: number of tensors by storage type or dtype.
+    """
 
     path: Path
     nbytes: int
     preset: str | None = None
     modelfile: Path | None = None
+    types: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -213,7 +223,8 @@ def export_gguf(
     if alias:
         _link(alias, files)
     outputs = tuple(
-        Written(f.path, f.nbytes, f.preset.name, m) for f, m in zip(files, modelfiles, strict=True)
+        Written(f.path, f.nbytes, f.preset.name, m, Counter(t.kind.name for t in f.tensors))
+        for f, m in zip(files, modelfiles, strict=True)
     )
     return Result(model, outputs, time.monotonic() - start, vocab.notes)
 
@@ -249,7 +260,9 @@ def export_checkpoint(
             allow_nonfinite=allow_nonfinite,
             advance=tick,
         )
-    return Result(model, (Written(folder, total),), time.monotonic() - start)
+    types = Counter(s.dtype for s in checkpoint.specs().values())
+    output = Written(folder, total, types=types)
+    return Result(model, (output,), time.monotonic() - start)
 
 
 def describe(model: Model) -> str:

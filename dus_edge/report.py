@@ -82,6 +82,7 @@ def result_json(result: Result) -> dict[str, Any]:
                 "path": str(o.path),
                 "bytes": o.nbytes,
                 "preset": o.preset,
+                "tensor_types": dict(o.types),
                 "modelfile": str(o.modelfile) if o.modelfile else None,
             }
             for o in result.outputs

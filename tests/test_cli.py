@@ -128,6 +128,20 @@ def test_modelfile_of_a_gguf(cli, tmp_path):
     assert cli("modelfile", tmp_path / "none.gguf").returncode == 3
 
 
+def test_verbose_counts_the_types(cli, tmp_path):
+    run = cli("gguf", "pico", "-q", "q8_0", "-o", tmp_path, "-v")
+    assert "tensors: 85 Q8_0, 25 F32" in run.stdout
+    run = cli("upscale", "pico", "-o", tmp_path / "up", "-v")
+    assert "tensors: 110 BF16" in run.stdout
+
+
+def test_errors_in_full(cli, tmp_path):
+    run = cli("gguf", tmp_path / "none", "-v")
+    assert run.returncode == 2
+    assert "Traceback" in run.stderr
+    assert run.stderr.splitlines()[-1].startswith("dus-edge: ")
+
+
 def test_plain_progress_has_rate_and_time(cli, tmp_path):
     run = cli("gguf", "pico", "-q", "q8_0", "-o", tmp_path)
     last = run.stderr.splitlines()[-1]
