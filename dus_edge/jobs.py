@@ -23,7 +23,7 @@ from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint
 from dus_edge.checkpoint.spec import Checkpoint, Source
 from dus_edge.export.naming import ModelName, name_model
 from dus_edge.progress import progress
-from dus_edge.quant.recipe import Preset
+from dus_edge.quant.recipe import PRESETS, Preset
 from dus_edge.stream import default_threads
 from dus_edge.upscale import plan as plans
 from dus_edge.upscale.plan import DepthPlan
@@ -190,15 +190,16 @@ def export_gguf(
 
     start = time.monotonic()
     ggml.library()  # a missing library is met before any work
+    vocabs: list[Vocab] = []
     model = find_model(
         base,
         choose,
         weights=True,
         say=say,
-        early=lambda folder, config: read_vocab(folder, config.vocab_size),
+        early=lambda folder, config: vocabs.append(read_vocab(folder, config.vocab_size)),
     )
     checkpoint = model.open()
-    vocab = read_vocab(model.source.folder, model.config.vocab_size)
+    vocab = vocabs[-1]
     metadata = build_metadata(model.config, model.source, model.name, model.plan, vocab)
     files = [
         gguf.plan_file(model.config, model.shapes, metadata, p, folder / model.name.file_name(p))
@@ -295,6 +296,7 @@ def preset_sizes(model: Model, presets: Mapping[str, Preset]) -> tuple[dict[str,
     """
     from dus_edge.errors import CheckpointError
     from dus_edge.export import gguf
+    from dus_edge.export.gguf_format import data_size
     from dus_edge.export.gguf_metadata import build_metadata
     from dus_edge.export.gguf_vocab import read_vocab
 
@@ -305,8 +307,13 @@ def preset_sizes(model: Model, presets: Mapping[str, Preset]) -> tuple[dict[str,
         metadata = build_metadata(model.config, model.source, model.name, model.plan, vocab)
     except CheckpointError:
         exact = False
+    # The header names every type by a number of one width, so its length is the same for all
+    # presets; a vocabulary of 128,000 tokens is encoded once, not fifteen times.
+    header = len(
+        gguf.plan_file(model.config, model.shapes, metadata, PRESETS["f32"], Path()).header
+    )
     sizes = {
-        name: gguf.plan_file(model.config, model.shapes, metadata, preset, Path(name)).nbytes
+        name: header + data_size(gguf.plan_tensors(model.config, model.shapes, preset))
         for name, preset in presets.items()
     }
     return sizes, exact

@@ -87,8 +87,7 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config))
         for file in TOKENIZER_FILES:
-            if (model_dir() / file).exists():
-                shutil.copy(model_dir() / file, folder / file)
+            shutil.copy(model_dir() / file, folder / file)
         tensors = random_tensors(config, dtype, seed)
         if shards == 1:
             write_safetensors(folder / "model.safetensors", tensors)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -42,7 +41,7 @@ def mistral(tmp_path) -> Path:
 
 
 def test_help_is_instant():
-    """Nothing heavy is imported for it; the time itself is measured in benchmarks/."""
+    """Nothing heavy is imported for it; the time itself is in benchmarks/README.md."""
     code = (
         "import sys\nsys.argv = ['dus-edge', '--help']\n"
         "from dus_edge.cli import main\n"
@@ -51,10 +50,8 @@ def test_help_is_instant():
         "heavy = {'numpy', 'gguf', 'huggingface_hub', 'rich', 'torch', 'jinja2', 'sentencepiece'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
-    start = time.monotonic()
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert time.monotonic() - start < 10  # a busy machine; idle it is a tenth of a second
     for command in ("gguf", "upscale", "inspect", "modelfile"):
         assert command in run.stdout
 

@@ -1,9 +1,4 @@
-"""Presets against llama.cpp itself: its quantizer's own choice of type for every tensor.
-
-`llama_model_quantize` needs whole files; the same choice is exported for tools as
-`llama_quant_compute_types`, but not from the library's public symbols. So small random models
-whose shapes trigger every rule go through both programs, and the files are compared whole.
-"""
+"""Presets and types: numbers against the library, spellings; the rules themselves in test_gguf."""
 
 import ctypes
 

@@ -16,6 +16,7 @@ from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
 from dus_edge.errors import CheckpointError
 from dus_edge.export import finite
+from dus_edge.export.chunks import chunks
 from dus_edge.export.gguf_format import (
     KeyValue,
     TensorInfo,
@@ -44,9 +45,6 @@ from dus_edge.quant import types as t
 from dus_edge.quant.recipe import ModelShape, Preset, tensor_type
 from dus_edge.quant.types import QuantType
 from dus_edge.stream import run
-
-#: Weights in one piece of work: big enough that Python's part is small, small enough for caches.
-CHUNK_WEIGHTS = 1 << 20
 
 #: Stored dtypes that are a GGUF type already: their bytes pass through unchanged.
 _SAME = {("F32", "F32"), ("F16", "F16"), ("BF16", "BF16")}
@@ -168,21 +166,6 @@ def _jobs(checkpoint: Checkpoint, files: Sequence[GGUFFile]) -> list[_Job]:
             place = (index, len(file.header) + info.offset)
             job.places.setdefault(info.kind, []).append(place)
     return list(jobs.values())
-
-
-def chunks(spec: TensorSpec, group: int = 1) -> Iterator[tuple[int, int]]:
-    """Half-open ranges of rows for one piece of work each.
-
-    Args:
-        spec: a tensor; a 1-D one is taken whole.
-        group: rows that must stay together (those of a head, where rope reorders them).
-    """
-    if len(spec.shape) == 1:
-        yield 0, spec.n_rows
-        return
-    step = group * max(1, CHUNK_WEIGHTS // (group * (spec.n_elements // spec.n_rows)))
-    for start in range(0, spec.n_rows, step):
-        yield start, min(start + step, spec.n_rows)
 
 
 def _tasks(

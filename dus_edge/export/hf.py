@@ -17,7 +17,7 @@ from dus_edge.checkpoint.names import CONFIG, GENERATION_CONFIG, INDEX, SINGLE, 
 from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
 from dus_edge.errors import OutputError
 from dus_edge.export import finite
-from dus_edge.export.gguf import chunks
+from dus_edge.export.chunks import chunks
 from dus_edge.files import (
     check_free_space,
     check_replaceable,

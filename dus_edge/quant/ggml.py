@@ -59,9 +59,10 @@ def library() -> ctypes.CDLL:
     lib.ggml_fp16_to_fp32_row.restype = None
     for convert in (lib.ggml_bf16_to_fp32_row, lib.ggml_fp16_to_fp32_row):
         convert.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    for size in (lib.ggml_type_size, lib.ggml_blck_size):
-        size.restype = ctypes.c_size_t if size is lib.ggml_type_size else ctypes.c_int64
-        size.argtypes = [ctypes.c_int]
+    lib.ggml_type_size.restype = ctypes.c_size_t
+    lib.ggml_type_size.argtypes = [ctypes.c_int]
+    lib.ggml_blck_size.restype = ctypes.c_int64
+    lib.ggml_blck_size.argtypes = [ctypes.c_int]
     return lib
 
 
