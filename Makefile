@@ -1,12 +1,13 @@
 # dus-edge: what a person types. `make` alone lists the targets.
 #
 # Set-up happens inside the targets: a virtual environment in .venv, made once and again only when
-# the requirements change.
+# the requirements change. The main job needs no compiler; only what needs llama.cpp compiles it.
 
-QUANT ?= q4_k_m
-BASE  ?= pico
-DROP  ?=
-OUT   ?= build
+QUANT     ?= q4_k_m
+BASE      ?= pico
+DROP      ?=
+OUT       ?= build
+QUANTIZER ?= native
 
 PYTHON ?= python3
 VENV   := .venv
@@ -20,6 +21,9 @@ LLAMA_BUILD := CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" CMAKE_GENERATOR=Ninj
 comma := ,
 PLAN  := $(if $(DROP),--drop $(DROP))
 
+# What `make gguf` needs set up: ggml's quantizers come with llama-cpp-python.
+QUANTIZER_STAMP := $(VENV)/$(if $(filter ggml,$(QUANTIZER)),llama,run).stamp
+
 .DEFAULT_GOAL := help
 .PHONY: help gguf modelfiles upscale test lint bench clean
 
@@ -32,11 +36,12 @@ help: ## List the targets.
 	  "QUANT=$(QUANT)" "preset, or several: QUANT=q4_k_m,q8_0" \
 	  "BASE=$(BASE)" "folder, hub id (org/name@rev) or pico, built in" \
 	  "DROP=$(DROP)" "layers dropped from each copy; empty: a quarter of them" \
-	  "OUT=$(OUT)" "folder of the results"
+	  "OUT=$(OUT)" "folder of the results" \
+	  "QUANTIZER=$(QUANTIZER)" "native, or ggml: llama.cpp's, compiled the first time"
 
-gguf: $(VENV)/run.stamp ## Up-scale BASE to a GGUF of preset QUANT, with its Modelfile.
+gguf: $(QUANTIZER_STAMP) ## Up-scale BASE to a GGUF of preset QUANT, with its Modelfile.
 	@$(BIN)/dus-edge gguf "$(BASE)" $(PLAN) $(foreach q,$(subst $(comma), ,$(QUANT)),-q $(q)) \
-	  -o "$(OUT)" --alias solar-dus --overwrite
+	  --quantizer "$(QUANTIZER)" -o "$(OUT)" --alias solar-dus --overwrite
 
 upscale: $(VENV)/run.stamp ## Up-scale BASE to a transformers checkpoint, OUT/checkpoint.
 	@$(BIN)/dus-edge upscale "$(BASE)" $(PLAN) -o "$(OUT)/checkpoint" --overwrite
@@ -59,13 +64,19 @@ clean: ## Remove results and caches; .venv stays.
 
 $(VENV)/run.stamp: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "Making $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	@echo "Installing; compiling llama.cpp takes minutes the first time"
-	@$(BIN)/pip install -q -c constraints.txt setuptools scikit-build-core cmake ninja
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(LLAMA_BUILD) $(BIN)/pip install -q -c constraints.txt \
-	  --no-build-isolation -e .
+	@echo "Installing"
+	@$(BIN)/pip install -q -c constraints.txt setuptools
+	@$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/test.stamp: $(VENV)/run.stamp
+$(VENV)/llama.stamp: $(VENV)/run.stamp
+	@echo "Compiling llama.cpp; the first time takes minutes"
+	@$(BIN)/pip install -q -c constraints.txt scikit-build-core cmake ninja
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(LLAMA_BUILD) $(BIN)/pip install -q -c constraints.txt \
+	  --no-build-isolation -e ".[llama]"
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/llama.stamp
 	@echo "Installing what the tests need"
 	@$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[test]"
 	@touch $@

@@ -10,10 +10,7 @@ Results go to `results/export.jsonl`, one line a run.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -22,7 +19,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent
+from common import HERE, RESULTS, append, machine
+
 CLI = [sys.executable, "-c", "from dus_edge.cli import main; main()"]
 LLAMA_QUANTIZE = """
 import ctypes, sys, llama_cpp
@@ -62,24 +60,6 @@ def measure(what: str, command: list[str]) -> Run:
     run = Run(what, wall, usage.ru_utime + usage.ru_stime, rss, usage.ru_oublock * 512)
     print(f"{what:32} {wall:7.1f} s  {rss / 1e9:5.2f} GB peak", flush=True)
     return run
-
-
-def machine() -> dict[str, object]:
-    """What the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
-    ).stdout.strip()
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
-        "python": platform.python_version(),
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def remove(path: Path) -> None:
@@ -135,11 +115,7 @@ def main() -> None:
     remove(up)
 
     about = machine() | {"threads": args.threads, "layers": args.layers}
-    results = HERE / "results" / "export.jsonl"
-    results.parent.mkdir(exist_ok=True)
-    with results.open("a") as f:
-        for run in runs:
-            f.write(json.dumps(asdict(run) | about) + "\n")
+    append(RESULTS / "export.jsonl", [asdict(run) | about for run in runs])
     summarize(runs)
 
 

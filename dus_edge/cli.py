@@ -17,6 +17,7 @@ import click
 
 from dus_edge import __version__
 from dus_edge.errors import DusEdgeError
+from dus_edge.quant.quantizer import DEFAULT, QUANTIZERS
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
@@ -135,6 +136,13 @@ def cli() -> None:
     help="Folder for the files.",
 )
 @click.option(
+    "--quantizer",
+    type=click.Choice(QUANTIZERS),
+    default=DEFAULT,
+    show_default=True,
+    help="Who makes the blocks: this program, or llama.cpp's ggml (needs dus-edge[llama]).",
+)
+@click.option(
     "--alias",
     metavar="NAME",
     help="Also link NAME.gguf and NAME-PRESET.gguf to the "
@@ -146,6 +154,7 @@ def gguf(
     choose: Any,
     presets: tuple[str, ...],
     out: Path,
+    quantizer: str,
     alias: str | None,
     threads: int | None,
     overwrite: bool,
@@ -163,6 +172,7 @@ def gguf(
         choose,
         chosen,
         out,
+        quantizer=quantizer,
         alias=alias,
         n_threads=threads,
         overwrite=overwrite,
@@ -171,7 +181,8 @@ def gguf(
     )
     model = alias or result.model.name.stem.lower()
     if as_json:
-        _print_json(result, command=f"ollama create {model} -f {result.outputs[0].modelfile}")
+        command = f"ollama create {model} -f {result.outputs[0].modelfile}"
+        _print_json(result, quantizer=quantizer, command=command)
         return
     for output in result.outputs:
         bits = 8 * output.nbytes / result.model.n_parameters

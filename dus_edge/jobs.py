@@ -23,6 +23,7 @@ from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint
 from dus_edge.checkpoint.spec import Checkpoint, Source
 from dus_edge.export.naming import ModelName, name_model
 from dus_edge.progress import progress
+from dus_edge.quant import quantizer as quantizers
 from dus_edge.quant.recipe import PRESETS, Preset
 from dus_edge.stream import default_threads
 from dus_edge.upscale import plan as plans
@@ -163,6 +164,7 @@ def export_gguf(
     presets: Sequence[Preset],
     folder: Path,
     *,
+    quantizer: str = quantizers.DEFAULT,
     alias: str | None = None,
     n_threads: int | None = None,
     overwrite: bool = False,
@@ -176,6 +178,7 @@ def export_gguf(
         choose: gives the plan for a base's depth.
         presets: one output each.
         folder: where the files go, under names of the GGUF convention.
+        quantizer: name of the one that makes the blocks, see `quantizer.QUANTIZERS`.
         alias: also link ``<alias>.gguf`` to the first and ``<alias>-<preset>.gguf`` to each.
         n_threads: worker threads; all cores by default.
         overwrite: replace files of these names.
@@ -186,10 +189,10 @@ def export_gguf(
     from dus_edge.export.gguf_metadata import build_metadata
     from dus_edge.export.gguf_vocab import read_vocab
     from dus_edge.files import check_absent, write_text
-    from dus_edge.quant import ggml
 
     start = time.monotonic()
-    ggml.library()  # a missing library is met before any work
+    chosen = quantizers.find_quantizer(quantizer)
+    chosen.prepare((), say)  # a missing library is met before any work
     vocabs: list[Vocab] = []
     model = find_model(
         base,
@@ -211,10 +214,12 @@ def export_gguf(
     facts = model_facts(model, vocab)
     texts = [render_facts(facts, f"./{f.path.name}") for f in files]
     say(describe(model))
+    chosen.prepare(gguf.conversions(checkpoint, files), say)
     with progress("Quantizing", gguf.total_work(checkpoint, files), unit="weights") as tick:
         gguf.write_files(
             checkpoint,
             files,
+            chosen,
             n_threads=n_threads or default_threads(),
             allow_nonfinite=allow_nonfinite,
             advance=tick,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dus_edge.errors import DusEdgeError
+from dus_edge.quant.quantizer import QUANTIZERS
 
 SINGLE = "model.safetensors"
 
@@ -285,7 +286,8 @@ def test_nonfinite_weights_can_be_allowed(make_checkpoint, tmp_path, run_job):
     assert (tmp_path / "b" / SINGLE).exists()
 
 
-def test_values_too_large_for_f16(make_checkpoint, tmp_path):
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_values_too_large_for_f16(make_checkpoint, tmp_path, quantizer):
     from dus_edge import jobs
     from dus_edge.quant.recipe import PRESETS
 
@@ -296,9 +298,13 @@ def test_values_too_large_for_f16(make_checkpoint, tmp_path):
     body[a : a + 2] = np.array([0x4880], np.uint16).tobytes()  # bf16 2¹⁸, beyond f16's 65,504
     rewrite(base / SINGLE, head, bytes(body))
     choose = jobs.plan_chooser(None, None, (), True)
-    with pytest.raises(DusEdgeError, match=r"lm_head\.weight has values too large for F16.*bf16"):
-        jobs.export_gguf(str(base), choose, [PRESETS["f16"]], tmp_path / "out")
-    jobs.export_gguf(str(base), choose, [PRESETS["bf16"]], tmp_path / "out")
+    message = r"lm_head\.weight has values too large for F16 \(the largest is 2\.62e\+05\).*bf16"
+    for presets in (["f16"], ["q4_k_m", "f16"]):
+        with pytest.raises(DusEdgeError, match=message):
+            jobs.export_gguf(
+                str(base), choose, [PRESETS[p] for p in presets], tmp_path, quantizer=quantizer
+            )
+    jobs.export_gguf(str(base), choose, [PRESETS["bf16"]], tmp_path, quantizer=quantizer)
 
 
 def test_same_message_on_the_command_line(make_checkpoint, tmp_path, cli):
@@ -319,6 +325,7 @@ def test_same_message_on_the_command_line(make_checkpoint, tmp_path, cli):
         (["--layers", "18"], 2, "18 layers cannot be made of a base of 8"),
         (["--plan", "0:9"], 2, "range 0:9 does not fit a base of 8 layers"),
         (["-q", "q4km"], 2, "no preset 'q4km'; did you mean q4_k_m"),
+        (["--quantizer", "exact"], 2, "'exact' is not one of 'native', 'ggml'"),
         (["--threads", "0"], 2, "0 is not in the range"),
     ],
 )
@@ -401,10 +408,11 @@ def test_interrupted(tmp_path):
 
     out = tmp_path / "out"
     code = (
-        "import sys, time, dus_edge.export.gguf as g\n"
-        "slow = g.ggml.quantize\n"
+        "import sys, time\n"
+        "from dus_edge.quant import native\n"
+        "slow = native.quantize\n"
         "def quantize(*a, **k): time.sleep(0.3); return slow(*a, **k)\n"
-        "g.ggml.quantize = quantize\n"
+        "native.quantize = quantize\n"
         "sys.argv = ['dus-edge', 'gguf', 'pico', '-o', sys.argv[1]]\n"
         "from dus_edge.cli import main; main()"
     )

@@ -47,7 +47,8 @@ def test_help_is_instant():
         "from dus_edge.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "heavy = {'numpy', 'gguf', 'huggingface_hub', 'rich', 'torch', 'jinja2', 'sentencepiece'}\n"
+        "heavy = {'numpy', 'numba', 'gguf', 'huggingface_hub', 'rich', 'torch', 'jinja2',\n"
+        "         'sentencepiece'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -132,6 +133,13 @@ def test_verbose_counts_the_types(cli, tmp_path):
     assert "tensors: 110 BF16" in run.stdout
 
 
+@pytest.mark.parametrize("quantizer", ["native", "ggml"])
+def test_quantizer_is_named(cli, tmp_path, quantizer):
+    run = cli("gguf", "pico", "-q", "q8_0", "-o", tmp_path, "--quantizer", quantizer, "--json")
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout.splitlines()[-1])["quantizer"] == quantizer
+
+
 def test_errors_in_full(cli, tmp_path):
     run = cli("gguf", tmp_path / "none", "-v")
     assert run.returncode == 2
@@ -154,4 +162,5 @@ def test_make_alone_lists_the_targets():
     assert run.returncode == 0
     for target in ("gguf", "modelfiles", "upscale", "test", "lint", "bench", "clean"):
         assert f"make {target}" in run.stdout
+    assert "QUANTIZER=native" in run.stdout
     assert max(map(len, run.stdout.splitlines())) <= 80

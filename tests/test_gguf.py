@@ -15,9 +15,10 @@ import pytest
 
 from dus_edge import jobs
 from dus_edge.checkpoint.config import load_config, tensor_shapes, with_layers
-from dus_edge.export.gguf import model_shape
+from dus_edge.export.gguf import conversions, model_shape, plan_file
 from dus_edge.export.gguf_tensors import gguf_name
-from dus_edge.quant import ggml
+from dus_edge.quant import types as t
+from dus_edge.quant.quantizer import DEFAULT, QUANTIZERS, find_quantizer
 from dus_edge.quant.recipe import PRESETS, tensor_type
 from dus_edge.upscale.plan import from_drop
 from dus_edge.upscale.view import base_tensor_name
@@ -57,11 +58,13 @@ SHAPES = {
 }
 
 
-def export(base: Path | str, out: Path, *presets: str, plan: str | None = None) -> dict[str, Path]:
+def export(
+    base: Path | str, out: Path, *presets: str, plan: str | None = None, quantizer: str = DEFAULT
+) -> dict[str, Path]:
     """Export as a user does and give the files by preset."""
     choose = jobs.plan_chooser(None, None, (plan,) if plan else (), True)
     chosen = [PRESETS[p] for p in presets]
-    result = jobs.export_gguf(str(base), choose, chosen, out)
+    result = jobs.export_gguf(str(base), choose, chosen, out, quantizer=quantizer)
     for written in result.outputs:
         assert written.path.stat().st_size == written.nbytes
     return {w.preset: w.path for w in result.outputs}
@@ -89,7 +92,7 @@ def test_pico_upscaled_is_what_llama_quantize_writes(pico, tmp_path, dtype, make
     base = pico
     if dtype != "BF16":  # pico ships in bf16; other dtypes on random weights of its shape
         base = make_checkpoint(dtype=dtype, **SHAPES["gqa-256"])
-    files = export(base, tmp_path / "out", *PRESETS)
+    files = export(base, tmp_path / "out", *PRESETS, quantizer="ggml")
     assert_same_as_llama_quantize(files, tmp_path)
 
 
@@ -98,22 +101,39 @@ def test_every_rule_is_llama_cpps(make_checkpoint, tmp_path, shape):
     overrides = dict(SHAPES[shape])
     plan = overrides.pop("plan", None)
     base = make_checkpoint(**overrides)
-    files = export(base, tmp_path / "out", *PRESETS, plan=plan)
+    files = export(base, tmp_path / "out", *PRESETS, plan=plan, quantizer="ggml")
     assert_same_as_llama_quantize(files, tmp_path)
 
 
 def test_a_tensor_is_quantized_once_per_type(make_checkpoint, tmp_path, monkeypatch):
-    """12 layers of 8: as many weights are quantized as there are (source, type) pairs."""
+    """12 layers of 8: as many weights are quantized as there are (source, type) pairs.
+
+    And the quantizer was prepared for just the conversions that were then asked of it.
+    """
     base = make_checkpoint(**SHAPES["gqa-256"])
-    done = Counter()
-    quantize = ggml.quantize
+    done, asked, prepared = Counter(), set(), []
+    quantizer = find_quantizer(DEFAULT)
+    quantize, prepare = quantizer.quantize, quantizer.prepare
 
     def counting(rows, kind, **options):
-        done[kind.name] += rows.size
+        asked.add((kind, rows.dtype, False))
+        if kind is not t.F32:  # norms
+            done[kind.name] += rows.size
         return quantize(rows, kind, **options)
 
-    monkeypatch.setattr(ggml, "quantize", counting)
+    def noting(wanted, say):
+        prepared.extend(wanted := list(wanted))
+        prepare(wanted, say)
+
+    monkeypatch.setattr(quantizer, "quantize", counting)
+    monkeypatch.setattr(quantizer, "prepare", noting)
     files = export(base, tmp_path, "q4_k_m", "q5_k_m")
+    assert len(prepared) == len(set(prepared))
+    assert (
+        asked
+        == set(prepared)
+        == {(kind, np.dtype(np.uint16), False) for kind in (t.F32, t.Q4_K, t.Q5_K, t.Q6_K)}
+    )
     written = Counter()
     for path in files.values():
         for tensor in gguf_py.GGUFReader(path).tensors:
@@ -142,6 +162,36 @@ def test_bf16_does_not_pass_through_f16(make_checkpoint, tmp_path):
         if as_bf16[tensor.name].tensor_type == gguf_py.GGMLQuantizationType.BF16:
             half = as_bf16[tensor.name].data.view(np.uint16)
             np.testing.assert_array_equal((bits >> 16).astype(np.uint16), half)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "F16"])
+def test_what_passes_through_is_asked_of_no_quantizer(make_checkpoint, tmp_path, dtype):
+    """A stored type that is the wanted one is copied; another float type is converted exactly."""
+    base = make_checkpoint(dtype=dtype)
+    model = jobs.find_model(
+        str(base), jobs.plan_chooser(None, None, (), True), weights=True, say=print
+    )
+    checkpoint = model.open()
+    preset = PRESETS[dtype.lower()]
+    file = plan_file(model.config, model.shapes, [], preset, tmp_path / "x.gguf")
+    # llama.cpp keeps norms in f32 whatever the preset.
+    norms = {(t.F32, checkpoint.read("model.norm.weight").dtype, False)}
+    assert set(conversions(checkpoint, [file])) == (set() if dtype == "F32" else norms)
+
+
+def test_both_quantizers_lay_out_the_same_file(pico, tmp_path):
+    """Header, sizes and all that is not quantized; how good the blocks are is tested elsewhere."""
+    files = {q: export(pico, tmp_path / q, "q4_k_m", "f32", quantizer=q) for q in QUANTIZERS}
+    ours, theirs = files.values()
+    assert ours["f32"].read_bytes() == theirs["f32"].read_bytes()
+    assert ours["q4_k_m"].name == theirs["q4_k_m"].name
+    a, b = (gguf_py.GGUFReader(f["q4_k_m"]) for f in (ours, theirs))
+    start = a.tensors[0].data_offset
+    assert a.data[:start].tobytes() == b.data[:start].tobytes()
+    for x, y in zip(a.tensors, b.tensors, strict=True):
+        assert (x.name, x.data_offset, x.n_bytes) == (y.name, y.data_offset, y.n_bytes)
+        if x.tensor_type == gguf_py.GGMLQuantizationType.F32:
+            np.testing.assert_array_equal(x.data, y.data)
 
 
 def test_metadata_says_what_it_is(tmp_path):
@@ -194,20 +244,28 @@ def test_aliases_point_to_the_files(pico, tmp_path, cli):
     assert max(map(len, run.stdout.splitlines())) <= 80 + len(str(tmp_path))
 
 
-def test_an_export_imports_no_torch(pico, tmp_path):
+@pytest.mark.parametrize(
+    ("quantizer", "unneeded"),
+    [("native", {"dus_edge.quant.ggml"}), ("ggml", {"dus_edge.quant.native", "numba"})],
+)
+def test_an_export_imports_no_torch(pico, tmp_path, quantizer, unneeded):
+    """Nor the other quantizer, nor llama_cpp, whose library alone is loaded."""
     import subprocess
     import sys
 
+    unneeded = {"torch", "transformers", "llama_cpp"} | unneeded
     code = (
         "import sys; sys.argv=['dus-edge','gguf',*sys.argv[1:]]\n"
         "from dus_edge.cli import main\n"
         "try: main()\n"
         "except SystemExit as e: assert not e.code, e.code\n"
-        "bad = {'torch', 'transformers', 'llama_cpp'} & set(sys.modules)\n"
+        f"bad = {unneeded} & set(sys.modules)\n"
         "assert not bad, bad"
     )
-    args = [sys.executable, "-c", code, str(pico), "-q", "q4_0", "-o", str(tmp_path)]
-    run = subprocess.run(args, capture_output=True, text=True, timeout=120)
+    args = [str(pico), "-q", "q4_0", "-o", str(tmp_path), "--quantizer", quantizer]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, run.stderr
 
 

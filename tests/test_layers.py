@@ -59,14 +59,51 @@ def test_imports_point_upwards():
             assert ORDER.index(other) <= ORDER.index(here), f"{path} imports {other}"
 
 
+def packages(path: Path) -> set[str]:
+    """Top-level packages that a module imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return {n.split(".")[0] for n in names}
+
+
 def test_heavy_packages_are_imported_where_they_are_needed():
-    """`--help` must be instant and an export must not need torch."""
-    heavy = {"torch", "transformers", "llama_cpp"}
+    """`--help` must be instant and an export must not need torch, nor anything llama_cpp."""
+    allowed = {
+        "torch": {"pico"},
+        "transformers": {"pico"},
+        "llama_cpp": set(),
+        "numba": {"quant"},
+        "llvmlite": {"quant"},
+    }
     for path in ROOT.rglob("*.py"):
-        if unit(path) == "pico":
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names.append(node.module or "")
-            assert not heavy & {n.split(".")[0] for n in names}, path
+        for package in packages(path) & set(allowed):
+            assert unit(path) in allowed[package], f"{path} imports {package}"
+
+
+#: Within `quant`: what describes and chooses quantizers, which must not import any of them.
+CHOOSING = ("types", "recipe", "quantizer")
+
+
+def test_quantizers_stand_alone():
+    """Each is chosen at run time; neither imports the other, and nobody else imports one."""
+    for path in ROOT.rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if module.startswith("quant.") and path.stem not in CHOOSING:
+            forbidden = {"native"} if path.stem == "ggml" else {"ggml"}
+        else:
+            forbidden = {"native", "ggml"} if module != "quant.quantizer" else set()
+        assert not forbidden & quantizers_imported(path), path
+
+
+def quantizers_imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "dus_edge.quant":
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dus_edge.quant."):
+            found.add(node.module.split(".")[2])
+    return found

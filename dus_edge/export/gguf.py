@@ -1,7 +1,7 @@
 """The GGUF sink: any checkpoint, quantized as it streams, several presets in one pass.
 
-Every source tensor is read once, converted to float32 once per chunk of rows, quantized once per
-type that any place of any output needs, and written to all those places.
+Every source tensor is read once, quantized once per type that any place of any output needs, and
+written to all those places.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ from dus_edge.files import (
     output_files,
     pwrite_all,
 )
-from dus_edge.quant import ggml
-from dus_edge.quant import types as t
+from dus_edge.quant.quantizer import Conversion, Quantizer
 from dus_edge.quant.recipe import ModelShape, Preset, tensor_type
 from dus_edge.quant.types import QuantType
 from dus_edge.stream import run
@@ -119,9 +118,24 @@ def total_work(checkpoint: Checkpoint, files: Sequence[GGUFFile]) -> int:
     return sum(job.spec.n_elements * len(job.places) for job in _jobs(checkpoint, files))
 
 
+def conversions(checkpoint: Checkpoint, files: Sequence[GGUFFile]) -> list[Conversion]:
+    """What `write_files` will ask of its quantizer, each once: (type, stored dtype, weighted).
+
+    Tensors whose bytes pass through unchanged are not among them. No weight is read.
+    """
+    wanted: dict[Conversion, None] = {}
+    for job in _jobs(checkpoint, files):
+        stored = checkpoint.read(job.spec.name, 0, 0).dtype  # of no rows: nothing is read
+        for kind in job.places:
+            if not _passes_through(job.spec, kind):
+                wanted[kind, stored, False] = None
+    return list(wanted)
+
+
 def write_files(
     checkpoint: Checkpoint,
     files: Sequence[GGUFFile],
+    quantizer: Quantizer,
     *,
     n_threads: int,
     allow_nonfinite: bool = False,
@@ -132,6 +146,7 @@ def write_files(
     Args:
         checkpoint: the model, a base or a view of one.
         files: planned outputs.
+        quantizer: prepared for `conversions`.
         n_threads: worker threads.
         allow_nonfinite: go on although a weight is NaN or infinite.
         advance: told of weights done, out of `total_work`.
@@ -147,7 +162,7 @@ def write_files(
         tasks = (
             task
             for job in _jobs(checkpoint, files)
-            for task in _tasks(checkpoint, job, fds, allow_nonfinite)
+            for task in _tasks(checkpoint, job, fds, quantizer, allow_nonfinite)
         )
         run(tasks, n_threads=n_threads, advance=advance)
 
@@ -169,12 +184,16 @@ def _jobs(checkpoint: Checkpoint, files: Sequence[GGUFFile]) -> list[_Job]:
 
 
 def _tasks(
-    checkpoint: Checkpoint, job: _Job, fds: list[int], allow_nonfinite: bool
+    checkpoint: Checkpoint,
+    job: _Job,
+    fds: list[int],
+    quantizer: Quantizer,
+    allow_nonfinite: bool,
 ) -> Iterator[Callable[[], int]]:
     spec = job.spec
     for start, stop in chunks(spec, spec.n_rows // job.heads if job.heads else 1):
         yield lambda start=start, stop=stop: _convert(
-            checkpoint, job, start, stop, fds, allow_nonfinite
+            checkpoint, job, start, stop, fds, quantizer, allow_nonfinite
         )
 
 
@@ -184,6 +203,7 @@ def _convert(
     start: int,
     stop: int,
     fds: list[int],
+    quantizer: Quantizer,
     allow_nonfinite: bool,
 ) -> int:
     """Read rows, bring them to every type wanted, write them to every place."""
@@ -193,29 +213,45 @@ def _convert(
         finite.check(rows, spec, start)
     if job.heads:
         rows = to_interleaved(rows, spec.n_rows // job.heads)
-    as_f32: np.ndarray | None = None
+    n_cols = spec.shape[-1]
+    ready: np.ndarray | None = None
     for kind, places in job.places.items():
-        if (spec.dtype, kind.name) in _SAME:
+        if _passes_through(spec, kind):
             data = rows
         else:
-            as_f32 = ggml.to_f32(rows) if as_f32 is None else as_f32
-            data = as_f32 if kind is t.F32 else _quantize(as_f32, kind, spec, allow_nonfinite)
-        skip = start * kind.row_bytes(spec.shape[-1])
+            ready = quantizer.as_input(rows.reshape(-1, n_cols)) if ready is None else ready
+            data = _quantize(quantizer, ready, kind, spec, allow_nonfinite)
+        skip = start * kind.row_bytes(n_cols)
         for index, offset in places:
             pwrite_all(fds[index], data.data, offset + skip)
     return rows.size * len(job.places)
 
 
+def _passes_through(spec: TensorSpec, kind: QuantType) -> bool:
+    return (spec.dtype, kind.name) in _SAME
+
+
 def _quantize(
-    rows: np.ndarray, kind: QuantType, spec: TensorSpec, allow_nonfinite: bool
+    quantizer: Quantizer,
+    rows: np.ndarray,
+    kind: QuantType,
+    spec: TensorSpec,
+    allow_nonfinite: bool,
 ) -> np.ndarray:
     try:
-        return ggml.quantize(rows, kind, validate=not allow_nonfinite)
+        return quantizer.quantize(rows, kind, validate=not allow_nonfinite)
     except OverflowError:
         raise CheckpointError(
             f"tensor {spec.name} has values too large for {kind.name} "
-            f"(the largest is {np.abs(rows).max():.3g}); choose bf16 or f32."
+            f"(the largest is {_largest(rows):.3g}); choose bf16 or f32."
         ) from None
+
+
+def _largest(rows: np.ndarray) -> float:
+    """The largest absolute weight of stored rows."""
+    if rows.dtype == np.uint16:  # bf16 is the upper half of float32
+        rows = (rows.astype(np.uint32) << 16).view(np.float32)
+    return float(np.abs(rows).max())
 
 
 def _write_rope_factors(fd: int, file: GGUFFile, config: ModelConfig) -> None:

@@ -1,7 +1,9 @@
-"""ggml's own quantizers, called through the library that llama-cpp-python installs.
+"""ggml's own quantizers, called through the library that llama-cpp-python installs: the reference.
 
 `libggml-base` exports `ggml_quantize_chunk` (ggml/include/ggml.h). ctypes releases the GIL during
 the call, so threads quantize side by side. Importing llama_cpp is not needed for it.
+
+The functions that a `quantizer.Quantizer` has are here as there.
 """
 
 from __future__ import annotations
@@ -11,12 +13,20 @@ import functools
 import importlib.metadata
 import importlib.util
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dus_edge.errors import DependencyError
+from dus_edge.quant import types as t
 from dus_edge.quant.types import QuantType
+
+if TYPE_CHECKING:
+    from dus_edge.quant.quantizer import Conversion
+
+NAME = "ggml"
 
 _LIBRARY = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}.get(
     sys.platform, "libggml-base.so"
@@ -33,8 +43,8 @@ def library() -> ctypes.CDLL:
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
         raise DependencyError(
-            "llama-cpp-python is not installed; `pip install llama-cpp-python` brings ggml's "
-            "quantizers."
+            "ggml's quantizers need llama-cpp-python, which is not installed; "
+            "pip install 'dus-edge[llama]', or use --quantizer native."
         )
     path = Path(spec.submodule_search_locations[0]) / "lib" / _LIBRARY
     try:
@@ -71,39 +81,78 @@ def version() -> str:
     return importlib.metadata.version("llama_cpp_python")
 
 
+def prepare(
+    wanted: Iterable[Conversion] = (), say: Callable[[str], None] = lambda line: None
+) -> None:
+    """Load the library, which can do every conversion; see `Quantizer.prepare`."""
+    library()
+
+
 def to_f32(rows: np.ndarray) -> np.ndarray:
-    """Rows as float32, C-contiguous; ``uint16`` is taken for bf16 bit patterns. Exact."""
-    if rows.dtype == np.float32:
-        return np.ascontiguousarray(rows)
+    """Rows as float32, C-contiguous; ``uint16`` is taken for bf16 bit patterns. Exact.
+
+    Raises:
+        TypeError: rows are neither float32, float16 nor uint16.
+    """
     rows = np.ascontiguousarray(rows)
-    out = np.empty(rows.shape, np.float32)
+    if rows.dtype == np.float32:
+        return rows
     lib = library()
-    convert = lib.ggml_bf16_to_fp32_row if rows.dtype == np.uint16 else lib.ggml_fp16_to_fp32_row
+    if rows.dtype == np.uint16:
+        convert = lib.ggml_bf16_to_fp32_row
+    elif rows.dtype == np.float16:
+        convert = lib.ggml_fp16_to_fp32_row
+    else:
+        raise TypeError(f"weights of dtype {rows.dtype} cannot be quantized")
+    out = np.empty(rows.shape, np.float32)
     convert(rows.ctypes.data, out.ctypes.data, rows.size)
     return out
 
 
-def quantize(rows: np.ndarray, kind: QuantType, *, validate: bool = True) -> np.ndarray:
-    """Quantize float32 rows.
+def as_input(rows: np.ndarray) -> np.ndarray:
+    """Stored rows as `quantize` works on them: ggml knows float32 only."""
+    return to_f32(rows)
+
+
+def quantize(
+    rows: np.ndarray,
+    kind: QuantType,
+    importance: np.ndarray | None = None,
+    *,
+    validate: bool = True,
+) -> np.ndarray:
+    """Quantize rows.
 
     Args:
-        rows: ``(n_rows, n_cols)`` or ``(n_cols,)`` float32, C-contiguous; a row must be whole
-            blocks of `kind`.
+        rows: ``(n_rows, n_cols)`` or ``(n_cols,)`` float32, float16 or uint16 (bf16 bit
+            patterns), C-contiguous; a row must be whole blocks of `kind`.
         kind: the target type.
+        importance: ``(n_cols,)`` float32, C-contiguous: ggml's importance matrix for these rows.
         validate: look for values that the type cannot hold, as llama-quantize does.
 
     Returns:
-        ``uint8`` bytes, rows one after the other.
+        ``uint8`` bytes, rows one after the other. For F32 rows of type F32 they are a view.
 
     Raises:
         OverflowError: a value or a scale is too large for the type (F16 ends at 65,504).
+        TypeError: rows are of another dtype.
+        ValueError: rows are no whole blocks, or importance is not one float32 for each column.
     """
+    rows = to_f32(rows)
+    if kind == t.F32:
+        return rows.reshape(-1).view(np.uint8)
     n_cols = rows.shape[-1]
     n_rows = rows.size // n_cols
     out = np.empty(n_rows * kind.row_bytes(n_cols), np.uint8)
     lib = library()
     written = lib.ggml_quantize_chunk(
-        kind.ggml_id, rows.ctypes.data, out.ctypes.data, 0, n_rows, n_cols, None
+        kind.ggml_id,
+        rows.ctypes.data,
+        out.ctypes.data,
+        0,
+        n_rows,
+        n_cols,
+        None if importance is None else _checked(importance, n_cols).ctypes.data,
     )
     if written != out.nbytes:
         raise RuntimeError(f"ggml wrote {written} bytes of {kind.name}, expected {out.nbytes}")
@@ -111,3 +160,14 @@ def quantize(rows: np.ndarray, kind: QuantType, *, validate: bool = True) -> np.
     if validate and not lib.ggml_validate_row_data(kind.ggml_id, out.ctypes.data, out.nbytes):
         raise OverflowError(kind.name)
     return out
+
+
+def _checked(importance: np.ndarray, n_cols: int) -> np.ndarray:
+    # ggml takes a bare pointer: anything else than this it would read past the end or as noise.
+    fits = importance.dtype == np.float32 and importance.shape == (n_cols,)
+    if not (fits and importance.flags.c_contiguous):
+        raise ValueError(
+            f"importance must be {n_cols} contiguous float32 values, "
+            f"not {importance.dtype} of shape {importance.shape}"
+        )
+    return importance

@@ -1,0 +1,54 @@
+"""What the benchmarks share: the machine's facts, and results as lines of JSON.
+
+The scripts are run as `python benchmarks/x.py`, which puts this folder on the import path.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        "python": platform.python_version(),
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def append(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
+    """Add lines to a JSONL file; its folder is made if it is missing."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as f:
+        for line in lines:
+            f.write(json.dumps(line) + "\n")
+
+
+def read(path: Path) -> list[dict]:
+    """All lines of a JSONL file; none if there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def markdown_table(head: list[str], rows: Iterable[list[str]], n_left: int = 1) -> str:
+    """A table of GitHub's Markdown; the first `n_left` columns hold text, the others figures."""
+    marks = ["---" if i < n_left else "---:" for i in range(len(head))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, marks, *rows))
