@@ -161,9 +161,7 @@ def greatest(context: Any, a: Any, b: Any) -> Any:
 def _call(name: str, n_args: int) -> Callable[..., Any]:
     def emit(cg: Any, builder: Any, sig: Any, args: Any) -> Any:
         kind = ir.FunctionType(F32.ll, [F32.ll] * n_args)
-        function = cgutils.get_or_insert_function(
-            builder.module, kind, f"llvm.{name}.v{LANES}f32"
-        )
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{LANES}f32")
         return builder.call(function, args)
 
     return emit
@@ -274,6 +272,33 @@ def store(context: Any, array: Any, index: Any, vector: Any) -> Any:
 
 
 @intrinsic
+def load_bf16(context: Any, array: Any, index: Any) -> Any:
+    """`LANES` bfloat16 numbers, bits in a uint16 array, as float32."""
+
+    def emit(cg: Any, builder: Any, sig: Any, args: Any) -> Any:
+        at = cg.cast(builder, args[1], index, types.intp)
+        row = ir.VectorType(ir.IntType(16), LANES)
+        bits = builder.load(_pointer(cg, builder, array, args[0], at, row), align=2)
+        return _widened(builder, bits, LANES)
+
+    return F32(array, index), emit
+
+
+@intrinsic
+def store_shorts(context: Any, array: Any, index: Any, vector: Any) -> Any:
+    """Write the low 16 bits of int32 lanes to `array[index : index + LANES]` of uint16."""
+
+    def emit(cg: Any, builder: Any, sig: Any, args: Any) -> Any:
+        at = cg.cast(builder, args[1], index, types.intp)
+        row = ir.VectorType(ir.IntType(16), LANES)
+        short = builder.trunc(args[2], row)
+        builder.store(short, _pointer(cg, builder, array, args[0], at, row), align=1)
+        return cg.get_dummy_value()
+
+    return types.void(array, index, vector), emit
+
+
+@intrinsic
 def store_word(context: Any, array: Any, index: Any, word: Any) -> Any:
     """Write an int32 to the four bytes `array[index : index + 4]` of a uint8 array."""
 
@@ -315,7 +340,8 @@ def gather(context: Any, source: Any, starts: Any, position: Any, out: Any, inde
             place = ir.Constant(ir.IntType(64), lane)
             start = builder.load(_pointer(cg, builder, starts, args[1], place, ir.IntType(64)))
             pointer = _pointer(cg, builder, source, args[0], builder.add(start, at), row)
-            rows.append(_widened(builder, builder.load(pointer, align=element.width // 8 if narrow else 4)) if narrow else builder.load(pointer, align=4))
+            weights = builder.load(pointer, align=2 if narrow else 4)
+            rows.append(_widened(builder, weights, TILE) if narrow else weights)
         halves = [_transposed(builder, rows[h : h + TILE]) for h in range(0, LANES, TILE)]
         for k in range(TILE):
             whole = _joined(builder, [half[k] for half in halves])
@@ -326,11 +352,11 @@ def gather(context: Any, source: Any, starts: Any, position: Any, out: Any, inde
     return types.void(source, starts, position, out, index), emit
 
 
-def _widened(builder: Any, bits: Any) -> Any:
+def _widened(builder: Any, bits: Any, n: int) -> Any:
     """bfloat16 is the upper half of float32."""
-    wide = ir.VectorType(ir.IntType(32), TILE)
-    shifted = builder.shl(builder.zext(bits, wide), ir.Constant(wide, [16] * TILE))
-    return builder.bitcast(shifted, ir.VectorType(ir.FloatType(), TILE))
+    wide = ir.VectorType(ir.IntType(32), n)
+    shifted = builder.shl(builder.zext(bits, wide), ir.Constant(wide, [16] * n))
+    return builder.bitcast(shifted, ir.VectorType(ir.FloatType(), n))
 
 
 def _shuffled(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:

@@ -1,0 +1,79 @@
+"""Quantizers compiled by Numba, one function per type.
+
+Every kernel has the same form, ``kernel(source, importance, sigma2, out) -> overflow``:
+
+- source: C-contiguous 1-D float32 weights, or uint16 for the bits of bfloat16; whole rows;
+- importance: ``(n_cols,)`` float32; empty for a kernel without importance;
+- sigma2: ``(n_rows,)`` float32, mean of the squares of each row, for the weighted kernels of
+  32-weight blocks; else empty;
+- out: uint8, exactly the bytes of the blocks; always filled with finite scales;
+- overflow: whether a scale was too large for float16 and is the largest one instead.
+
+They release the GIL. `load` gives one of them; compiled code is cached on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_MODULES = {
+    **dict.fromkeys(("f16", "f16_from_bf16", "bf16"), "plain"),
+    **dict.fromkeys(("q8_0", "q4_0", "q4_1", "q5_0", "q5_1"), "blocks"),
+    **dict.fromkeys(("q2_k", "q4_k", "q5_k"), "affine_k"),
+    **dict.fromkeys(("q3_k", "q6_k"), "symmetric_k"),
+}
+
+
+@functools.cache
+def load(name: str) -> Any:
+    """The kernel of that name (Numba's dispatcher), e.g. ``q4_k`` or ``q4_k_weighted``."""
+    module = _MODULES[name.removesuffix("_weighted")]
+    with _cached_code():
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+
+
+@contextlib.contextmanager
+def _cached_code() -> Iterator[None]:
+    """Compiled code goes to a folder that belongs to these sources.
+
+    Numba looks only at the age of the file that a function stands in; a change in a file that it
+    imports would go unnoticed.
+    """
+    from numba import config
+
+    before = config.CACHE_DIR
+    if not before:
+        config.CACHE_DIR = str(cache_folder())
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before
+
+
+@functools.cache
+def cache_folder() -> Path:
+    """Folder of the compiled code; a temporary one where the user's cache cannot be written."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*here.glob("*.py"), here.parent / "simd.py"]):
+        digest.update(path.read_bytes())
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "dus-edge" / f"kernels-{digest.hexdigest()[:16]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="dus-edge-kernels-"))

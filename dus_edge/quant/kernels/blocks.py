@@ -1,0 +1,250 @@
+"""Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0: blocks of 32 weights with a float16 scale (and minimum).
+
+ggml searches these only under an importance matrix, and otherwise takes the extremes. Here a few
+candidates are tried always, and the weights are quantized with the scale as it is *stored*.
+
+Byte layouts: block_q4_0 … block_q8_0 in ggml/src/ggml-common.h.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from dus_edge.quant.kernels.fit import (
+    NOTHING,
+    affine_best,
+    affine_error,
+    affine_grid,
+    affine_sums,
+    clamp,
+    extreme,
+    inverse,
+    symmetric_grid,
+)
+from dus_edge.quant.kernels.half import from_half, to_scale
+from dus_edge.quant.kernels.superblock import (
+    emit_half,
+    emit_words,
+    gather_blocks,
+    weigh_importance,
+    weigh_spread,
+)
+from dus_edge.quant.simd import (
+    LANES,
+    absolute,
+    any_lane,
+    f32,
+    fma,
+    i32,
+    least,
+    load,
+    nearest,
+    store,
+    to_i32,
+    where,
+)
+
+#: Weights of a block.
+QK = 32
+#: Least-squares fits after a search by importance, each on weights quantized with the one before.
+_REFITS = 3
+
+
+@njit(nogil=True, inline="always")
+def _weigh(importance, sigma2, weighted, n_cols, starts, columns, x, w):
+    """Weights of one group: by importance, or as for Q4_K."""
+    if weighted:
+        for lane in range(LANES):
+            columns[lane] = starts[lane] % n_cols
+        rows = np.empty(LANES, np.float32)
+        for lane in range(LANES):
+            rows[lane] = sigma2[starts[lane] // n_cols]
+        weigh_importance(importance, columns, x, w, 0, QK, load(rows, 0))
+    else:
+        weigh_spread(x, w, 0, QK)
+
+
+@njit(nogil=True, inline="always")
+def _encode_symmetric(
+    source, importance, sigma2, out, weighted, bits, first, step, n_candidates, block_bytes
+):
+    n_blocks = source.size // QK
+    reach = 1 << (bits - 1)
+    x = np.empty(QK * LANES, np.float32)
+    w = np.empty(QK * LANES, np.float32)
+    q = np.empty(QK * LANES, np.int32)
+    starts = np.empty(LANES, np.int64)
+    columns = np.empty(LANES, np.int64)
+    words = np.empty(5 * LANES, np.int32)
+    scale = np.empty(LANES, np.int32)
+    low = f32(-reach)
+    high = f32(reach - 1)
+    overflow = False
+    for group in range(0, n_blocks, LANES):
+        gather_blocks(source, group, n_blocks, QK, starts, x)
+        _weigh(importance, sigma2, weighted, importance.size, starts, columns, x, w)
+        d, _, _ = symmetric_grid(x, w, 0, QK, f32(reach), first, step, n_candidates)
+        half, over = to_scale(d)
+        overflow |= any_lane(over)
+        store(scale, 0, half)
+        per = inverse(from_half(half))
+        for k in range(QK):
+            v = clamp(nearest(load(x, k * LANES) * per), low, high)
+            store(q, k * LANES, to_i32(v) + i32(reach))
+        emit_half(scale, starts, QK, out, block_bytes, 0)
+        _emit_quants(q, words, starts, out, block_bytes, 2, bits)
+    return overflow
+
+
+@njit(nogil=True, inline="always")
+def _encode_affine(
+    source, importance, sigma2, out, weighted, bits, first, step, n_candidates, block_bytes
+):
+    n_blocks = source.size // QK
+    x = np.empty(QK * LANES, np.float32)
+    w = np.empty(QK * LANES, np.float32)
+    q = np.empty(QK * LANES, np.int32)
+    starts = np.empty(LANES, np.int64)
+    columns = np.empty(LANES, np.int64)
+    words = np.empty(5 * LANES, np.int32)
+    scale = np.empty(LANES, np.int32)
+    minimum = np.empty(LANES, np.int32)
+    top = f32((1 << bits) - 1)
+    zero = f32(0)
+    overflow = False
+    for group in range(0, n_blocks, LANES):
+        gather_blocks(source, group, n_blocks, QK, starts, x)
+        _weigh(importance, sigma2, weighted, importance.size, starts, columns, x, w)
+        # Counted from the least weight, sums keep their digits however far the block is from zero.
+        base = load(x, 0)
+        for k in range(1, QK):
+            base = least(load(x, k * LANES), base)
+        for k in range(QK):
+            store(x, k * LANES, load(x, k * LANES) - base)
+        anywhere = f32(-3e38)
+        d, m, s_w, s_x, s_q, s_qq, s_qx = affine_grid(
+            x, w, 0, QK, top, anywhere, first, step, n_candidates
+        )
+        error = affine_error(d, m, s_w, s_x, s_q, s_qq, s_qx)
+        for _ in range(_REFITS if weighted else 0):
+            per = inverse(d)
+            s_q, s_qq, s_qx = affine_sums(x, w, 0, QK, per, m * per, top)
+            d_next, m_next = affine_best(s_w, s_x, s_q, s_qq, s_qx, anywhere)
+            error_next = affine_error(d_next, m_next, s_w, s_x, s_q, s_qq, s_qx)
+            better = (error_next < error) & (d_next > zero)
+            error = where(better, error_next, error)
+            d = where(better, d_next, d)
+            m = where(better, m_next, m)
+        half, over = to_scale(d)
+        overflow |= any_lane(over)
+        store(scale, 0, half)
+        per = inverse(from_half(half))
+        half, over = to_scale(base - m)
+        overflow |= any_lane(over)
+        store(minimum, 0, half)
+        shift = (base - from_half(half)) * per
+        for k in range(QK):
+            v = clamp(nearest(fma(load(x, k * LANES), per, shift)), zero, top)
+            store(q, k * LANES, to_i32(v))
+        emit_half(scale, starts, QK, out, block_bytes, 0)
+        emit_half(minimum, starts, QK, out, block_bytes, 2)
+        _emit_quants(q, words, starts, out, block_bytes, 4, bits)
+    return overflow
+
+
+@njit(nogil=True)
+def _emit_quants(q, words, starts, out, block_bytes, skip, bits):
+    """(qh,) qs of a block: weight k in the low nibble, k + 16 in the high one of byte k."""
+    n_words = 4
+    if bits == 5:
+        word = i32(0)
+        for k in range(QK):
+            word = word | (((load(q, k * LANES) >> i32(4)) & i32(1)) << i32(k))
+        store(words, 0, word)
+        n_words = 5
+    for g in range(4):
+        word = i32(0)
+        for b in range(4):
+            low = load(q, (4 * g + b) * LANES) & i32(15)
+            high = load(q, (16 + 4 * g + b) * LANES) & i32(15)
+            word = word | ((low | (high << i32(4))) << i32(8 * b))
+        store(words, (n_words - 4 + g) * LANES, word)
+    emit_words(words, starts, QK, out, block_bytes, skip, n_words)
+
+
+@njit(nogil=True, cache=True)
+def q8_0(source, importance, sigma2, out):
+    """Quantize to Q8_0; see `kernels`."""
+    n_blocks = source.size // QK
+    x = np.empty(QK * LANES, np.float32)
+    starts = np.empty(LANES, np.int64)
+    words = np.empty(8 * LANES, np.int32)
+    scale = np.empty(LANES, np.int32)
+    reach = f32(127)
+    overflow = False
+    for group in range(0, n_blocks, LANES):
+        gather_blocks(source, group, n_blocks, QK, starts, x)
+        peak = absolute(extreme(x, 0, QK))
+        half, over = to_scale(where(peak > f32(NOTHING), peak / reach, f32(0)))
+        overflow |= any_lane(over)
+        store(scale, 0, half)
+        per = inverse(from_half(half))
+        for g in range(8):
+            word = i32(0)
+            for b in range(4):
+                v = nearest(load(x, (4 * g + b) * LANES) * per)
+                byte = to_i32(clamp(v, f32(0) - reach, reach)) & i32(255)
+                word = word | (byte << i32(8 * b))
+            store(words, g * LANES, word)
+        emit_half(scale, starts, QK, out, 34, 0)
+        emit_words(words, starts, QK, out, 34, 2, 8)
+    return overflow
+
+
+@njit(nogil=True, cache=True)
+def q4_0(source, importance, sigma2, out):
+    """Quantize to Q4_0; see `kernels`."""
+    return _encode_symmetric(source, importance, sigma2, out, False, 4, 7.6, 0.5, 3, 18)
+
+
+@njit(nogil=True, cache=True)
+def q4_0_weighted(source, importance, sigma2, out):
+    """Quantize to Q4_0 by importance; see `kernels`."""
+    return _encode_symmetric(source, importance, sigma2, out, True, 4, 7.0, 0.15, 15, 18)
+
+
+@njit(nogil=True, cache=True)
+def q5_0(source, importance, sigma2, out):
+    """Quantize to Q5_0; see `kernels`."""
+    return _encode_symmetric(source, importance, sigma2, out, False, 5, 15.4, 0.5, 4, 22)
+
+
+@njit(nogil=True, cache=True)
+def q5_0_weighted(source, importance, sigma2, out):
+    """Quantize to Q5_0 by importance; see `kernels`."""
+    return _encode_symmetric(source, importance, sigma2, out, True, 5, 14.8, 0.15, 16, 22)
+
+
+@njit(nogil=True, cache=True)
+def q4_1(source, importance, sigma2, out):
+    """Quantize to Q4_1; see `kernels`."""
+    return _encode_affine(source, importance, sigma2, out, False, 4, 14.6, 0.5, 3, 20)
+
+
+@njit(nogil=True, cache=True)
+def q4_1_weighted(source, importance, sigma2, out):
+    """Quantize to Q4_1 by importance; see `kernels`."""
+    return _encode_affine(source, importance, sigma2, out, True, 4, 13.6, 0.09, 28, 20)
+
+
+@njit(nogil=True, cache=True)
+def q5_1(source, importance, sigma2, out):
+    """Quantize to Q5_1; see `kernels`."""
+    return _encode_affine(source, importance, sigma2, out, False, 5, 30.4, 0.6, 3, 24)
+
+
+@njit(nogil=True, cache=True)
+def q5_1_weighted(source, importance, sigma2, out):
+    """Quantize to Q5_1 by importance; see `kernels`."""
+    return _encode_affine(source, importance, sigma2, out, True, 5, 29.0, 0.2, 17, 24)
