@@ -64,7 +64,8 @@ def quantize(
         return source.copy().view(np.uint8)
     sigma2 = weights = _NONE
     if weighted:
-        weights = np.ascontiguousarray(importance, np.float32)
+        # A copy: for a read-only array Numba would compile again.
+        weights = np.array(importance, np.float32)
         if weights.shape != (n_cols,):
             raise ValueError(f"{weights.shape} importance weights for {n_cols} columns")
         if kind.block_weights == 32:

@@ -278,7 +278,7 @@ def _pack_scales(scales, minima, words):
 @njit(nogil=True, cache=True)
 def q4_k(source, importance, sigma2, out):
     """Quantize to Q4_K; see `kernels`."""
-    return _encode(source, importance, out, False, 8, 15, 63, 13.5, 0.25, 10, 2, 2.0, 144)
+    return _encode(source, importance, out, False, 8, 15, 63, 13.0, 0.2, 15, 3, 2.0, 144)
 
 
 @njit(nogil=True, cache=True)
