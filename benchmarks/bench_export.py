@@ -58,7 +58,8 @@ def measure(what: str, command: list[str]) -> Run:
         sys.exit(f"{what} failed: {error.decode()[-500:]}")
     rss = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     run = Run(what, wall, usage.ru_utime + usage.ru_stime, rss, usage.ru_oublock * 512)
-    print(f"{what:32} {wall:7.1f} s  {rss / 1e9:5.2f} GB peak", flush=True)
+    busy = (run.cpu_s) / wall
+    print(f"{what:32} {wall:7.1f} s  {rss / 1e9:5.2f} GB peak  {busy:4.2f} cores busy", flush=True)
     return run
 
 
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2)
     parser.add_argument("--presets", default="q4_k_m,q8_0")
     parser.add_argument("--work", type=Path, default=Path("build/bench"))
+    parser.add_argument("--ours-only", action="store_true", help="only base to presets, once")
     args = parser.parse_args()
 
     work = args.work.absolute()
@@ -85,6 +87,12 @@ def main() -> None:
     threads = str(args.threads)
     ours = [*CLI, "gguf", str(base), "-o", str(out), "--overwrite", "--threads", threads]
     runs: list[Run] = []
+    about = machine() | {"threads": args.threads, "layers": args.layers}
+    if args.ours_only:
+        for preset in args.presets.split(","):
+            runs.append(measure(f"base to {preset}", [*ours, "-q", preset]))
+        append(RESULTS / "export.jsonl", [asdict(run) | about for run in runs])
+        return
     # The finished F16 file that the usual chain would quantize; made by us, so its content is
     # the same model. Not timed against anything.
     measure("setting up: f16 file", [*ours, "-q", "f16"])
@@ -114,7 +122,6 @@ def main() -> None:
         runs.append(measure("upscale to safetensors", upscale))
     remove(up)
 
-    about = machine() | {"threads": args.threads, "layers": args.layers}
     append(RESULTS / "export.jsonl", [asdict(run) | about for run in runs])
     summarize(runs)
 
