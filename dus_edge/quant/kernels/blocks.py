@@ -34,6 +34,7 @@ from dus_edge.quant.simd import (
     LANES,
     absolute,
     any_lane,
+    as_i32,
     f32,
     fma,
     i32,
@@ -89,9 +90,12 @@ def _encode_symmetric(
         overflow |= any_lane(over)
         store(scale, 0, half)
         per = inverse(from_half(half))
+        # The offset that makes q unsigned, then from float to the low bits of an integer by adding
+        # 1.5 · 2²³, which rounds as well.
+        offset = f32(12582912.0 + reach)
         for k in range(QK):
-            v = clamp(nearest(load(x, k * LANES) * per), low, high)
-            store(q, k * LANES, to_i32(v) + i32(reach))
+            v = clamp(load(x, k * LANES) * per, low, high)
+            store(q, k * LANES, as_i32(v + offset))
         emit_half(scale, starts, QK, out, block_bytes, 0)
         _emit_quants(q, words, starts, out, block_bytes, 2, bits)
     return overflow
@@ -205,7 +209,7 @@ def q8_0(source, importance, sigma2, out):
 @njit(nogil=True, cache=True)
 def q4_0(source, importance, sigma2, out):
     """Quantize to Q4_0; see `kernels`."""
-    return _encode_symmetric(source, importance, sigma2, out, False, 4, 7.6, 0.5, 3, 18)
+    return _encode_symmetric(source, importance, sigma2, out, False, 4, 7.8, 0.6, 2, 18)
 
 
 @njit(nogil=True, cache=True)

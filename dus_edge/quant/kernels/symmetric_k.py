@@ -241,4 +241,4 @@ def q3_k(source, importance, sigma2, out):
 @njit(nogil=True, cache=True)
 def q3_k_weighted(source, importance, sigma2, out):
     """Quantize to Q3_K by importance; see `kernels`."""
-    return _encode(source, importance, out, True, 4, 32, 2.8, 0.16, 14, 3, 110)
+    return _encode(source, importance, out, True, 4, 32, 2.8, 0.08, 28, 3, 110)
