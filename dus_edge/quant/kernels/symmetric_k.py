@@ -132,6 +132,9 @@ def _encode(
                     s_qq, s_qx = symmetric_sums(x, w, at, _N, now, low, high)
                     d = where(s_qq > zero, s_qx * inverse(s_qq), d)
                 s = clamp(nearest(d * per), grid_low, grid_high)
+                # 0 never beats the smallest step: every weight may still choose q = 0.
+                least_step = where(d * per < zero, f32(-1), f32(1))
+                s = where(absolute(s) > zero, s, least_step)
                 n_dd = fma(s * s, s_qq, n_dd)
                 r_d = fma(s, s_qx, r_d)
                 store(scales, j * LANES, to_i32(s))
