@@ -13,10 +13,9 @@ from numba import njit
 
 from dus_edge.quant.kernels.fit import (
     NOTHING,
-    affine_best,
-    affine_error,
+    Search,
+    Steps,
     affine_grid,
-    affine_sums,
     clamp,
     extreme,
     inverse,
@@ -24,6 +23,7 @@ from dus_edge.quant.kernels.fit import (
 )
 from dus_edge.quant.kernels.half import from_half, to_scale
 from dus_edge.quant.kernels.superblock import (
+    columns_of,
     emit_half,
     emit_words,
     gather_blocks,
@@ -48,16 +48,13 @@ from dus_edge.quant.simd import (
 
 #: Weights of a block.
 QK = 32
-#: Least-squares fits after a search by importance, each on weights quantized with the one before.
-_REFITS = 3
 
 
 @njit(nogil=True, inline="always")
 def _weigh(importance, sigma2, weighted, n_cols, starts, columns, x, w):
     """Weights of one group: by importance, or as for Q4_K."""
     if weighted:
-        for lane in range(LANES):
-            columns[lane] = starts[lane] % n_cols
+        columns_of(starts, n_cols, columns)
         rows = np.empty(LANES, np.float32)
         for lane in range(LANES):
             rows[lane] = sigma2[starts[lane] // n_cols]
@@ -67,9 +64,7 @@ def _weigh(importance, sigma2, weighted, n_cols, starts, columns, x, w):
 
 
 @njit(nogil=True, inline="always")
-def _encode_symmetric(
-    source, importance, sigma2, out, weighted, bits, first, step, n_candidates, block_bytes
-):
+def _encode_symmetric(source, importance, sigma2, out, weighted, bits, block_bytes, search):
     n_blocks = source.size // QK
     reach = 1 << (bits - 1)
     x = np.empty(QK * LANES, np.float32)
@@ -85,7 +80,7 @@ def _encode_symmetric(
     for group in range(0, n_blocks, LANES):
         gather_blocks(source, group, n_blocks, QK, starts, x)
         _weigh(importance, sigma2, weighted, importance.size, starts, columns, x, w)
-        d, _, _ = symmetric_grid(x, w, 0, QK, f32(reach), first, step, n_candidates)
+        d, _, _ = symmetric_grid(x, w, 0, QK, f32(reach), search.candidates)
         half, over = to_scale(d)
         overflow |= any_lane(over)
         store(scale, 0, half)
@@ -102,9 +97,7 @@ def _encode_symmetric(
 
 
 @njit(nogil=True, inline="always")
-def _encode_affine(
-    source, importance, sigma2, out, weighted, bits, first, step, n_candidates, block_bytes
-):
+def _encode_affine(source, importance, sigma2, out, weighted, bits, block_bytes, search):
     n_blocks = source.size // QK
     x = np.empty(QK * LANES, np.float32)
     w = np.empty(QK * LANES, np.float32)
@@ -127,19 +120,7 @@ def _encode_affine(
         for k in range(QK):
             store(x, k * LANES, load(x, k * LANES) - base)
         anywhere = f32(-3e38)
-        d, m, s_w, s_x, s_q, s_qq, s_qx = affine_grid(
-            x, w, 0, QK, top, anywhere, first, step, n_candidates
-        )
-        error = affine_error(d, m, s_w, s_x, s_q, s_qq, s_qx)
-        for _ in range(_REFITS if weighted else 0):
-            per = inverse(d)
-            s_q, s_qq, s_qx = affine_sums(x, w, 0, QK, per, m * per, top)
-            d_next, m_next = affine_best(s_w, s_x, s_q, s_qq, s_qx, anywhere)
-            error_next = affine_error(d_next, m_next, s_w, s_x, s_q, s_qq, s_qx)
-            better = (error_next < error) & (d_next > zero)
-            error = where(better, error_next, error)
-            d = where(better, d_next, d)
-            m = where(better, m_next, m)
+        d, m, _ = affine_grid(x, w, 0, QK, top, anywhere, search.candidates, search.polish)
         half, over = to_scale(d)
         overflow |= any_lane(over)
         store(scale, 0, half)
@@ -206,49 +187,73 @@ def q8_0(source, importance, sigma2, out):
     return overflow
 
 
+_Q4_0 = Search(Steps(7.8, 0.6, 2))
+
+
 @njit(nogil=True, cache=True)
 def q4_0(source, importance, sigma2, out):
     """Quantize to Q4_0; see `kernels`."""
-    return _encode_symmetric(source, importance, sigma2, out, False, 4, 7.8, 0.6, 2, 18)
+    return _encode_symmetric(source, importance, sigma2, out, False, 4, 18, _Q4_0)
+
+
+_Q4_0_WEIGHTED = Search(Steps(7.0, 0.15, 15))
 
 
 @njit(nogil=True, cache=True)
 def q4_0_weighted(source, importance, sigma2, out):
     """Quantize to Q4_0 by importance; see `kernels`."""
-    return _encode_symmetric(source, importance, sigma2, out, True, 4, 7.0, 0.15, 15, 18)
+    return _encode_symmetric(source, importance, sigma2, out, True, 4, 18, _Q4_0_WEIGHTED)
+
+
+_Q5_0 = Search(Steps(15.4, 0.5, 4))
 
 
 @njit(nogil=True, cache=True)
 def q5_0(source, importance, sigma2, out):
     """Quantize to Q5_0; see `kernels`."""
-    return _encode_symmetric(source, importance, sigma2, out, False, 5, 15.4, 0.5, 4, 22)
+    return _encode_symmetric(source, importance, sigma2, out, False, 5, 22, _Q5_0)
+
+
+_Q5_0_WEIGHTED = Search(Steps(14.8, 0.15, 16))
 
 
 @njit(nogil=True, cache=True)
 def q5_0_weighted(source, importance, sigma2, out):
     """Quantize to Q5_0 by importance; see `kernels`."""
-    return _encode_symmetric(source, importance, sigma2, out, True, 5, 14.8, 0.15, 16, 22)
+    return _encode_symmetric(source, importance, sigma2, out, True, 5, 22, _Q5_0_WEIGHTED)
+
+
+_Q4_1 = Search(Steps(14.6, 0.5, 3))
 
 
 @njit(nogil=True, cache=True)
 def q4_1(source, importance, sigma2, out):
     """Quantize to Q4_1; see `kernels`."""
-    return _encode_affine(source, importance, sigma2, out, False, 4, 14.6, 0.5, 3, 20)
+    return _encode_affine(source, importance, sigma2, out, False, 4, 20, _Q4_1)
+
+
+_Q4_1_WEIGHTED = Search(Steps(13.6, 0.18, 14), polish=True)
 
 
 @njit(nogil=True, cache=True)
 def q4_1_weighted(source, importance, sigma2, out):
     """Quantize to Q4_1 by importance; see `kernels`."""
-    return _encode_affine(source, importance, sigma2, out, True, 4, 13.6, 0.09, 28, 20)
+    return _encode_affine(source, importance, sigma2, out, True, 4, 20, _Q4_1_WEIGHTED)
+
+
+_Q5_1 = Search(Steps(30.4, 0.6, 3))
 
 
 @njit(nogil=True, cache=True)
 def q5_1(source, importance, sigma2, out):
     """Quantize to Q5_1; see `kernels`."""
-    return _encode_affine(source, importance, sigma2, out, False, 5, 30.4, 0.6, 3, 24)
+    return _encode_affine(source, importance, sigma2, out, False, 5, 24, _Q5_1)
+
+
+_Q5_1_WEIGHTED = Search(Steps(29.0, 0.4, 9), polish=True)
 
 
 @njit(nogil=True, cache=True)
 def q5_1_weighted(source, importance, sigma2, out):
     """Quantize to Q5_1 by importance; see `kernels`."""
-    return _encode_affine(source, importance, sigma2, out, True, 5, 29.0, 0.2, 17, 24)
+    return _encode_affine(source, importance, sigma2, out, True, 5, 24, _Q5_1_WEIGHTED)

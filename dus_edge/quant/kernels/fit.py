@@ -16,6 +16,8 @@ Scratch arrays are float32, position by position, `LANES` lanes each; `at` is wh
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from numba import njit
 
 from dus_edge.quant.simd import LANES, absolute, f32, fma, greatest, least, load, nearest, where
@@ -24,6 +26,30 @@ from dus_edge.quant.simd import LANES, absolute, f32, fma, greatest, least, load
 NOTHING = 1e-9
 #: A determinant below this share of its terms is rounding noise: all q are one number.
 _SINGULAR = 4e-6
+
+
+class Steps(NamedTuple):
+    """The numbers first + i · step for i in 0 … n − 1."""
+
+    first: float
+    step: float
+    n: int
+
+
+class Search(NamedTuple):
+    """How long to look for the scales of a type.
+
+    Attributes:
+        candidates: scales tried for a small block; the range of its weights on so many steps.
+        polish: fit every candidate's d and m a second time.
+        spacings: grids tried for the scales; the largest of them on this step.
+        rounds: times that scales are put on their grid and the weights on those scales.
+    """
+
+    candidates: Steps
+    polish: bool = False
+    spacings: Steps = Steps(0.0, 0.0, 0)
+    rounds: int = 2
 
 
 @njit(nogil=True)
@@ -38,9 +64,19 @@ def inverse(v):
     return where((v > f32(0)) | (f32(0) > v), f32(1) / v, f32(0))
 
 
+class Sums(NamedTuple):
+    """Weighted sums over a block, each a vector: Σw, Σwx, Σwq, Σwq², Σwqx."""
+
+    w: object
+    x: object
+    q: object
+    qq: object
+    qx: object
+
+
 @njit(nogil=True)
-def affine_sums(x, w, at, n, scale, shift, top):
-    """Sums for q = round(x · scale + shift): Σwq, Σwq², Σwqx."""
+def affine_sums(x, w, at, n, scale, shift, top, s_w, s_x):
+    """`Sums` for q = round(x · scale + shift); Σw and Σwx are given."""
     s_q = f32(0)
     s_qq = f32(0)
     s_qx = f32(0)
@@ -51,37 +87,38 @@ def affine_sums(x, w, at, n, scale, shift, top):
         s_q = s_q + wq
         s_qq = fma(wq, q, s_qq)
         s_qx = fma(wq, v, s_qx)
-    return s_q, s_qq, s_qx
+    return Sums(s_w, s_x, s_q, s_qq, s_qx)
 
 
 @njit(nogil=True)
-def affine_best(s_w, s_x, s_q, s_qq, s_qx, floor):
-    """Least-squares d and m > floor of these sums; where there are none, d alone and m = 0."""
+def affine_best(s, floor):
+    """Least-squares d and m > floor of these `Sums`; where there are none, d alone and m = 0."""
     zero = f32(0)
-    det = s_w * s_qq - s_q * s_q
-    sound = det > f32(_SINGULAR) * s_w * s_qq
+    det = s.w * s.qq - s.q * s.q
+    sound = det > f32(_SINGULAR) * s.w * s.qq
     r = inverse(det)
-    d = (s_w * s_qx - s_x * s_q) * r
-    m = (s_q * s_qx - s_qq * s_x) * r
+    d = (s.w * s.qx - s.x * s.q) * r
+    m = (s.q * s.qx - s.qq * s.x) * r
     free = sound & (m > floor)
-    return where(free, d, s_qx * inverse(s_qq)), where(free, m, zero)
+    return where(free, d, s.qx * inverse(s.qq)), where(free, m, zero)
 
 
 @njit(nogil=True)
-def affine_error(d, m, s_w, s_x, s_q, s_qq, s_qx):
-    """Σw(x − d·q + m)² less the constant Σwx²."""
+def affine_error(d, m, s):
+    """Σw(x − d·q + m)² less the constant Σwx², from `Sums`."""
     two = f32(2)
-    return d * (d * s_qq - two * (m * s_q + s_qx)) + m * (m * s_w + two * s_x)
+    return d * (d * s.qq - two * (m * s.q + s.qx)) + m * (m * s.w + two * s.x)
 
 
 @njit(nogil=True)
-def affine_grid(x, w, at, n, top, floor, first, step, n_candidates):
-    """The best d and m over scales (first + i · step) / (max − min).
+def affine_grid(x, w, at, n, top, floor, candidates, polish):
+    """The best d and m over scales `candidates` / (max − min).
 
     `floor` bounds m: 0 where no minimum above zero can be stored, else a large negative number.
+    `polish` quantizes with every candidate's d and m and fits them again.
 
     Returns:
-        d, m and the sums of the winner: Σw, Σwx, Σwq, Σwq², Σwqx.
+        d, m and the `Sums` of the winner.
     """
     zero = f32(0)
     low = load(x, at)
@@ -105,30 +142,23 @@ def affine_grid(x, w, at, n, top, floor, first, step, n_candidates):
     b_q = zero
     b_qq = zero
     b_qx = zero
-    for i in range(n_candidates):
-        scale = f32(first + step * i) * per
+    for i in range(candidates.n):
+        scale = f32(candidates.first + candidates.step * i) * per
         shift = (zero - low) * scale
-        s_q = zero
-        s_qq = zero
-        s_qx = zero
-        for k in range(n):
-            v = load(x, at + k * LANES)
-            # From the minimum on, q cannot be negative: one clamp is enough.
-            q = least(nearest(fma(v, scale, shift)), top)
-            wq = load(w, at + k * LANES) * q
-            s_q = s_q + wq
-            s_qq = fma(wq, q, s_qq)
-            s_qx = fma(wq, v, s_qx)
-        d_i, m_i = affine_best(s_w, s_x, s_q, s_qq, s_qx, floor)
-        error = affine_error(d_i, m_i, s_w, s_x, s_q, s_qq, s_qx)
-        better = (error < best) & (d_i > zero)
-        best = where(better, error, best)
-        d = where(better, d_i, d)
-        m = where(better, m_i, m)
-        b_q = where(better, s_q, b_q)
-        b_qq = where(better, s_qq, b_qq)
-        b_qx = where(better, s_qx, b_qx)
-    return d, m, s_w, s_x, b_q, b_qq, b_qx
+        for _ in range(2 if polish else 1):
+            sums = affine_sums(x, w, at, n, scale, shift, top, s_w, s_x)
+            d_i, m_i = affine_best(sums, floor)
+            error = affine_error(d_i, m_i, sums)
+            better = (error < best) & (d_i > zero)
+            best = where(better, error, best)
+            d = where(better, d_i, d)
+            m = where(better, m_i, m)
+            b_q = where(better, sums.q, b_q)
+            b_qq = where(better, sums.qq, b_qq)
+            b_qx = where(better, sums.qx, b_qx)
+            scale = inverse(d_i)
+            shift = m_i * scale
+    return d, m, Sums(s_w, s_x, b_q, b_qq, b_qx)
 
 
 @njit(nogil=True)
@@ -156,8 +186,8 @@ def extreme(x, at, n):
 
 
 @njit(nogil=True)
-def symmetric_grid(x, w, at, n, reach, first, step, n_candidates):
-    """The best d over scales −(first + i · step) / extreme, q in −reach … reach − 1.
+def symmetric_grid(x, w, at, n, reach, candidates):
+    """The best d over scales −`candidates` / extreme, q in −reach … reach − 1.
 
     Returns:
         d and the sums of the winner: Σwq², Σwqx.
@@ -172,8 +202,9 @@ def symmetric_grid(x, w, at, n, reach, first, step, n_candidates):
     d = where(some, top / low, zero)
     b_qq = zero
     b_qx = zero
-    for i in range(n_candidates):
-        s_qq, s_qx = symmetric_sums(x, w, at, n, f32(first + step * i) * per, low, high)
+    for i in range(candidates.n):
+        scale = f32(candidates.first + candidates.step * i) * per
+        s_qq, s_qx = symmetric_sums(x, w, at, n, scale, low, high)
         d_i = s_qx * inverse(s_qq)
         gain = s_qx * d_i
         better = (gain > best) & (s_qq > zero)

@@ -37,6 +37,23 @@ def gather_blocks(source, group, n_blocks, size, starts, x):
 
 
 @njit(nogil=True)
+def mean_square(x):
+    """Mean of the squares of a super-block."""
+    squares = f32(0)
+    for k in range(QK_K):
+        v = load(x, k * LANES)
+        squares = fma(v, v, squares)
+    return squares * f32(1 / QK_K)
+
+
+@njit(nogil=True)
+def columns_of(starts, n_cols, columns):
+    """The column of its row at which each lane's block starts."""
+    for lane in range(LANES):
+        columns[lane] = starts[lane] % n_cols
+
+
+@njit(nogil=True)
 def weigh_spread(x, w, at, n):
     """ggml's weights for Q4_K and Q5_K: root mean square + |x|."""
     squares = f32(0)
@@ -90,16 +107,38 @@ def pack_nibbles(q, words, to):
 
 
 @njit(nogil=True)
-def pack_bits(q, words, to, width):
-    """Two low bits of 256 numbers into 16 words: four weights, 32 apart, in a byte."""
+def pack_pairs(q, words, to, shift):
+    """Bits `shift` and `shift` + 1 of 256 numbers into 16 words: four weights, 32 apart, a byte."""
     for half in range(0, QK_K, 128):
         for k in range(0, 32, 4):
             word = i32(0)
             for b in range(4):
                 for part in range(4):
-                    bits = load(q, (half + 32 * part + k + b) * LANES) & i32(3)
-                    word = word | (bits << i32(8 * b + width * part))
+                    v = load(q, (half + 32 * part + k + b) * LANES)
+                    word = word | (((v >> i32(shift)) & i32(3)) << i32(8 * b + 2 * part))
             store(words, (to + half // 16 + k // 4) * LANES, word)
+
+
+@njit(nogil=True)
+def pack_plane(q, words, to, bit):
+    """Bit `bit` of 256 numbers into 8 words: eight weights, 32 apart, a byte."""
+    for g in range(8):
+        word = i32(0)
+        for b in range(4):
+            for j in range(8):
+                v = load(q, (32 * j + 4 * g + b) * LANES)
+                word = word | (((v >> i32(bit)) & i32(1)) << i32(8 * b + j))
+        store(words, (to + g) * LANES, word)
+
+
+@njit(nogil=True)
+def pack_bytes(v, words, to, n_words):
+    """The low bytes of 4 · `n_words` numbers into as many words."""
+    for g in range(n_words):
+        word = i32(0)
+        for b in range(4):
+            word = word | ((load(v, (4 * g + b) * LANES) & i32(255)) << i32(8 * b))
+        store(words, (to + g) * LANES, word)
 
 
 @njit(nogil=True)

@@ -8,10 +8,14 @@ Byte layouts: block_q3_K, block_q6_K in ggml/src/ggml-common.h.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
 from dus_edge.quant.kernels.fit import (
+    Search,
+    Steps,
     clamp,
     inverse,
     symmetric_grid,
@@ -20,10 +24,14 @@ from dus_edge.quant.kernels.fit import (
 from dus_edge.quant.kernels.half import from_half, to_scale
 from dus_edge.quant.kernels.superblock import (
     QK_K,
+    columns_of,
     emit_half,
     emit_words,
     gather_blocks,
-    pack_bits,
+    mean_square,
+    pack_bytes,
+    pack_pairs,
+    pack_plane,
     weigh_importance,
     weigh_importance_alone,
     weigh_spread,
@@ -46,150 +54,170 @@ from dus_edge.quant.simd import (
 
 _N_SUB = 16
 _N = QK_K // _N_SUB
-#: Spacings tried for a coarse grid: the largest scale on step -32 - these.
-_TRIALS, _NEAREST, _APART = 10, -2.0, 0.4
+
+
+class _Layout(NamedTuple):
+    """What a type stores: q in −reach … reach − 1, s in −limit … limit − 1, bytes of a block."""
+
+    reach: int
+    limit: int
+    block_bytes: int
 
 
 @njit(nogil=True, inline="always")
-def _encode(
-    source,
-    importance,
-    out,
-    weighted,
-    reach,
-    grid_reach,
-    first,
-    step,
-    n_candidates,
-    rounds,
-    block_bytes,
-):
+def _encode(source, importance, out, weighted, layout, search):
     n_blocks = source.size // QK_K
     x = np.empty(QK_K * LANES, np.float32)
     w = np.empty(QK_K * LANES, np.float32)
     q = np.empty(QK_K * LANES, np.int32)
     starts = np.empty(LANES, np.int64)
     columns = np.empty(LANES, np.int64)
-    # Per sub-block: scale, Σwq², Σwqx.
+    # Of each sub-block: scale, Σwq², Σwqx.
     found = np.empty((3, _N_SUB * LANES), np.float32)
     scales = np.empty(_N_SUB * LANES, np.int32)
-    words = np.empty(block_bytes // 4 * LANES, np.int32)
+    words = np.empty(layout.block_bytes // 4 * LANES, np.int32)
     last = np.empty(LANES, np.int32)
-    zero = f32(0)
-    low = f32(-reach)
-    high = f32(reach - 1)
-    grid_low = f32(-grid_reach)
-    grid_high = f32(grid_reach - 1)
     overflow = False
     for group in range(0, n_blocks, LANES):
         gather_blocks(source, group, n_blocks, QK_K, starts, x)
-        sigma2 = zero
         if weighted:
-            for lane in range(LANES):
-                columns[lane] = starts[lane] % importance.size
-            for k in range(QK_K):
-                v = load(x, k * LANES)
-                sigma2 = fma(v, v, sigma2)
-            sigma2 = sigma2 * f32(2.0 / QK_K)
-        peak = zero
-        for j in range(_N_SUB):
-            at = j * _N * LANES
-            if not weighted:
-                weigh_spread(x, w, at, _N)
-            elif reach == 32:
-                weigh_importance_alone(importance, columns, w, j * _N, _N)
-            else:
-                weigh_importance(importance, columns, x, w, j * _N, _N, sigma2)
-            d, s_qq, s_qx = symmetric_grid(x, w, at, _N, f32(reach), first, step, n_candidates)
-            store(found[0], j * LANES, d)
-            store(found[1], j * LANES, s_qq)
-            store(found[2], j * LANES, s_qx)
-            peak = where(absolute(d) > absolute(peak), d, peak)
-        # The grid reaches one further below zero: that end for the largest scale.
-        bits, over = to_scale(peak / grid_low)
+            columns_of(starts, importance.size, columns)
+        _search(x, w, importance, columns, weighted, layout, search, found)
+        bits, over = _spaced(found, layout, search)
         overflow |= any_lane(over)
-        big = from_half(bits)
-        if reach == 4:
-            # A grid of 64 steps is coarse enough for its spacing to matter: try several.
-            best = _grid_error(found, big, grid_low, grid_high)
-            for trial in range(_TRIALS):
-                end = grid_low - f32(_NEAREST + _APART * trial)
-                spacing = from_half(to_scale(peak / end)[0])
-                error = _grid_error(found, spacing, grid_low, grid_high)
-                big = where(error < best, spacing, big)
-                best = least(error, best)
-        for turn in range(rounds):
-            per = inverse(big)
-            n_dd = zero
-            r_d = zero
-            for j in range(_N_SUB):
-                d = load(found[0], j * LANES)
-                s_qq = load(found[1], j * LANES)
-                s_qx = load(found[2], j * LANES)
-                if turn:
-                    at = j * _N * LANES
-                    now = inverse(to_f32(load(scales, j * LANES)) * big)
-                    s_qq, s_qx = symmetric_sums(x, w, at, _N, now, low, high)
-                    d = where(s_qq > zero, s_qx * inverse(s_qq), d)
-                s = clamp(nearest(d * per), grid_low, grid_high)
-                # 0 never beats the smallest step: every weight may still choose q = 0.
-                least_step = where(d * per < zero, f32(-1), f32(1))
-                s = where(absolute(s) > zero, s, least_step)
-                n_dd = fma(s * s, s_qq, n_dd)
-                r_d = fma(s, s_qx, r_d)
-                store(scales, j * LANES, to_i32(s))
-            d = r_d * inverse(n_dd)
-            # A fit far from what the search found is rounding noise.
-            sound = (absolute(d) > absolute(big) * f32(0.8)) & (
-                absolute(big) * f32(1.25) > absolute(d)
-            )
-            bits, over = to_scale(where(sound, d, big))
+        for turn in range(search.rounds):
+            if turn:
+                _requantize(x, w, scales, bits, layout, found)
+            bits, over = _settle(found, layout, bits, scales)
             overflow |= any_lane(over)
-            big = from_half(bits)
-        for j in range(_N_SUB):
-            at = j * _N * LANES
-            per = inverse(to_f32(load(scales, j * LANES)) * big)
-            for k in range(_N):
-                v = clamp(nearest(load(x, at + k * LANES) * per), low, high)
-                store(q, at + k * LANES, to_i32(v) + i32(reach))
-        if reach == 32:
+        _quantize(x, scales, bits, layout, q)
+        if layout.reach == 32:
             # ql, qh, scales, d
             _pack_low(q, words)
-            for k in range(QK_K):
-                store(q, k * LANES, load(q, k * LANES) >> i32(4))
-            pack_bits(q, words, 32, 2)
-            for g in range(4):
-                word = i32(0)
-                for b in range(4):
-                    byte = load(scales, (4 * g + b) * LANES) & i32(255)
-                    word = word | (byte << i32(8 * b))
-                store(words, (48 + g) * LANES, word)
+            pack_pairs(q, words, 32, 4)
+            pack_bytes(scales, words, 48, 4)
         else:
             # hmask, qs, scales, d
-            for g in range(8):
-                word = i32(0)
-                for b in range(4):
-                    for j in range(8):
-                        bit = load(q, (32 * j + 4 * g + b) * LANES) >> i32(2)
-                        word = word | (bit << i32(8 * b + j))
-                store(words, g * LANES, word)
-            pack_bits(q, words, 8, 2)
+            pack_plane(q, words, 0, 2)
+            pack_pairs(q, words, 8, 0)
             _pack_scales(scales, words)
         store(last, 0, bits)
-        emit_words(words, starts, QK_K, out, block_bytes, 0, block_bytes // 4)
-        emit_half(last, starts, QK_K, out, block_bytes, block_bytes - 2)
+        emit_words(words, starts, QK_K, out, layout.block_bytes, 0, layout.block_bytes // 4)
+        emit_half(last, starts, QK_K, out, layout.block_bytes, layout.block_bytes - 2)
     return overflow
 
 
+@njit(nogil=True, inline="always")
+def _search(x, w, importance, columns, weighted, layout, search, found):
+    """Weigh every sub-block and find its scale, each as good as can be alone."""
+    sigma2 = f32(0)
+    if weighted and layout.reach == 4:
+        sigma2 = mean_square(x) * f32(2)
+    for j in range(_N_SUB):
+        at = j * _N * LANES
+        if not weighted:
+            weigh_spread(x, w, at, _N)
+        elif layout.reach == 32:
+            weigh_importance_alone(importance, columns, w, j * _N, _N)
+        else:
+            weigh_importance(importance, columns, x, w, j * _N, _N, sigma2)
+        d, s_qq, s_qx = symmetric_grid(x, w, at, _N, f32(layout.reach), search.candidates)
+        store(found[0], j * LANES, d)
+        store(found[1], j * LANES, s_qq)
+        store(found[2], j * LANES, s_qx)
+
+
+@njit(nogil=True, inline="always")
+def _spaced(found, layout, search):
+    """D as float16 bits, and which overflowed; several spacings tried, as in `affine_k`."""
+    peak = f32(0)
+    for j in range(_N_SUB):
+        d = load(found[0], j * LANES)
+        peak = where(absolute(d) > absolute(peak), d, peak)
+    # The grid reaches one further below zero: that end for the largest scale.
+    bits, over = to_scale(peak / f32(-layout.limit))
+    if search.spacings.n:
+        best = _grid_error(found, layout, bits)
+        for i in range(search.spacings.n):
+            end = f32(-search.spacings.first - search.spacings.step * i)
+            tried, _ = to_scale(peak / end)
+            error = _grid_error(found, layout, tried)
+            bits = where(error < best, tried, bits)
+            best = least(error, best)
+    return bits, over
+
+
 @njit(nogil=True)
-def _grid_error(found, big, grid_low, grid_high):
+def _grid_error(found, layout, bits):
     """Error of a super-block, by the sums, with its scales on this grid."""
+    big = from_half(bits)
     per = inverse(big)
     total = f32(0)
     for j in range(_N_SUB):
-        d = clamp(nearest(load(found[0], j * LANES) * per), grid_low, grid_high) * big
+        d = _on_grid(load(found[0], j * LANES) * per, layout) * big
         total = total + d * (d * load(found[1], j * LANES) - f32(2) * load(found[2], j * LANES))
     return total
+
+
+@njit(nogil=True)
+def _on_grid(v, layout):
+    """`v` rounded to an s of the grid."""
+    return clamp(nearest(v), f32(-layout.limit), f32(layout.limit - 1))
+
+
+@njit(nogil=True)
+def _requantize(x, w, scales, bits, layout, found):
+    """Every sub-block's sums and best scale for the weights quantized with what is stored."""
+    big = from_half(bits)
+    low = f32(-layout.reach)
+    high = f32(layout.reach - 1)
+    for j in range(_N_SUB):
+        at = j * LANES
+        per = inverse(to_f32(load(scales, at)) * big)
+        s_qq, s_qx = symmetric_sums(x, w, _N * at, _N, per, low, high)
+        d = where(s_qq > f32(0), s_qx * inverse(s_qq), load(found[0], at))
+        store(found[0], at, d)
+        store(found[1], at, s_qq)
+        store(found[2], at, s_qx)
+
+
+@njit(nogil=True)
+def _settle(found, layout, bits, scales):
+    """Put scales on the grid of D, then fit D to them.
+
+    Returns:
+        the new D as float16 bits, and which overflowed.
+    """
+    zero = f32(0)
+    big = from_half(bits)
+    per = inverse(big)
+    n_dd = zero
+    r_d = zero
+    for j in range(_N_SUB):
+        d = load(found[0], j * LANES) * per
+        s = _on_grid(d, layout)
+        # 0 never beats the smallest step: every weight may still choose q = 0.
+        s = where(absolute(s) > zero, s, where(d < zero, f32(-1), f32(1)))
+        n_dd = fma(s * s, load(found[1], j * LANES), n_dd)
+        r_d = fma(s, load(found[2], j * LANES), r_d)
+        store(scales, j * LANES, to_i32(s))
+    d = r_d * inverse(n_dd)
+    # A fit far from what the search found is rounding noise.
+    sound = (absolute(d) > absolute(big) * f32(0.8)) & (absolute(big) * f32(1.25) > absolute(d))
+    return to_scale(where(sound, d, big))
+
+
+@njit(nogil=True)
+def _quantize(x, scales, bits, layout, q):
+    """q = round(x / (D·s)) of all weights, made unsigned."""
+    big = from_half(bits)
+    low = f32(-layout.reach)
+    high = f32(layout.reach - 1)
+    for j in range(_N_SUB):
+        per = inverse(to_f32(load(scales, j * LANES)) * big)
+        for k in range(j * _N * LANES, (j + 1) * _N * LANES, LANES):
+            v = clamp(nearest(load(x, k) * per), low, high)
+            store(q, k, to_i32(v) + i32(layout.reach))
 
 
 @njit(nogil=True)
@@ -223,25 +251,36 @@ def _pack_scales(scales, words):
     store(words, 26 * LANES, word)
 
 
+#               reach, limit, bytes
+_Q6_K = _Layout(32, 128, 210)
+_Q3_K = _Layout(4, 32, 110)
+
+_COARSE = Steps(30.0, 0.4, 10)
+
+_Q6_K_SEARCH = Search(Steps(30.5, 0.35, 9))
+_Q3_K_ALONE = Search(Steps(3.0, 0.2, 10), spacings=_COARSE)
+_Q3_K_BY_IMPORTANCE = Search(Steps(2.8, 0.08, 28), spacings=_COARSE, rounds=3)
+
+
 @njit(nogil=True, cache=True)
 def q6_k(source, importance, sigma2, out):
     """Quantize to Q6_K; see `kernels`."""
-    return _encode(source, importance, out, False, 32, 128, 30.5, 0.35, 9, 2, 210)
+    return _encode(source, importance, out, False, _Q6_K, _Q6_K_SEARCH)
 
 
 @njit(nogil=True, cache=True)
 def q6_k_weighted(source, importance, sigma2, out):
     """Quantize to Q6_K by importance; see `kernels`."""
-    return _encode(source, importance, out, True, 32, 128, 30.5, 0.35, 9, 2, 210)
+    return _encode(source, importance, out, True, _Q6_K, _Q6_K_SEARCH)
 
 
 @njit(nogil=True, cache=True)
 def q3_k(source, importance, sigma2, out):
     """Quantize to Q3_K; see `kernels`."""
-    return _encode(source, importance, out, False, 4, 32, 3.0, 0.2, 10, 2, 110)
+    return _encode(source, importance, out, False, _Q3_K, _Q3_K_ALONE)
 
 
 @njit(nogil=True, cache=True)
 def q3_k_weighted(source, importance, sigma2, out):
     """Quantize to Q3_K by importance; see `kernels`."""
-    return _encode(source, importance, out, True, 4, 32, 2.8, 0.08, 28, 3, 110)
+    return _encode(source, importance, out, True, _Q3_K, _Q3_K_BY_IMPORTANCE)
