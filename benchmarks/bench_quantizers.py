@@ -17,7 +17,6 @@ which replaces that of an earlier run. `--markdown` renders both.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
 import json
 import math
@@ -229,39 +228,6 @@ def works_of(
 # Errors
 
 
-class _Traits(ctypes.Structure):
-    """`struct ggml_type_traits` of ggml/include/ggml.h."""
-
-    _fields_ = (
-        ("type_name", ctypes.c_char_p),
-        ("blck_size", ctypes.c_int64),
-        ("blck_size_interleave", ctypes.c_int64),
-        ("type_size", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
-        ("from_float_ref", ctypes.c_void_p),
-    )
-
-
-@functools.cache
-def traits(kind: QuantType) -> _Traits:
-    """ggml's own facts of a type, checked against ours."""
-    get = ggml.library().ggml_get_type_traits
-    get.restype, get.argtypes = ctypes.POINTER(_Traits), [ctypes.c_int]
-    found = get(kind.ggml_id).contents
-    # These would differ too if the structure had changed.
-    if (found.blck_size, found.type_size) != (kind.block_weights, kind.block_bytes):
-        sys.exit(f"ggml's traits of {kind.name} are not what this benchmark expects")
-    return found
-
-
-def dequantize(data: np.ndarray, kind: QuantType, shape: tuple[int, int]) -> np.ndarray:
-    """ggml's reading of quantized bytes (uint8), as float32 of `shape`."""
-    out = np.empty(shape, np.float32)
-    traits(kind).to_float(data.ctypes.data, out.ctypes.data, out.size)
-    return out
-
-
 def search_weights(
     rows: np.ndarray, kind: QuantType, importance: np.ndarray | None
 ) -> np.ndarray | None:
@@ -318,7 +284,7 @@ def rmse_of(
         x = rows[start : start + step]
         row_bytes = kind.row_bytes(n_cols)
         piece = data[start * row_bytes : (start + len(x)) * row_bytes]
-        squares = np.square(np.subtract(dequantize(piece, kind, x.shape), x, dtype=np.float64))
+        squares = np.square(np.subtract(ggml.dequantize(piece, kind, x.shape), x, dtype=np.float64))
         weights = {"plain": np.ones(1), "search": search_weights(x, kind, importance)}
         if importance is not None:
             weights["importance"] = importance.astype(np.float64)

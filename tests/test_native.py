@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 import json
@@ -52,37 +51,6 @@ each_form = pytest.mark.parametrize(("kind", "weighted"), FORMS, ids=label)
 # What the tests compare with
 
 
-class _Traits(ctypes.Structure):
-    """`struct ggml_type_traits` of ggml/include/ggml.h."""
-
-    _fields_ = (
-        ("type_name", ctypes.c_char_p),
-        ("blck_size", ctypes.c_int64),
-        ("blck_size_interleave", ctypes.c_int64),
-        ("type_size", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
-    )
-
-
-@functools.cache
-def traits(kind: t.QuantType) -> _Traits:
-    get = ggml.library().ggml_get_type_traits
-    get.restype, get.argtypes = ctypes.POINTER(_Traits), [ctypes.c_int]
-    found = get(kind.ggml_id).contents
-    assert (found.blck_size, found.type_size) == (kind.block_weights, kind.block_bytes)
-    return found
-
-
-def decode(data: np.ndarray, kind: t.QuantType, shape: tuple[int, ...]) -> np.ndarray:
-    """ggml's own reading of quantized bytes, float32."""
-    assert data.dtype == np.uint8
-    assert data.nbytes == kind.row_bytes(int(np.prod(shape)))
-    out = np.empty(shape, np.float32)
-    traits(kind).to_float(data.ctypes.data, out.ctypes.data, out.size)
-    return out
-
-
 def validates(data: np.ndarray, kind: t.QuantType) -> bool:
     return ggml.library().ggml_validate_row_data(kind.ggml_id, data.ctypes.data, data.nbytes)
 
@@ -103,7 +71,9 @@ def rmse(
     rows: np.ndarray, data: np.ndarray, kind: t.QuantType, importance: np.ndarray | None
 ) -> float:
     """Error after llama.cpp's dequantizer: plain, or weighted as ggml's search weighs it."""
-    squares = np.square(np.subtract(decode(data, kind, rows.shape), rows, dtype=np.float64))
+    squares = np.square(
+        np.subtract(ggml.dequantize(data, kind, rows.shape), rows, dtype=np.float64)
+    )
     if importance is None:
         return float(np.sqrt(squares.mean()))
     w = search_weights(rows, kind, importance)
@@ -171,7 +141,7 @@ def test_gguf_package_reads_the_same(kind):
     rows = gaussian((4, 512))
     data = native.quantize(rows, kind)
     there = gguf.quants.dequantize(data.reshape(4, -1), gguf.GGMLQuantizationType(kind.ggml_id))
-    np.testing.assert_allclose(there, decode(data, kind, rows.shape), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(there, ggml.dequantize(data, kind, rows.shape), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", WEIGHTED, ids=label)
@@ -181,7 +151,7 @@ def test_importance_moves_error_away_from_columns_that_count(kind):
     importance[::4] = 100
 
     def error(data: np.ndarray) -> float:
-        return float(np.square(decode(data, kind, rows.shape) - rows)[:, ::4].sum())
+        return float(np.square(ggml.dequantize(data, kind, rows.shape) - rows)[:, ::4].sum())
 
     assert error(native.quantize(rows, kind, importance)) < error(native.quantize(rows, kind))
 
@@ -319,7 +289,7 @@ def test_hard_blocks(kind, weighted, case):
     rows = hard_rows(case)
     importance = np.ones(256, np.float32) if weighted else None
     ours = native.quantize(rows, kind, importance)
-    assert np.isfinite(decode(ours, kind, rows.shape)).all()
+    assert np.isfinite(ggml.dequantize(ours, kind, rows.shape)).all()
     assert validates(ours, kind)
     theirs = ggml.quantize(rows, kind, importance)
     a, b = rmse(rows, ours, kind, importance), rmse(rows, theirs, kind, importance)
@@ -335,7 +305,7 @@ def test_zeros_stay_zeros(kind, weighted):
     rows = np.zeros((18, 256), np.float32)
     rows[9:] = -0.0
     importance = importance_of(256) if weighted else None
-    assert not decode(native.quantize(rows, kind, importance), kind, rows.shape).any()
+    assert not ggml.dequantize(native.quantize(rows, kind, importance), kind, rows.shape).any()
 
 
 @pytest.mark.parametrize(("kind", "weighted"), [f for f in FORMS if f[0] is not t.BF16], ids=label)
@@ -344,7 +314,7 @@ def test_denormals_become_zeros(kind, weighted):
     rows = (rows | np.uint32(1 << 31) * (rows & 1)).view(np.float32)
     assert (np.abs(rows) < np.finfo(np.float32).tiny).all()
     importance = importance_of(256) if weighted else None
-    assert not decode(native.quantize(rows, kind, importance), kind, rows.shape).any()
+    assert not ggml.dequantize(native.quantize(rows, kind, importance), kind, rows.shape).any()
 
 
 #: No type has to refuse weights up to here; most hold larger ones.
@@ -385,7 +355,7 @@ def test_any_finite_weights(kind, importance, seed, exponents, zero_share, offse
     rows = np.clip(x, -3.4e38, 3.4e38).astype(np.float32)
     weights = drawn_importance(importance, rng, 512)
     free = native.quantize(rows, kind, weights, validate=False)
-    assert np.isfinite(decode(free, kind, rows.shape)).all()
+    assert np.isfinite(ggml.dequantize(free, kind, rows.shape)).all()
     assert validates(free, kind)
     try:
         checked = native.quantize(rows, kind, weights)
@@ -424,7 +394,7 @@ def test_too_large(kind, weighted):
         native.quantize(rows, kind, importance)
     data = native.quantize(rows, kind, importance, validate=False)
     assert validates(data, kind)
-    back = decode(data, kind, rows.shape)
+    back = ggml.dequantize(data, kind, rows.shape)
     assert np.isfinite(back).all()
     assert np.abs(back).max() > 30_000
 
@@ -516,7 +486,7 @@ def test_bf16_of_f32():
 def test_nan_and_infinity_stay(kind, dtype):
     x = np.array([[np.nan, -np.nan, np.inf, -np.inf, 1.5, -0.0]], np.float32)
     rows = bf16_bits(x) if dtype == np.uint16 else x.astype(dtype)
-    found = decode(native.quantize(rows, kind), kind, x.shape)
+    found = ggml.dequantize(native.quantize(rows, kind), kind, x.shape)
     np.testing.assert_array_equal(found, x)
     assert np.signbit(found[0, 5])
 

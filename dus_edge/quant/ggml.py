@@ -33,6 +33,20 @@ _LIBRARY = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}.get(
 )
 
 
+class _Traits(ctypes.Structure):
+    """`struct ggml_type_traits` of ggml/include/ggml.h."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The loaded `libggml-base`, its functions declared.
@@ -73,6 +87,8 @@ def library() -> ctypes.CDLL:
     lib.ggml_type_size.argtypes = [ctypes.c_int]
     lib.ggml_blck_size.restype = ctypes.c_int64
     lib.ggml_blck_size.argtypes = [ctypes.c_int]
+    lib.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
+    lib.ggml_get_type_traits.argtypes = [ctypes.c_int]
     return lib
 
 
@@ -159,6 +175,28 @@ def quantize(
     # llama-quantize checks every chunk too: finite input can overflow an f16 value or scale.
     if validate and not lib.ggml_validate_row_data(kind.ggml_id, out.ctypes.data, out.nbytes):
         raise OverflowError(kind.name)
+    return out
+
+
+def dequantize(data: np.ndarray, kind: QuantType, shape: tuple[int, ...]) -> np.ndarray:
+    """ggml's reading of quantized bytes: float32 weights of that shape.
+
+    Args:
+        data: uint8, C-contiguous, all blocks of the weights.
+        kind: their type; not F32.
+        shape: whole blocks in the last dimension.
+
+    Raises:
+        ValueError: the bytes are not as many as the weights need.
+    """
+    out = np.empty(shape, np.float32)
+    if data.nbytes * kind.block_weights != out.size * kind.block_bytes:
+        raise ValueError(f"{data.nbytes} bytes are not {out.size} weights of {kind.name}")
+    traits = library().ggml_get_type_traits(kind.ggml_id).contents
+    # These would differ if the structure had changed, and the function would be another.
+    if (traits.blck_size, traits.type_size) != (kind.block_weights, kind.block_bytes):
+        raise RuntimeError(f"ggml's traits of {kind.name} are not where they are expected")
+    traits.to_float(data.ctypes.data, out.ctypes.data, out.size)
     return out
 
 
