@@ -8,6 +8,10 @@ BASE      ?= pico
 DROP      ?=
 OUT       ?= build
 QUANTIZER ?= native
+IMATRIX   ?=
+BITS      ?= 4
+GROUP     ?= 128
+TEXT      ?=
 
 PYTHON ?= python3
 VENV   := .venv
@@ -20,12 +24,14 @@ LLAMA_BUILD := CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" CMAKE_GENERATOR=Ninj
 # A comma cannot stand in an argument of $(subst) otherwise.
 comma := ,
 PLAN  := $(if $(DROP),--drop $(DROP))
+WORDS := $(foreach t,$(TEXT),--text "$(t)")
 
-# What `make gguf` needs set up: ggml's quantizers come with llama-cpp-python.
-QUANTIZER_STAMP := $(VENV)/$(if $(filter ggml,$(QUANTIZER)),llama,run).stamp
+# What `make gguf` needs set up: ggml's quantizers come with llama-cpp-python, calibrating needs torch.
+GGUF_STAMPS := $(VENV)/$(if $(filter ggml,$(QUANTIZER)),llama,run).stamp \
+  $(if $(filter auto,$(IMATRIX)),$(VENV)/hf.stamp)
 
 .DEFAULT_GOAL := help
-.PHONY: help gguf modelfiles upscale test lint bench clean
+.PHONY: help gguf gptq imatrix modelfiles upscale interop test lint bench clean
 
 help: ## List the targets.
 	@echo "Targets:"
@@ -37,14 +43,26 @@ help: ## List the targets.
 	  "BASE=$(BASE)" "folder, hub id (org/name@rev) or pico, built in" \
 	  "DROP=$(DROP)" "layers dropped from each copy; empty: a quarter of them" \
 	  "OUT=$(OUT)" "folder of the results" \
-	  "QUANTIZER=$(QUANTIZER)" "native, or ggml: llama.cpp's, compiled the first time"
+	  "QUANTIZER=$(QUANTIZER)" "native, or ggml: llama.cpp's, compiled the first time" \
+	  "IMATRIX=$(IMATRIX)" "importance matrix for gguf: a file, or auto to collect it" \
+	  "BITS=$(BITS)" "bits of gptq: 2, 3, 4 or 8" \
+	  "GROUP=$(GROUP)" "columns of gptq that share a scale; -1: the whole row" \
+	  "TEXT=$(TEXT)" "calibration text, files or folders; empty: built in"
 
-gguf: $(QUANTIZER_STAMP) ## Up-scale BASE to a GGUF of preset QUANT, with its Modelfile.
+gguf: $(GGUF_STAMPS) ## Up-scale BASE to a GGUF of preset QUANT, with its Modelfile.
 	@$(BIN)/dus-edge gguf "$(BASE)" $(PLAN) $(foreach q,$(subst $(comma), ,$(QUANT)),-q $(q)) \
-	  --quantizer "$(QUANTIZER)" -o "$(OUT)" --alias solar-dus --overwrite
+	  --quantizer "$(QUANTIZER)" $(if $(IMATRIX),--imatrix "$(IMATRIX)" $(WORDS)) \
+	  -o "$(OUT)" --alias solar-dus --overwrite
 
 upscale: $(VENV)/run.stamp ## Up-scale BASE to a transformers checkpoint, OUT/checkpoint.
 	@$(BIN)/dus-edge upscale "$(BASE)" $(PLAN) -o "$(OUT)/checkpoint" --overwrite
+
+gptq: $(VENV)/hf.stamp ## Up-scale BASE to a GPTQ checkpoint of BITS, OUT/gptq.
+	@$(BIN)/dus-edge gptq "$(BASE)" $(PLAN) --bits "$(BITS)" --group-size "$(GROUP)" $(WORDS) \
+	  -o "$(OUT)/gptq" --overwrite
+
+imatrix: $(VENV)/hf.stamp ## Collect BASE's importance matrix, OUT/imatrix.gguf.
+	@$(BIN)/dus-edge imatrix "$(BASE)" $(PLAN) $(WORDS) -o "$(OUT)/imatrix.gguf" --overwrite
 
 modelfiles: $(VENV)/run.stamp ## Render modelfiles/ anew.
 	@$(BIN)/dus-edge modelfile --tracked modelfiles
@@ -67,6 +85,11 @@ $(VENV)/run.stamp: pyproject.toml constraints.txt
 	@echo "Installing"
 	@$(BIN)/pip install -q -c constraints.txt setuptools
 	@$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/hf.stamp: $(VENV)/run.stamp
+	@echo "Installing PyTorch and transformers"
+	@$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[hf]"
 	@touch $@
 
 $(VENV)/llama.stamp: $(VENV)/run.stamp

@@ -103,6 +103,70 @@ def _output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = (
+        click.option(
+            "--text",
+            "paths",
+            multiple=True,
+            type=click.Path(path_type=Path),
+            metavar="PATH",
+            help="Calibration text: file, folder or .jsonl; may be given several times "
+            "[default: the built-in mix of English, Korean and code].",
+        ),
+        click.option("--field", metavar="NAME", help="Field of .jsonl rows [default: text]."),
+        click.option(
+            "--ctx",
+            "n_ctx",
+            type=click.IntRange(min=2),
+            metavar="N",
+            help="Tokens of a chunk of text [default: 512].",
+        ),
+        click.option(
+            "--chunks",
+            "n_chunks",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="At most so many chunks [default: all of the text].",
+        ),
+        click.option(
+            "--seed", type=int, default=0, show_default=True, help="Of the draw of chunks."
+        ),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            metavar="DEVICE",
+            help="Where the model runs: cpu, cuda or mps.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(("float32", "bfloat16")),
+            help="Precision it runs in [default: float32 on cpu, else bfloat16].",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+
+    @functools.wraps(command)
+    def wrapped(
+        paths: tuple[Path, ...],
+        field: str | None,
+        n_ctx: int | None,
+        n_chunks: int | None,
+        seed: int,
+        device: str,
+        dtype: str | None,
+        **rest: Any,
+    ) -> Any:
+        from dus_edge.calibration import Machine, TextChoice
+
+        text = TextChoice(paths, field, n_ctx, n_chunks, seed)
+        return command(text=text, machine=Machine(device, dtype), **rest)
+
+    return wrapped
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
 @click.version_option(__version__, prog_name="dus-edge")
 def cli() -> None:
@@ -143,6 +207,12 @@ def cli() -> None:
     help="Who makes the blocks: this program, or llama.cpp's ggml (needs dus-edge[llama]).",
 )
 @click.option(
+    "--imatrix",
+    metavar="FILE|auto",
+    help="Importance matrix: a file in one of llama.cpp's formats, or auto to collect it now.",
+)
+@_calibration_options
+@click.option(
     "--alias",
     metavar="NAME",
     help="Also link NAME.gguf and NAME-PRESET.gguf to the "
@@ -155,6 +225,9 @@ def gguf(
     presets: tuple[str, ...],
     out: Path,
     quantizer: str,
+    imatrix: str | None,
+    text: Any,
+    machine: Any,
     alias: str | None,
     threads: int | None,
     overwrite: bool,
@@ -167,12 +240,18 @@ def gguf(
     from dus_edge.quant.recipe import find_preset
 
     chosen = list({p.name: p for p in map(find_preset, presets)}.values())
+    source = None
+    if imatrix is not None:
+        from dus_edge.calibration import imatrix_source
+
+        source = imatrix_source(imatrix, text, machine, out, _say(as_json))
     result = jobs.export_gguf(
         base,
         choose,
         chosen,
         out,
         quantizer=quantizer,
+        imatrix=source,
         alias=alias,
         n_threads=threads,
         overwrite=overwrite,
@@ -239,6 +318,135 @@ def upscale(
     click.echo(f"{out}\n  {_size(output.nbytes)} of weights")
     if verbose:
         click.echo(f"  tensors: {_counts(output.types)}")
+    click.echo(f"Done in {_seconds(result.seconds)}.")
+
+
+@cli.command()
+@click.argument("base")
+@_plan_options
+@_calibration_options
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="The importance matrix, e.g. imatrix.gguf.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead.")
+def imatrix(
+    base: str, choose: Any, text: Any, machine: Any, out: Path, overwrite: bool, as_json: bool
+) -> None:
+    """Collect the importance matrix of BASE, up-scaled, from text.
+
+    Layers run one after the other, so the model need not fit into memory. For
+    `dus-edge gguf --imatrix FILE`, and for llama.cpp's own tools.
+    """
+    from dus_edge import calibration
+
+    result = calibration.export_imatrix(
+        base, choose, out, text, machine, overwrite=overwrite, say=_say(as_json)
+    )
+    if as_json:
+        _print_json(result)
+        return
+    output = result.outputs[0]
+    click.echo(f"{out}\n  {_size(output.nbytes)}, {output.types['matrices']} matrices")
+    click.echo(f"Done in {_seconds(result.seconds)}.")
+
+
+@cli.command()
+@click.argument("base")
+@_plan_options
+@click.option(
+    "--bits",
+    type=click.Choice(("2", "3", "4", "8")),
+    default="4",
+    show_default=True,
+    help="Bits of a code.",
+)
+@click.option(
+    "--group-size",
+    type=int,
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Columns that share a scale: 32, 64, 128, or -1 for a whole row.",
+)
+@click.option(
+    "--desc-act",
+    is_flag=True,
+    help="Columns in order of their activations, groups too: better, slower to run.",
+)
+@click.option("--asym", is_flag=True, help="A zero point for each group.")
+@click.option(
+    "--damp",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.01,
+    show_default=True,
+    metavar="X",
+    help="Share of the mean diagonal added to the Hessian.",
+)
+@_calibration_options
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="Folder of the new checkpoint.",
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", help="Threads that write [default: all]."
+)
+@click.option("--overwrite", is_flag=True, help="Replace DIR if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead.")
+def gptq(
+    base: str,
+    choose: Any,
+    bits: str,
+    group_size: int,
+    desc_act: bool,
+    asym: bool,
+    damp: float,
+    text: Any,
+    machine: Any,
+    out: Path,
+    threads: int | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Up-scale BASE into a GPTQ checkpoint.
+
+    Layers are quantized one after the other, so the model need not fit into
+    memory; a run that is cut short goes on where it was.
+    """
+    from dus_edge import calibration
+    from dus_edge.quant.gptq import Settings
+
+    settings = Settings(
+        bits=int(bits), group_size=group_size, sym=not asym, desc_act=desc_act, damp=damp
+    )
+    result = calibration.export_gptq(
+        base,
+        choose,
+        out,
+        settings,
+        text,
+        machine,
+        n_threads=threads,
+        overwrite=overwrite,
+        say=_say(as_json),
+    )
+    if as_json:
+        _print_json(result)
+        return
+    output = result.outputs[0]
+    size = 8 * output.nbytes / result.model.n_parameters
+    click.echo(f"{out}\n  {_size(output.nbytes)}, {size:.2f} bits per weight")
+    for note in result.notes:
+        click.echo(click.wrap_text(f"note: {note}", 80, subsequent_indent="  "))
     click.echo(f"Done in {_seconds(result.seconds)}.")
 
 

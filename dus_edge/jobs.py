@@ -31,8 +31,12 @@ from dus_edge.upscale.plan import DepthPlan
 from dus_edge.upscale.view import UpscaledCheckpoint
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from dus_edge.export.gguf import GGUFFile
+    from dus_edge.export.gguf_format import KeyValue
     from dus_edge.export.gguf_vocab import Vocab
+    from dus_edge.quant.imatrix import Importance
 
 ChoosePlan = Callable[[int], DepthPlan]
 Say = Callable[[str], None]
@@ -70,6 +74,19 @@ class Model:
         """Open the weights: headers are read and checked, nothing else."""
         base = SafetensorsCheckpoint(self.source, self.base_config)
         return base if self.plan.is_identity else UpscaledCheckpoint(base, self.plan)
+
+
+@dataclass(frozen=True)
+class ImatrixSource:
+    """An importance matrix to come: read from a file, or collected from the model itself.
+
+    Attributes:
+        label: what it is called in messages and in the GGUF file.
+        get: gives it, once the model is open.
+    """
+
+    label: str
+    get: Callable[[Model, Checkpoint], Importance]
 
 
 @dataclass(frozen=True)
@@ -165,6 +182,7 @@ def export_gguf(
     folder: Path,
     *,
     quantizer: str = quantizers.DEFAULT,
+    imatrix: ImatrixSource | None = None,
     alias: str | None = None,
     n_threads: int | None = None,
     overwrite: bool = False,
@@ -179,6 +197,7 @@ def export_gguf(
         presets: one output each.
         folder: where the files go, under names of the GGUF convention.
         quantizer: name of the one that makes the blocks, see `quantizer.QUANTIZERS`.
+        imatrix: how much an error in each column of a matrix counts; nothing known if None.
         alias: also link ``<alias>.gguf`` to the first and ``<alias>-<preset>.gguf`` to each.
         n_threads: worker threads; all cores by default.
         overwrite: replace files of these names.
@@ -204,22 +223,26 @@ def export_gguf(
     checkpoint = model.open()
     vocab = vocabs[-1]
     metadata = build_metadata(model.config, model.source, model.name, model.plan, vocab)
+    paths = [folder / model.name.file_name(p) for p in presets]
+    modelfiles = [path.with_suffix(".Modelfile") for path in paths]
+    check_absent([*paths, *modelfiles], overwrite)
+    say(describe(model))
+    weights, said, notes = _importance(model, checkpoint, imatrix)
     files = [
-        gguf.plan_file(model.config, model.shapes, metadata, p, folder / model.name.file_name(p))
-        for p in presets
+        gguf.plan_file(model.config, model.shapes, metadata, p, path, said)
+        for p, path in zip(presets, paths, strict=True)
     ]
-    modelfiles = [f.path.with_suffix(".Modelfile") for f in files]
     gguf.check_outputs(files, overwrite)
-    check_absent(modelfiles, overwrite)
     facts = model_facts(model, vocab)
     texts = [render_facts(facts, f"./{f.path.name}") for f in files]
-    say(describe(model))
-    chosen.prepare(gguf.conversions(checkpoint, files), say)
-    with progress("Quantizing", gguf.total_work(checkpoint, files), unit="weights") as tick:
+    chosen.prepare(gguf.conversions(checkpoint, files, weights), say)
+    total = gguf.total_work(checkpoint, files, weights)
+    with progress("Quantizing", total, unit="weights") as tick:
         gguf.write_files(
             checkpoint,
             files,
             chosen,
+            importance=weights,
             n_threads=n_threads or default_threads(),
             allow_nonfinite=allow_nonfinite,
             advance=tick,
@@ -232,7 +255,29 @@ def export_gguf(
         Written(f.path, f.nbytes, f.preset.name, m, Counter(t.kind.name for t in f.tensors))
         for f, m in zip(files, modelfiles, strict=True)
     )
-    return Result(model, outputs, time.monotonic() - start, vocab.notes)
+    return Result(model, outputs, time.monotonic() - start, (*vocab.notes, *notes))
+
+
+def _importance(
+    model: Model, checkpoint: Checkpoint, imatrix: ImatrixSource | None
+) -> tuple[dict[str, np.ndarray] | None, list[KeyValue] | None, list[str]]:
+    """Importance by tensor, what the file says of it, and what the user should know."""
+    if imatrix is None:
+        return None, None, []
+    from dus_edge.export.gguf import gguf_shapes
+    from dus_edge.export.imatrix import quantize_metadata
+    from dus_edge.quant.imatrix import match
+
+    found = imatrix.get(model, checkpoint)
+    matched = match(found, gguf_shapes(model.shapes), imatrix.label)
+    notes = []
+    if matched.missing:
+        named = ", ".join(matched.missing[:3]) + (", …" if len(matched.missing) > 3 else "")
+        notes.append(
+            f"{imatrix.label} knows nothing of {len(matched.missing)} matrices ({named}); "
+            "they were quantized without importance."
+        )
+    return dict(matched.weights), quantize_metadata(imatrix.label, found), notes
 
 
 def export_checkpoint(

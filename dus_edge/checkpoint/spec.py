@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 #: Bytes per weight of the safetensors dtypes we read (names as the format spells them).
 DTYPE_BYTES: Mapping[str, int] = {"BF16": 2, "F16": 2, "F32": 4}
+#: Bytes per item of the dtypes that we only write: codes and indices of quantized checkpoints.
+INTEGER_BYTES: Mapping[str, int] = {"U8": 1, "I8": 1, "I32": 4, "I64": 8}
+_ITEM_BYTES = {**DTYPE_BYTES, **INTEGER_BYTES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,8 @@ class TensorSpec:
 
     Attributes:
         name: the Hugging Face name, e.g. ``model.layers.0.self_attn.q_proj.weight``.
-        dtype: ``BF16``, ``F16`` or ``F32``.
+        dtype: ``BF16``, ``F16`` or ``F32`` for weights; a quantized checkpoint that is written
+            also has those of `INTEGER_BYTES`.
         shape: outermost dimension first, as PyTorch has it: ``(out_features, in_features)``.
         source: the name under which the bytes are stored at the root of all views;
             two tensors with the same source hold the same weights.
@@ -43,7 +47,12 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Size of the stored tensor in bytes."""
-        return self.n_elements * DTYPE_BYTES[self.dtype]
+        return self.n_elements * self.item_bytes
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one element."""
+        return _ITEM_BYTES[self.dtype]
 
     @property
     def n_rows(self) -> int:

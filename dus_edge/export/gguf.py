@@ -1,14 +1,16 @@
 """The GGUF sink: any checkpoint, quantized as it streams, several presets in one pass.
 
 Every source tensor is read once, quantized once per type that any place of any output needs, and
-written to all those places.
+written to all those places. With an importance matrix, places of the same type whose importance
+differs are quantized each for itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -40,6 +42,7 @@ from dus_edge.files import (
     output_files,
     pwrite_all,
 )
+from dus_edge.quant.imatrix import takes_importance
 from dus_edge.quant.quantizer import Conversion, Quantizer
 from dus_edge.quant.recipe import ModelShape, Preset, tensor_type
 from dus_edge.quant.types import QuantType
@@ -64,22 +67,38 @@ class GGUFFile:
         return len(self.header) + data_size(self.tensors)
 
 
+#: A type and the bytes of an importance vector, or None where there is none: places that agree in
+#: both get the same bytes.
+_Target: TypeAlias = tuple[QuantType, bytes | None]
+
+
 @dataclass
 class _Job:
-    """One source tensor and all the places that want it, by type."""
+    """One source tensor and all the places that want it, by type and importance."""
 
     spec: TensorSpec
     heads: int | None
-    places: dict[QuantType, list[tuple[int, int]]] = field(default_factory=dict)
+    places: dict[_Target, list[tuple[int, int]]] = field(default_factory=dict)
 
 
-def model_shape(config: ModelConfig) -> ModelShape:
-    """What the presets' rules need of a configuration."""
-    return ModelShape(config.n_layers, config.n_heads, config.n_kv_heads, config.tied_head)
+def model_shape(config: ModelConfig, has_imatrix: bool = False) -> ModelShape:
+    """What the presets' rules need of a configuration, and whether importance is given."""
+    return ModelShape(
+        config.n_layers, config.n_heads, config.n_kv_heads, config.tied_head, has_imatrix
+    )
+
+
+def gguf_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Hugging Face names and shapes to GGUF's names and the same shapes, in the file's order."""
+    named = {gguf_name(name): shape for name, shape in shapes.items()}
+    return {name: named[name] for name in sorted(named, key=file_order)}
 
 
 def plan_tensors(
-    config: ModelConfig, shapes: dict[str, tuple[int, ...]], preset: Preset
+    config: ModelConfig,
+    shapes: dict[str, tuple[int, ...]],
+    preset: Preset,
+    has_imatrix: bool = False,
 ) -> list[TensorInfo]:
     """Every tensor of the file with type and offset; no weight is read.
 
@@ -87,11 +106,12 @@ def plan_tensors(
         config: of the model to be written.
         shapes: Hugging Face names and shapes of its tensors.
         preset: the mix.
+        has_imatrix: whether importance is given, which some mixes look at.
     """
-    named = {gguf_name(name): shape for name, shape in shapes.items()}
+    named = gguf_shapes(shapes)
     if (factors := rope_factors(config)) is not None:
         named[ROPE_FREQS] = factors.shape
-    model = model_shape(config)
+    model = model_shape(config, has_imatrix)
     return lay_out(
         [
             (name, named[name], tensor_type(preset, name, named[name], model))
@@ -106,29 +126,49 @@ def plan_file(
     metadata: list[KeyValue],
     preset: Preset,
     path: Path,
+    imatrix: Sequence[KeyValue] | None = None,
 ) -> GGUFFile:
-    """Lay out one output file."""
-    tensors = plan_tensors(config, shapes, preset)
-    header = encode_header(with_file_type(metadata, preset), tensors)
+    """Lay out one output file.
+
+    Args:
+        config: of the model to be written.
+        shapes: Hugging Face names and shapes of its tensors.
+        metadata: entries that do not depend on the preset.
+        preset: the mix.
+        path: where the file will be.
+        imatrix: what the file says of the importance matrix that it is quantized with
+            (`imatrix.quantize_metadata`); None without one.
+    """
+    tensors = plan_tensors(config, shapes, preset, imatrix is not None)
+    header = encode_header([*with_file_type(metadata, preset), *(imatrix or ())], tensors)
     return GGUFFile(path, preset, header, tuple(tensors))
 
 
-def total_work(checkpoint: Checkpoint, files: Sequence[GGUFFile]) -> int:
-    """Weights to be quantized: each source tensor counts once per type it is needed in."""
-    return sum(job.spec.n_elements * len(job.places) for job in _jobs(checkpoint, files))
+def total_work(
+    checkpoint: Checkpoint,
+    files: Sequence[GGUFFile],
+    importance: Mapping[str, np.ndarray] | None = None,
+) -> int:
+    """Weights to be quantized: a source tensor counts once per type and importance it needs."""
+    jobs = _jobs(checkpoint, files, importance)
+    return sum(job.spec.n_elements * len(job.places) for job in jobs)
 
 
-def conversions(checkpoint: Checkpoint, files: Sequence[GGUFFile]) -> list[Conversion]:
+def conversions(
+    checkpoint: Checkpoint,
+    files: Sequence[GGUFFile],
+    importance: Mapping[str, np.ndarray] | None = None,
+) -> list[Conversion]:
     """What `write_files` will ask of its quantizer, each once: (type, stored dtype, weighted).
 
     Tensors whose bytes pass through unchanged are not among them. No weight is read.
     """
     wanted: dict[Conversion, None] = {}
-    for job in _jobs(checkpoint, files):
+    for job in _jobs(checkpoint, files, importance):
         stored = checkpoint.read(job.spec.name, 0, 0).dtype  # of no rows: nothing is read
-        for kind in job.places:
+        for kind, weights in job.places:
             if not _passes_through(job.spec, kind):
-                wanted[kind, stored, False] = None
+                wanted[kind, stored, weights is not None] = None
     return list(wanted)
 
 
@@ -138,6 +178,7 @@ def write_files(
     quantizer: Quantizer,
     *,
     n_threads: int,
+    importance: Mapping[str, np.ndarray] | None = None,
     allow_nonfinite: bool = False,
     advance: Callable[[int], None] = lambda n: None,
 ) -> None:
@@ -148,6 +189,8 @@ def write_files(
         files: planned outputs.
         quantizer: prepared for `conversions`.
         n_threads: worker threads.
+        importance: by GGUF name, ``(n_cols,)`` float32: how much an error in each column of that
+            tensor counts (`quant.imatrix.match`). Tensors not named are quantized without.
         allow_nonfinite: go on although a weight is NaN or infinite.
         advance: told of weights done, out of `total_work`.
 
@@ -161,13 +204,17 @@ def write_files(
             _write_rope_factors(fd, file, checkpoint.config)
         tasks = (
             task
-            for job in _jobs(checkpoint, files)
+            for job in _jobs(checkpoint, files, importance)
             for task in _tasks(checkpoint, job, fds, quantizer, allow_nonfinite)
         )
         run(tasks, n_threads=n_threads, advance=advance)
 
 
-def _jobs(checkpoint: Checkpoint, files: Sequence[GGUFFile]) -> list[_Job]:
+def _jobs(
+    checkpoint: Checkpoint,
+    files: Sequence[GGUFFile],
+    importance: Mapping[str, np.ndarray] | None,
+) -> list[_Job]:
     """One job per stored tensor, in the order in which the first file wants them."""
     jobs: dict[str, _Job] = {}
     by_gguf_name = {gguf_name(s.name): s for s in checkpoint.specs().values()}
@@ -179,8 +226,16 @@ def _jobs(checkpoint: Checkpoint, files: Sequence[GGUFFile]) -> list[_Job]:
             heads = rope_heads(spec.name, checkpoint.config)
             job = jobs.setdefault(spec.source, _Job(spec, heads))
             place = (index, len(file.header) + info.offset)
-            job.places.setdefault(info.kind, []).append(place)
+            target = (info.kind, _weights(info, importance))
+            job.places.setdefault(target, []).append(place)
     return list(jobs.values())
+
+
+def _weights(info: TensorInfo, importance: Mapping[str, np.ndarray] | None) -> bytes | None:
+    """The importance that a place is quantized with; None where it would change nothing."""
+    if importance is None or info.name not in importance or not takes_importance(info.kind):
+        return None
+    return np.asarray(importance[info.name], np.float32).tobytes()
 
 
 def _tasks(
@@ -206,7 +261,7 @@ def _convert(
     quantizer: Quantizer,
     allow_nonfinite: bool,
 ) -> int:
-    """Read rows, bring them to every type wanted, write them to every place."""
+    """Read rows, bring them to every type and importance wanted, write them to every place."""
     spec = job.spec
     rows = checkpoint.read(spec.name, start, stop)
     if not allow_nonfinite:
@@ -215,12 +270,12 @@ def _convert(
         rows = to_interleaved(rows, spec.n_rows // job.heads)
     n_cols = spec.shape[-1]
     ready: np.ndarray | None = None
-    for kind, places in job.places.items():
+    for (kind, weights), places in job.places.items():
         if _passes_through(spec, kind):
             data = rows
         else:
             ready = quantizer.as_input(rows.reshape(-1, n_cols)) if ready is None else ready
-            data = _quantize(quantizer, ready, kind, spec, allow_nonfinite)
+            data = _quantize(quantizer, ready, kind, weights, spec, allow_nonfinite)
         skip = start * kind.row_bytes(n_cols)
         for index, offset in places:
             pwrite_all(fds[index], data.data, offset + skip)
@@ -235,11 +290,13 @@ def _quantize(
     quantizer: Quantizer,
     rows: np.ndarray,
     kind: QuantType,
+    weights: bytes | None,
     spec: TensorSpec,
     allow_nonfinite: bool,
 ) -> np.ndarray:
+    importance = None if weights is None else np.frombuffer(weights, np.float32)
     try:
-        return quantizer.quantize(rows, kind, validate=not allow_nonfinite)
+        return quantizer.quantize(rows, kind, importance=importance, validate=not allow_nonfinite)
     except OverflowError:
         raise CheckpointError(
             f"tensor {spec.name} has values too large for {kind.name} "

@@ -2,19 +2,25 @@
 
 Headers are computed from dtypes and shapes and written first; the weights' bytes follow in chunks,
 unchanged. A layer that stands at several places is read once and written to all of them.
+
+Quantized checkpoints are written by the same means: their exporters plan tensors of their own and
+put them, in any order, with the `TensorWriter` that `checkpoint_folder` opens.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dus_edge.checkpoint.names import CONFIG, GENERATION_CONFIG, INDEX, SINGLE, TOKENIZER_FILES
-from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
+from dus_edge.checkpoint.spec import DTYPE_BYTES, Checkpoint, TensorSpec
 from dus_edge.errors import OutputError
 from dus_edge.export import finite
 from dus_edge.export.chunks import chunks
@@ -31,12 +37,16 @@ from dus_edge.stream import run
 #: transformers' own default for `save_pretrained`.
 SHARD_BYTES = 5_000_000_000
 
+#: Where GPTQ loaders look for what config.json also says.
+QUANTIZE_CONFIG = "quantize_config.json"
+
 #: What a folder may hold for `--overwrite` to replace it.
 REPLACEABLE = (
     CONFIG,
     GENERATION_CONFIG,
     "model*.safetensors",
     INDEX,
+    QUANTIZE_CONFIG,
     *TOKENIZER_FILES,
     "additional_chat_templates",
     "README.md",
@@ -65,7 +75,11 @@ class Shard:
 
 
 def plan_shards(specs: Sequence[TensorSpec], limit: int = SHARD_BYTES) -> list[Shard]:
-    """Distribute tensors over files of at most `limit` bytes of weights, in order."""
+    """Distribute tensors over files of at most `limit` bytes of weights, in order.
+
+    Within a file the widest dtypes come first, as the safetensors library has them: every tensor
+    begins at a multiple of its item's size, which readers that map the file rely on.
+    """
     groups: list[list[TensorSpec]] = [[]]
     size = 0
     for spec in specs:
@@ -82,7 +96,7 @@ def plan_shards(specs: Sequence[TensorSpec], limit: int = SHARD_BYTES) -> list[S
 def _shard(name: str, specs: Sequence[TensorSpec]) -> Shard:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
-    for s in specs:
+    for s in sorted(specs, key=lambda s: -s.item_bytes):
         entries[s.name] = {
             "dtype": s.dtype,
             "shape": list(s.shape),
@@ -96,8 +110,19 @@ def _shard(name: str, specs: Sequence[TensorSpec]) -> Shard:
     return Shard(name, header, offsets, len(header) + position)
 
 
-def check_outputs(checkpoint: Checkpoint, folder: Path, overwrite: bool) -> None:
+def check_outputs(
+    checkpoint: Checkpoint,
+    folder: Path,
+    overwrite: bool,
+    specs: Iterable[TensorSpec] | None = None,
+) -> None:
     """Refuse what can be refused before the first byte.
+
+    Args:
+        checkpoint: the model to be written.
+        folder: the result.
+        overwrite: whether an older checkpoint folder of that name may be replaced.
+        specs: what will be written, if that is not the checkpoint's own tensors.
 
     Raises:
         OutputError: the folder exists or holds other things, or the disk is too full.
@@ -106,7 +131,8 @@ def check_outputs(checkpoint: Checkpoint, folder: Path, overwrite: bool) -> None
         raise OutputError(f"{folder} is the source itself; choose another folder with -o.")
     check_replaceable(folder, overwrite, REPLACEABLE)
     check_writable(folder.parent)
-    check_free_space(folder, sum(s.nbytes for s in checkpoint.specs().values()))
+    specs = checkpoint.specs().values() if specs is None else specs
+    check_free_space(folder, sum(s.nbytes for s in specs))
 
 
 def write_checkpoint(
@@ -118,84 +144,174 @@ def write_checkpoint(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     advance: Callable[[int], None] = lambda n: None,
+    config_extra: Mapping[str, Any] | None = None,
+    extra_files: Mapping[str, str] | None = None,
 ) -> None:
     """Write a checkpoint folder; it appears under its name when it is whole.
 
     Args:
-        checkpoint: the model, a base or a view of one.
+        checkpoint: the model, a base or a view of one; a view's tensors may be of integer dtypes.
         folder: the result.
         card: text of the model card (`README.md`).
         n_threads: worker threads.
         overwrite: replace an older checkpoint folder of that name.
         allow_nonfinite: go on although a weight is NaN or infinite.
         advance: told of bytes written.
+        config_extra: see `checkpoint_folder`.
+        extra_files: see `checkpoint_folder`.
 
     Raises:
         CheckpointError: a weight is NaN or infinite.
         OutputError: the folder cannot be written. Nothing half-written stays in either case.
     """
-    specs = list(checkpoint.specs().values())
+    specs = checkpoint.specs()
+    with checkpoint_folder(
+        checkpoint,
+        folder,
+        card,
+        list(specs.values()),
+        overwrite=overwrite,
+        config_extra=config_extra,
+        extra_files=extra_files,
+    ) as writer:
+        tasks = copy_tasks(checkpoint, specs, writer, allow_nonfinite)
+        run(tasks, n_threads=n_threads, advance=advance)
+
+
+class TensorWriter:
+    """Puts tensors where the planned files want them: in any order, from any thread."""
+
+    def __init__(
+        self, specs: Iterable[TensorSpec], shards: Sequence[Shard], fds: Sequence[int]
+    ) -> None:
+        self._specs = {s.name: s for s in specs}
+        self._places = {
+            name: (fd, offset)
+            for fd, shard in zip(fds, shards, strict=True)
+            for name, offset in shard.offsets.items()
+        }
+
+    def put(self, name: str, rows: np.ndarray, start: int = 0) -> int:
+        """Write rows of a tensor.
+
+        Args:
+            name: one of the planned tensors.
+            rows: C-contiguous, of the planned dtype (``uint16`` for BF16): rows from `start` on.
+            start: index of the first of them.
+
+        Returns:
+            Bytes written.
+
+        Raises:
+            ValueError: the rows are not of the planned width, or reach beyond the tensor.
+        """
+        spec = self._specs[name]
+        skip = start * spec.row_bytes if start else 0
+        if rows.itemsize != spec.item_bytes or skip + rows.nbytes > spec.nbytes:
+            raise ValueError(
+                f"{rows.dtype} {rows.shape} from row {start} on do not fit "
+                f"tensor {name}, {spec.dtype} {spec.shape}"
+            )
+        fd, offset = self._places[name]
+        pwrite_all(fd, rows.reshape(-1).view(np.uint8).data, offset + skip)
+        return rows.nbytes
+
+
+@contextlib.contextmanager
+def checkpoint_folder(
+    checkpoint: Checkpoint,
+    folder: Path,
+    card: str,
+    specs: Sequence[TensorSpec],
+    *,
+    overwrite: bool = False,
+    config_extra: Mapping[str, Any] | None = None,
+    extra_files: Mapping[str, str] | None = None,
+) -> Iterator[TensorWriter]:
+    """Lay out a checkpoint folder and open its tensors for writing.
+
+    The folder appears under its name when the block ends; whoever opens it puts every tensor.
+
+    Args:
+        checkpoint: whose configuration, tokenizer and licence the folder gets.
+        folder: the result.
+        card: text of the model card (`README.md`).
+        specs: the tensors to be written, in the order in which shards are filled.
+        overwrite: replace an older checkpoint folder of that name.
+        config_extra: keys of `config.json` that are added or replaced.
+        extra_files: more text files by name; `REPLACEABLE` must know the names.
+
+    Raises:
+        OutputError: the folder cannot be written. Nothing half-written stays.
+    """
     shards = plan_shards(specs)
     with output_folder(folder, overwrite, REPLACEABLE) as partial:
-        _write_small_files(checkpoint, partial, card)
+        _write_small_files(checkpoint, partial, card, config_extra or {})
+        for name, text in (extra_files or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
         if len(shards) > 1:
             _write_json(partial / INDEX, _index(shards, specs))
         with output_files([(partial / s.name, s.nbytes) for s in shards]) as fds:
-            places = _places(checkpoint, shards, fds)
             for fd, shard in zip(fds, shards, strict=True):
                 pwrite_all(fd, shard.header, 0)
-            run(_tasks(checkpoint, places, allow_nonfinite), n_threads=n_threads, advance=advance)
+            yield TensorWriter(specs, shards, fds)
 
 
-def _places(
-    checkpoint: Checkpoint, shards: Sequence[Shard], fds: Sequence[int]
-) -> dict[str, tuple[TensorSpec, list[tuple[int, int]]]]:
-    """Per stored tensor: one spec to read it by, and every (descriptor, offset) that wants it."""
-    places: dict[str, tuple[TensorSpec, list[tuple[int, int]]]] = {}
-    specs = checkpoint.specs()
-    for fd, shard in zip(fds, shards, strict=True):
-        for name, offset in shard.offsets.items():
-            spec = specs[name]
-            places.setdefault(spec.source, (spec, []))[1].append((fd, offset))
-    return places
+def by_source(specs: Iterable[TensorSpec]) -> list[list[TensorSpec]]:
+    """Tensors that hold the same stored weights, together; in order of the first of each."""
+    groups: dict[str, list[TensorSpec]] = {}
+    for spec in specs:
+        groups.setdefault(spec.source, []).append(spec)
+    return list(groups.values())
 
 
-def _tasks(
+def copy_tasks(
     checkpoint: Checkpoint,
-    places: Mapping[str, tuple[TensorSpec, list[tuple[int, int]]]],
+    names: Iterable[str],
+    writer: TensorWriter,
     allow_nonfinite: bool,
 ) -> Iterator[Callable[[], int]]:
-    for spec, targets in places.values():
-        for start, stop in chunks(spec):
-            yield lambda s=spec, t=targets, a=start, b=stop: _copy(
-                checkpoint, s, t, a, b, allow_nonfinite
+    """Pieces of work that write tensors as they are stored, each stored one read once.
+
+    Args:
+        checkpoint: the model.
+        names: of its tensors, to be copied under the same names.
+        writer: of a folder that was planned with their specs.
+        allow_nonfinite: go on although a weight is NaN or infinite.
+    """
+    specs = checkpoint.specs()
+    for group in by_source(specs[name] for name in names):
+        for start, stop in chunks(group[0]):
+            yield lambda g=group, a=start, b=stop: _copy(
+                checkpoint, g, writer, a, b, allow_nonfinite
             )
 
 
 def _copy(
     checkpoint: Checkpoint,
-    spec: TensorSpec,
-    targets: Sequence[tuple[int, int]],
+    group: Sequence[TensorSpec],
+    writer: TensorWriter,
     start: int,
     stop: int,
     allow_nonfinite: bool,
 ) -> int:
+    spec = group[0]
     rows = checkpoint.read(spec.name, start, stop)
-    if not allow_nonfinite:
+    if not allow_nonfinite and spec.dtype in DTYPE_BYTES:  # integers are always finite
         finite.check(rows, spec, start)
-    for fd, offset in targets:
-        pwrite_all(fd, rows.data, offset + start * spec.row_bytes)
-    return rows.nbytes * len(targets)
+    return sum(writer.put(s.name, rows, start) for s in group)
 
 
-def _write_small_files(checkpoint: Checkpoint, folder: Path, card: str) -> None:
+def _write_small_files(
+    checkpoint: Checkpoint, folder: Path, card: str, config_extra: Mapping[str, Any]
+) -> None:
     source = checkpoint.source.folder
     for name in _CARRIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if (source / "additional_chat_templates").is_dir():
         shutil.copytree(source / "additional_chat_templates", folder / "additional_chat_templates")
-    _write_json(folder / CONFIG, both_spellings(checkpoint.config.raw))
+    _write_json(folder / CONFIG, both_spellings({**checkpoint.config.raw, **config_extra}))
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

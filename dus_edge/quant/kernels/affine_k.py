@@ -330,7 +330,7 @@ _Q2_K = _Layout(16, 3, 15, 84)
 _COARSE = Steps(13.4, 0.4, 8)
 _FINE = Steps(45.0, 1.8, 11)
 
-_Q4_K_ALONE = Search(Steps(13.0, 0.3, 10), spacings=_FINE, rounds=3)
+_Q4_K_ALONE = Search(Steps(13.0, 0.2, 15), spacings=_FINE, rounds=3)
 _Q4_K_BY_IMPORTANCE = Search(Steps(13.2, 0.35, 9), True, _FINE)
 _Q5_K_ALONE = Search(Steps(29.0, 0.4, 10), spacings=_FINE)
 _Q5_K_BY_IMPORTANCE = Search(Steps(28.8, 0.5, 9), True, _FINE)

@@ -1,0 +1,218 @@
+"""Divergence against file size as a picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dus_edge.bench.label_layout import Box, place_labels
+from dus_edge.bench.quality_names import labels
+from dus_edge.bench.quality_run import Results
+from dus_edge.errors import DependencyError, UsageError
+from dus_edge.files import format_bytes, output_files, pwrite_all
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.transforms import Bbox
+
+_SUFFIXES = (".png", ".svg")
+#: Name, marker and fill by kind: told apart by shape and by light and dark, so grey is enough.
+_STYLES = {
+    "gguf": ("GGUF", "o", "#20506e"),
+    "gptq": ("GPTQ", "s", "#ffffff"),
+    "bitsandbytes": ("bitsandbytes", "^", "#b0b0b0"),
+    "hf": ("safetensors", "D", "#000000"),
+}
+_INK, _FAINT = "#1a1a1a", "#d0d0d0"
+_LABEL = {"fontsize": 8.5, "color": _INK, "ha": "left", "va": "bottom"}
+
+
+def plot(results: Results, path: Path) -> None:
+    """Write mean KL divergence (log scale, bars of one standard error) against file size.
+
+    The background is white and opaque, so that the picture can be read on a light page as on a
+    dark one. Candidates that do not diverge at all have no place on a log scale; the line
+    below the title names them. Equal results give equal files.
+
+    Args:
+        results: of `quality`.
+        path: ends in ``.png`` or ``.svg``; an existing file is replaced.
+
+    Raises:
+        UsageError: another ending.
+        DependencyError: matplotlib is not installed.
+        OutputError: the file cannot be written.
+    """
+    if path.suffix not in _SUFFIXES:
+        raise UsageError(f"{path}: plots are written as {' or '.join(_SUFFIXES)}.")
+    data = render(results, path.suffix[1:])
+    with output_files([(path, len(data))]) as (fd,):
+        pwrite_all(fd, data, 0)
+
+
+def render(results: Results, form: str) -> bytes:
+    """The picture's bytes; `form` is ``png`` or ``svg``."""
+    import_matplotlib()
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    # The salt of ids in SVG files, which is random otherwise.
+    with matplotlib.rc_context({"svg.hashsalt": "dus-edge", "font.family": "DejaVu Sans"}):
+        figure = _draw(results)
+        FigureCanvasAgg(figure)
+        _write_labels(figure.axes[0], *_shown(results))
+        out = io.BytesIO()
+        date = {"Date": None} if form == "svg" else {"Software": None}
+        figure.savefig(out, format=form, metadata=date)
+    return out.getvalue()
+
+
+def import_matplotlib() -> None:
+    """Find out whether plots can be drawn.
+
+    Raises:
+        DependencyError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise DependencyError(
+            "plots are drawn by matplotlib, which is not installed; pip install 'dus-edge[plots]'."
+        ) from None
+
+
+def _unit(results: Results) -> tuple[float, str]:
+    largest = max(c.info.n_bytes for c in results.candidates)
+    return (2.0**30, "GiB") if largest >= 2**30 else (2.0**20, "MiB")
+
+
+def _shown(results: Results) -> tuple[list[tuple[float, float]], list[str]]:
+    """Points in data coordinates and their names; those without divergence are left out."""
+    scale, _ = _unit(results)
+    named = zip(labels(results), results.candidates, strict=True)
+    found = [
+        ((c.info.n_bytes / scale, c.total.kl.value), name)
+        for name, c in named
+        if c.total.kl.value > 0
+    ]
+    return [point for point, _ in found], [name for _, name in found]
+
+
+def _draw(results: Results) -> Any:
+    """The figure but for the labels."""
+    from matplotlib.figure import Figure
+
+    scale, unit = _unit(results)
+    figure = Figure(figsize=(7.2, 4.8), dpi=160, facecolor="white", layout="constrained")
+    axes = figure.add_subplot(facecolor="white")
+    drawn = [c for c in results.candidates if c.total.kl.value > 0]
+    if drawn:
+        axes.set_yscale("log")
+    for kind, (name, marker, fill) in _STYLES.items():
+        members = [c for c in drawn if c.info.kind == kind]
+        if not members:
+            continue
+        kl = [c.total.kl.value for c in members]
+        # A bar down to zero or below would have no end on a log scale.
+        errors = [min(c.total.kl.error or 0.0, 0.9 * c.total.kl.value) for c in members]
+        sizes = [c.info.n_bytes / scale for c in members]
+        axes.errorbar(sizes, kl, yerr=errors, fmt="none", ecolor=_INK, elinewidth=1, capsize=2.5)
+        axes.plot(
+            sizes,
+            kl,
+            marker,
+            label=name,
+            color=_INK,
+            markerfacecolor=fill,
+            markeredgewidth=0.9,
+            markersize=6,
+        )
+    axes.margins(0.12, 0.14)
+    axes.grid(True, which="major", color=_FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(f"File size, {unit}", color=_INK)
+    axes.set_ylabel("Mean KL divergence from the reference,\nnats per token", color=_INK)
+    axes.tick_params(colors=_INK)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(_INK)
+    if len({c.info.kind for c in drawn}) > 1:
+        axes.legend(framealpha=1, facecolor="white", edgecolor=_FAINT, labelcolor=_INK)
+    axes.set_title(_caption(results), fontsize=8.5, color=_INK, loc="left", linespacing=1.4)
+    return figure
+
+
+def _caption(results: Results) -> str:
+    reference = results.reference
+    n_tokens = sum(results.chunks.values()) * (results.n_ctx - 1 - results.first_scored)
+    name = reference.name
+    name = name if len(name) <= 48 else name[:47] + "…"
+    lines = [
+        f"Reference: {name} ({format_bytes(reference.n_bytes)}); "
+        f"{n_tokens:,} tokens of {', '.join(results.chunks)}"
+    ]
+    same = [
+        label
+        for label, c in zip(labels(results), results.candidates, strict=True)
+        if c.total.kl.value <= 0
+    ]
+    if same:
+        lines.append(f"No divergence at all: {', '.join(same)}")
+    return "\n".join(line if len(line) <= 100 else line[:99] + "…" for line in lines)
+
+
+# -- labels -------------------------------------------------------------------------------------
+
+
+def _write_labels(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
+    """Write each name beside its point where it covers nothing."""
+    if not points:
+        return
+    figure = axes.figure
+    figure.draw_without_rendering()
+    # The layout is final now; labels must not move it.
+    figure.set_layout_engine("none")
+    renderer = figure.canvas.get_renderer()
+    to_points = 72 / figure.dpi
+
+    def in_points(box: Bbox) -> Box:
+        x0, y0, x1, y1 = (v * to_points for v in box.extents)
+        return x0, y0, x1, y1
+
+    obstacles = [
+        in_points(path.get_extents(axes.transData).padded(1))
+        for bars in axes.collections
+        for path in bars.get_paths()
+    ]
+    if (legend := axes.get_legend()) is not None:
+        obstacles.append(in_points(legend.get_window_extent(renderer)))
+    texts = [
+        axes.annotate(name, point, (0, 0), textcoords="offset points", **_LABEL)
+        for name, point in zip(names, points, strict=True)
+    ]
+    extents = [in_points(text.get_window_extent(renderer)) for text in texts]
+    centres = [tuple(xy * to_points) for xy in axes.transData.transform(points)]
+    places = place_labels(
+        centres,
+        [(x1 - x0, y1 - y0) for x0, y0, x1, y1 in extents],
+        obstacles,
+        in_points(axes.get_window_extent(renderer)),
+    )
+    for text, (x, y), point, place in zip(texts, centres, points, places, strict=True):
+        text.set_position((place.box[0] - x, place.box[1] - y))
+        if place.has_line:
+            axes.annotate(
+                "",
+                point,
+                place.anchor,
+                textcoords="offset points",
+                arrowprops={
+                    "arrowstyle": "-",
+                    "color": "#606060",
+                    "linewidth": 0.7,
+                    "shrinkA": 1.5,
+                    "shrinkB": 3.5,
+                },
+            )

@@ -1,0 +1,271 @@
+"""What `dus-edge quality` says: a Markdown page, JSON, and a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dus_edge.bench.logits import SourceInfo
+from dus_edge.bench.quality import Estimate, Scores
+from dus_edge.bench.quality_names import labels
+from dus_edge.bench.quality_plot import import_matplotlib, plot, render
+from dus_edge.bench.quality_run import Results
+from dus_edge.files import (
+    check_absent,
+    check_writable,
+    format_bytes,
+    output_files,
+    pwrite_all,
+)
+
+__all__ = ["check_outputs", "markdown", "output_paths", "plot", "to_json", "write"]
+
+WIDTH = 80
+_MIN_LABEL = 8
+
+
+def markdown(results: Results) -> str:
+    """Tables of all text and of each language, no line over 80 columns."""
+    names = labels(results)
+    total = [c.total for c in results.candidates]
+    parts = [
+        "# Quality against the reference",
+        _about(results),
+        _table(
+            ["file", "size", "bits/weight", "mean KL", "99 % KL", "top-1"],
+            [
+                [
+                    name,
+                    format_bytes(c.info.n_bytes),
+                    f"{c.info.bits_per_weight:.2f}",
+                    _number(c.total.kl.value),
+                    _number(c.total.kl_p99),
+                    _percent(c.total.same_top.value),
+                ]
+                for name, c in zip(names, results.candidates, strict=True)
+            ],
+        ),
+        _table(
+            ["file", "perplexity", "change", "mean KL"],
+            [
+                ["reference", _with_error(total[0].perplexity_reference), "", ""],
+                *(
+                    [name, _with_error(s.perplexity), _change(s.log_ratio), _with_error(s.kl)]
+                    for name, s in zip(names, total, strict=True)
+                ),
+            ],
+        ),
+    ]
+    if len(results.chunks) > 1:
+        parts += ["## By language"]
+        parts += [t for head, cell in _BY_LANGUAGE for t in _matrix(results, names, head, cell)]
+    return "\n\n".join(parts) + "\n"
+
+
+def to_json(results: Results) -> dict[str, Any]:
+    """The results as JSON takes them; units are in the keys. What is infinite becomes null."""
+    return {
+        "reference": _info_json(results.reference),
+        "text": {
+            "n_ctx": results.n_ctx,
+            "first_scored": results.first_scored,
+            "chunks": results.chunks,
+            "sha256": results.digest,
+        },
+        "candidates": [
+            _info_json(c.info)
+            | {
+                "total": _scores_json(c.total),
+                "languages": {k: _scores_json(s) for k, s in c.by_language.items()},
+            }
+            for c in results.candidates
+        ],
+    }
+
+
+def output_paths(folder: Path, *, plots: bool) -> list[Path]:
+    """The files that `write` makes."""
+    suffixes = ("md", "json", "png", "svg") if plots else ("md", "json")
+    return [folder / f"quality.{suffix}" for suffix in suffixes]
+
+
+def check_outputs(folder: Path, *, plots: bool, overwrite: bool = False) -> None:
+    """See that `write` will work, before hours of measuring.
+
+    Raises:
+        OutputError: a file exists, or the folder cannot be written.
+        DependencyError: plots are wanted and matplotlib is not installed.
+    """
+    check_absent(output_paths(folder, plots=plots), overwrite)
+    check_writable(folder)
+    if plots:
+        import_matplotlib()
+
+
+def write(results: Results, folder: Path, *, plots: bool, overwrite: bool = False) -> list[Path]:
+    """Write the page, the JSON and the plots, all or nothing; returns their paths.
+
+    Raises:
+        OutputError: one exists, or cannot be written.
+        DependencyError: plots are wanted and matplotlib is not installed.
+    """
+    check_outputs(folder, plots=plots, overwrite=overwrite)
+    paths = output_paths(folder, plots=plots)
+    text = json.dumps(to_json(results), indent=2, allow_nan=False) + "\n"
+    data = [markdown(results).encode(), text.encode()]
+    data += [render(results, path.suffix[1:]) for path in paths[2:]]
+    sizes = [(path, len(blob)) for path, blob in zip(paths, data, strict=True)]
+    with output_files(sizes) as fds:
+        for fd, blob in zip(fds, data, strict=True):
+            pwrite_all(fd, blob, 0)
+    return paths
+
+
+# -- Markdown -----------------------------------------------------------------------------------
+
+
+def _about(results: Results) -> str:
+    n_scored = results.n_ctx - 1 - results.first_scored
+    n_chunks = sum(results.chunks.values())
+    counts = ", ".join(f"{name} {n}" for name, n in results.chunks.items())
+    counted = (
+        "all positions of each count"
+        if results.first_scored == 0
+        else "the second half of each counts, as in llama.cpp's perplexity tool"
+    )
+    reference = results.reference
+    text = (
+        f"Reference: {reference.name}, {format_bytes(reference.n_bytes)}, "
+        f"{reference.bits_per_weight:.2f} bits per weight. Text: {n_chunks} chunks of "
+        f"{results.n_ctx} tokens ({counts}); {counted}: {n_chunks * n_scored:,} tokens. KL is "
+        "the divergence of the next token's distribution from the reference's in nats, top-1 how "
+        "often both put the same token first, change that of the perplexity. ± is one standard "
+        "error over chunks."
+    )
+    return _wrap(text)
+
+
+def _wrap(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, WIDTH, break_long_words=True, break_on_hyphens=False))
+
+
+_BY_LANGUAGE: tuple[tuple[str, Callable[[Scores], str]], ...] = (
+    ("Perplexity", lambda s: _number(s.perplexity.value, 5)),
+    ("Mean KL, nats", lambda s: _number(s.kl.value)),
+    ("99th percentile of KL, nats", lambda s: _number(s.kl_p99)),
+    ("Same top-1 token", lambda s: _percent(s.same_top.value)),
+)
+
+
+def _matrix(
+    results: Results, names: Sequence[str], head: str, cell: Callable[[Scores], str]
+) -> Iterable[str]:
+    """One measure, candidates by languages; as many tables as the width asks for."""
+    yield f"{head}:"
+    languages = list(results.chunks)
+    rows = [[cell(c.by_language[language]) for language in languages] for c in results.candidates]
+    if head == "Perplexity":
+        scores = results.candidates[0].by_language
+        rows.insert(0, [_number(scores[k].perplexity_reference.value, 5) for k in languages])
+        names = ["reference", *names]
+    columns = [[_shorten(k, 16), *(r[i] for r in rows)] for i, k in enumerate(languages)]
+    label_width = min(max(map(len, names)), 30)
+    while columns:
+        room, n = WIDTH - label_width - 4, 0
+        while n < len(columns) and (room := room - max(map(len, columns[n])) - 3) >= 0:
+            n += 1
+        now, columns = columns[: max(n, 1)], columns[max(n, 1) :]
+        head_row, *body = zip(*now, strict=True)
+        yield _table(["file", *head_row], [[name, *r] for name, r in zip(names, body, strict=True)])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns; the first column shrinks to fit the width."""
+    rows = [[cell.replace("|", "/") for cell in row] for row in rows]
+    others = [max(map(len, column)) for column in zip(head, *rows, strict=True)][1:]
+    room = WIDTH - sum(n + 3 for n in others) - 4
+    rows = [[_shorten(row[0], max(room, _MIN_LABEL)), *row[1:]] for row in rows]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = cells
+        padded = [first.ljust(widths[0])]
+        padded += [c.rjust(n) for c, n in zip(rest, widths[1:], strict=True)]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * widths[0], *("-" * (n - 1) + ":" for n in widths[1:])]
+    return "\n".join(line(cells) for cells in (head, rule, *rows))
+
+
+def _shorten(text: str, width: int) -> str:
+    """Without its middle, if it is too long: names differ at their ends."""
+    if len(text) <= width:
+        return text
+    left = (width - 1) // 3
+    return f"{text[:left]}…{text[len(text) - (width - 1 - left) :]}"
+
+
+def _number(x: float, digits: int = 3) -> str:
+    return f"{x:#.{digits}g}".rstrip(".")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _with_error(e: Estimate) -> str:
+    """``12.346 ± 0.021``: the error with two digits, the value as far as that."""
+    if e.error is None or not math.isfinite(e.value):
+        return _number(e.value, 5)
+    if e.error == 0:
+        return f"{e.value:.5g} ± 0"
+    if abs(e.value) < 1e-3:
+        power = math.floor(math.log10(max(abs(e.value), e.error)))
+        scaled = Estimate(e.value / 10.0**power, e.error / 10.0**power)
+        return f"({_with_error(scaled)})e{power}"
+    decimals = min(max(0, 1 - math.floor(math.log10(e.error))), 6)
+    return f"{e.value:.{decimals}f} ± {e.error:.{decimals}f}"
+
+
+def _change(log_ratio: Estimate) -> str:
+    """A logarithm of a ratio as a change in percent."""
+    if log_ratio.value > math.log(1000):
+        return f"× {_number(math.exp(min(log_ratio.value, 700)))}"
+    # Adding 0 turns −0 into 0.
+    change = round(100 * math.expm1(log_ratio.value), 3) + 0.0
+    if log_ratio.error is None:
+        return f"{change:+.3f} %"
+    return f"{change:+.3f} % ± {100 * math.exp(log_ratio.value) * log_ratio.error:.3f}"
+
+
+# -- JSON ---------------------------------------------------------------------------------------
+
+
+def _info_json(info: SourceInfo) -> dict[str, Any]:
+    return {
+        "name": info.name,
+        "path": str(info.path),
+        "kind": info.kind,
+        "file_bytes": info.n_bytes,
+        "n_parameters": info.n_parameters,
+        "bits_per_weight": info.bits_per_weight,
+    }
+
+
+def _scores_json(s: Scores) -> dict[str, Any]:
+    estimates = {
+        "perplexity": s.perplexity,
+        "perplexity_reference": s.perplexity_reference,
+        "log_ratio_nats": s.log_ratio,
+        "kl_nats": s.kl,
+        "same_top_share": s.same_top,
+    }
+    numbers = {"kl_p99_nats": s.kl_p99}
+    for key, e in estimates.items():
+        numbers |= {key: e.value, f"{key}_error": e.error}
+    finite = {k: v if v is not None and math.isfinite(v) else None for k, v in numbers.items()}
+    return {"n_chunks": s.n_chunks, "n_tokens": s.n_tokens, **finite}

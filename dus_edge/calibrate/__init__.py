@@ -1,0 +1,1 @@
+"""Calibration: text, tokens, and what a model's activations say about its weights."""

@@ -1,0 +1,98 @@
+"""The GPTQ sink: a checkpoint folder in the v1 layout that AutoGPTQ made standard.
+
+Sizes are known from the shapes alone; codes come from files that a calibration left, one a layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
+from dus_edge.export import hf
+from dus_edge.quant import gptq_format
+from dus_edge.quant.gptq import Settings
+from dus_edge.stream import run
+
+#: The matrices of a layer; embeddings, head and norms stay as they are.
+_QUANTIZED = ("self_attn.", "mlp.")
+_DTYPES = {"int32": "I32", "float16": "F16"}
+
+
+def is_quantized(name: str) -> bool:
+    """Whether a tensor of that Hugging Face name becomes codes."""
+    return name.endswith("_proj.weight") and any(part in name for part in _QUANTIZED)
+
+
+def check_settings(checkpoint: Checkpoint, settings: Settings) -> None:
+    """Refuse settings that a tensor's shape does not allow; see `Settings.check`."""
+    for spec in checkpoint.specs().values():
+        if is_quantized(spec.name):
+            settings.check(spec.name, spec.shape)
+
+
+def plan_tensors(checkpoint: Checkpoint, settings: Settings) -> list[TensorSpec]:
+    """Every tensor of the folder; no weight is read."""
+    planned = []
+    for spec in checkpoint.specs().values():
+        if not is_quantized(spec.name):
+            planned.append(spec)
+            continue
+        stem = spec.name.removesuffix(".weight")
+        for part, (dtype, shape) in gptq_format.tensor_specs(spec.shape, settings).items():
+            name = f"{stem}.{part}"
+            planned.append(TensorSpec(name, _DTYPES[dtype], shape, name))
+    return planned
+
+
+def write_checkpoint(
+    checkpoint: Checkpoint,
+    folder: Path,
+    card: str,
+    settings: Settings,
+    layer_files: list[Path],
+    *,
+    n_threads: int,
+    overwrite: bool = False,
+    advance: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Write the folder; it appears under its name when it is whole.
+
+    Args:
+        checkpoint: the model that was quantized.
+        folder: the result.
+        card: text of the model card.
+        settings: what the codes were made with.
+        layer_files: safetensors files with the codes of all layers.
+        n_threads: worker threads.
+        overwrite: replace an older checkpoint folder of that name.
+        advance: told of bytes written.
+    """
+    config = gptq_format.quantize_config(settings)
+    plain = [name for name in checkpoint.specs() if not is_quantized(name)]
+    with hf.checkpoint_folder(
+        checkpoint,
+        folder,
+        card,
+        plan_tensors(checkpoint, settings),
+        overwrite=overwrite,
+        config_extra={"quantization_config": config},
+        extra_files={hf.QUANTIZE_CONFIG: json.dumps(config, indent=2) + "\n"},
+    ) as writer:
+        tasks = (
+            *hf.copy_tasks(checkpoint, plain, writer, allow_nonfinite=False),
+            *_code_tasks(layer_files, writer),
+        )
+        run(iter(tasks), n_threads=n_threads, advance=advance)
+
+
+def _code_tasks(files: list[Path], writer: hf.TensorWriter) -> Iterator[Callable[[], int]]:
+    from safetensors import safe_open
+
+    def copy(path: Path) -> int:
+        with safe_open(path, "np") as file:
+            return sum(writer.put(name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+
+    for path in files:
+        yield lambda path=path: copy(path)

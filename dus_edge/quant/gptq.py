@@ -1,0 +1,488 @@
+"""GPTQ: round a matrix so that the outputs, not the weights, change least.
+
+Frantar et al., arXiv:2210.17323. Columns are rounded one after the other; each error is made good,
+as well as the inputs' correlations allow, by the columns still to come. With H the damped XᵀX of
+the inputs, columns in the *reverse* of the order in which they are visited, and H = L·Lᵀ:
+
+- a step's cost is exact, tr(ΔW·H·ΔWᵀ) = Σ (error of column j · L_jj)², so a matrix' loss is known
+  when it is done;
+- a group G that is next has, with all errors ΔW of the columns below it (visited before) made
+  good, the weights W_G + ΔW_below · L_below,G · L_GG⁻¹. Every group asks for the errors so far
+  instead of handing its own on to all later columns: one matrix product a block, and one Cholesky
+  factorization where the paper inverts and factors twice.
+
+Within a group, every one of a few scales is tried with error feedback, and the one that loses
+least is kept. A symmetric scale may be negative: codes reach one step further on one side, and the
+sign turns that side to the group's largest weight.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dus_edge.errors import CheckpointError
+from dus_edge.quant import kernels
+from dus_edge.quant.gptq_format import GROUP_SIZES, Settings
+from dus_edge.quant.simd import LANES
+
+__all__ = ["PRECISION", "Factor", "Settings", "Solution", "dequantize", "prepare", "solve"]
+
+#: Of the factorization and all arithmetic, unless the Hessian is float64.
+PRECISION = torch.float32
+#: Times that a Hessian which cannot be factored gets ten times the damping.
+_RETRIES = 3
+#: Rows on which rounding to nearest is measured, while GPTQ clearly wins there.
+_SAMPLE = 256
+_CLEAR = 0.9
+#: Scales tried, as shares of the one that just covers the group's weights: from … to, by bits.
+_SHARES = {2: (1.2, 0.6), 3: (1.1, 0.65), 4: (1.05, 0.75), 8: (1.02, 0.95)}
+#: Sizes that float16 holds.
+_HALF_MIN, _HALF_MAX = 2.0**-24, 65504.0
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What all matrices with one input share.
+
+    Attributes:
+        settings: what it was made for.
+        hessian: ``(in, in)``, as given.
+        columns: ``(in,)`` int64: columns in the reverse of the order in which they are visited;
+            row r of the tensors below belongs to ``columns[r]``.
+        g_idx: ``(in,)`` int32: group of every column as stored.
+        spread: ``(in, in)``: below each group's diagonal block, L_below,G · L_GG⁻¹.
+        inverses: the L_GG⁻¹, lower-triangular, from the first rows to the last.
+        dead: ``(in,)`` bool, by row: inputs that were always 0.
+        added: the damping that was added to the diagonal.
+        fallback: why nothing can be solved; then `spread` is empty.
+    """
+
+    settings: Settings
+    hessian: torch.Tensor
+    columns: torch.Tensor
+    g_idx: torch.Tensor
+    spread: torch.Tensor
+    inverses: tuple[torch.Tensor, ...]
+    dead: torch.Tensor
+    added: float
+    fallback: str | None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A quantized matrix; tensors are on the weight's device.
+
+    Attributes:
+        codes: ``(out, in)`` uint8.
+        scales: ``(groups, out)`` float16, exactly those that were solved for. Symmetric ones may
+            be negative.
+        zeros: ``(groups, out)`` int32, in ``1 … 2^bits − 1``.
+        g_idx: ``(in,)`` int32.
+        loss: tr(ΔW·XᵀX·ΔWᵀ).
+        rtn_loss: that of rounding to nearest, scales chosen by the error weighted with XᵀX's
+            diagonal. In tall matrices estimated from 256 rows, unless they leave doubt which of
+            the two is less.
+        fallback: why the codes are rounded to nearest instead; None if they are not.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    g_idx: torch.Tensor
+    loss: float
+    rtn_loss: float
+    fallback: str | None
+
+
+def dequantize(solution: Solution) -> torch.Tensor:
+    """The weights ``(out, in)`` float32 that readers of the format will see."""
+    groups = solution.g_idx.long()
+    scales = solution.scales.float().index_select(0, groups)
+    zeros = solution.zeros.float().index_select(0, groups)
+    return (scales * (solution.codes.T.float() - zeros)).T
+
+
+def prepare(hessian: torch.Tensor, settings: Settings) -> Factor:
+    """Order the columns and factor the Hessian, once for all matrices with that input.
+
+    Args:
+        hessian: ``(in, in)`` XᵀX, symmetric, in any scale; float64 means arithmetic in float64.
+        settings: see `Settings`; `Settings.check` has passed.
+
+    Returns:
+        A factor; one with `Factor.fallback` set if the Hessian has no use.
+    """
+    n = len(hessian)
+    dtype = torch.float64 if hessian.dtype == torch.float64 else PRECISION
+    diagonal = hessian.diagonal().to(dtype)
+    columns = _visiting_order(diagonal, settings).flip(0)
+    width = settings.group_width(n)
+    g_idx = torch.arange(n, device=hessian.device) // width
+    if settings.desc_act:
+        g_idx = torch.empty_like(g_idx).index_copy_(0, columns, g_idx.flip(0))
+    dead = (diagonal == 0)[columns]
+    common = (settings, hessian, columns, g_idx.to(torch.int32))
+
+    def useless(why: str) -> Factor:
+        return Factor(*common, hessian.new_empty(0), (), dead, 0.0, why)
+
+    if not bool(torch.isfinite(diagonal).all()):
+        return useless("its inputs were not finite")
+    if bool(dead.all()):
+        return useless("its inputs were all zero")
+    if bool((diagonal < 0).any()):
+        return useless("its Hessian has a negative diagonal")
+    mean = float(diagonal.sum()) / int((~dead).sum())
+    ordered = hessian.to(dtype).index_select(0, columns).index_select(1, columns)
+    found = ordered.diagonal()
+    found[dead] = mean
+    added = 0.0
+    for attempt in range(_RETRIES + 1):
+        more = settings.damp * 10**attempt * mean - added
+        found += more
+        added += more
+        lower = _cholesky(ordered)
+        if lower is not None:
+            del ordered, found
+            inverses = _spread_errors(lower, settings)
+            return Factor(*common, lower, inverses, dead, added, None)
+    return useless(
+        f"its Hessian is not positive definite, even with {added / mean:g} of its mean added; "
+        "calibrate with more text"
+    )
+
+
+def solve(
+    weight: torch.Tensor, hessian: torch.Tensor | Factor, settings: Settings, name: str = ""
+) -> Solution:
+    """Quantize a matrix.
+
+    Args:
+        weight: ``(out, in)``, any float dtype; on the Hessian's device.
+        hessian: ``(in, in)`` XᵀX, or what `prepare` made of it.
+        settings: see `Settings`.
+        name: the tensor, for messages.
+
+    Raises:
+        UsageError: `settings` do not suit the shape.
+        CheckpointError: the weights are not finite.
+        ValueError: the Hessian is of another size, or was prepared for other settings.
+    """
+    settings.check(name, tuple(weight.shape))
+    if isinstance(hessian, torch.Tensor):
+        hessian = prepare(hessian, settings)
+    factor = hessian
+    if factor.settings != settings or len(factor.hessian) != weight.shape[1]:
+        raise ValueError(f"{name}: prepared for other settings or another width")
+    dtype = factor.spread.dtype if factor.fallback is None else PRECISION
+    rows = weight.to(dtype)
+    # One sum is finite only if all are; a sum that overflows is looked at more closely.
+    if not math.isfinite(float(rows.sum())) and not bool(torch.isfinite(rows).all()):
+        raise CheckpointError(f"{name}: weights are not finite; this checkpoint is damaged.")
+    if factor.fallback is not None:
+        return _nearest(rows, factor, factor.fallback)
+    solution, losses = _solve(rows, factor)
+    return _checked(rows, factor, solution, losses)
+
+
+def _visiting_order(diagonal: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """Columns in the order in which they are quantized; a group's follow each other."""
+    n = len(diagonal)
+    if settings.desc_act:
+        return diagonal.argsort(descending=True, stable=True)
+    columns = torch.arange(n, device=diagonal.device)
+    if not settings.act_group_aware:
+        return columns
+    groups = diagonal.view(-1, settings.group_width(n))
+    inside = groups.argsort(dim=1, descending=True, stable=True)
+    order = groups.mean(1).argsort(descending=True, stable=True)
+    return columns.view_as(groups).gather(1, inside)[order].reshape(-1)
+
+
+def _cholesky(matrix: torch.Tensor) -> torch.Tensor | None:
+    """The lower factor, or None where there is none; NaN anywhere ends on the diagonal."""
+    # MPS factors in its own way, with no report of failure.
+    here = matrix.cpu() if matrix.device.type == "mps" else matrix
+    lower, failed = torch.linalg.cholesky_ex(here)
+    if int(failed) or not bool(torch.isfinite(lower.diagonal()).all()):
+        return None
+    return lower.to(matrix.device)
+
+
+def _chunks(n: int, settings: Settings) -> list[tuple[int, int]]:
+    """Rows (first, end) that are solved at once, from the first: groups, or parts of a long one.
+
+    Counted from the end, where the first column visited stands.
+    """
+    width = settings.group_width(n)
+    if width not in GROUP_SIZES:
+        width = settings.block
+    return [(max(0, end - width), end) for end in range(n, 0, -width)][::-1]
+
+
+def _spread_errors(lower: torch.Tensor, settings: Settings) -> tuple[torch.Tensor, ...]:
+    """Make of the Cholesky factor, in place, what passes errors on; see `Factor`."""
+    inverses = []
+    for first, end in _chunks(len(lower), settings):
+        block = lower[first:end, first:end]
+        one = torch.eye(end - first, dtype=lower.dtype, device=lower.device)
+        inverse = torch.linalg.solve_triangular(block, one, upper=False)
+        lower[end:, first:end] = lower[end:, first:end] @ inverse
+        inverses.append(inverse.contiguous())
+    return tuple(inverses)
+
+
+def _solve(rows: torch.Tensor, factor: Factor) -> tuple[Solution, torch.Tensor]:
+    """The codes, and every row's loss."""
+    settings = factor.settings
+    n_out, n_in = rows.shape
+    n_groups = n_in // settings.group_width(n_in)
+    # Weights at first; from the last row upwards they become errors.
+    delta = rows.T.contiguous().index_select(0, factor.columns)
+    delta.masked_fill_(factor.dead[:, None], 0)
+    codes = torch.empty(n_in, n_out, dtype=torch.uint8, device=rows.device)
+    scales = rows.new_empty(n_groups, n_out)
+    zeros = torch.empty_like(scales)
+    cost = rows.new_zeros(n_out)
+    group_of = factor.g_idx[factor.columns].tolist()
+    chunks = list(zip(_chunks(n_in, settings), factor.inverses, strict=True))
+    # Trying a scale with error feedback takes a group that is solved at once.
+    whole = len(chunks) == n_groups
+    if not whole:
+        weights = torch.cat([inverse.diagonal() for inverse in factor.inverses]) ** -2
+        scales[0], zeros[0] = _best_scales(delta, weights, settings)
+    while chunks:
+        end = chunks[-1][0][1]
+        together = max(1, settings.block // (end - chunks[-1][0][0]))
+        chunks, block = chunks[:-together], chunks[-together:]
+        first = block[0][0][0]
+        # The block asks for the errors below it in one product, its chunks for those in it.
+        spread = factor.spread[:, first:end]
+        asked = torch.addmm(delta[first:end], spread[end:].T, delta[end:])
+        for (a, b), inverse in reversed(block):
+            x = asked[a - first : b - first]
+            if b < end:
+                x = torch.addmm(x, spread[b:end, a - first : b - first].T, delta[b:end])
+            tried = _candidates(x, settings) if whole else (scales, zeros)
+            group = group_of[a]
+            scales[group], zeros[group] = _solve_group(
+                x, inverse, *tried, settings.top, codes[a:b], delta[a:b], cost
+            )
+    solution = Solution(
+        torch.empty_like(codes).index_copy_(0, factor.columns, codes).T,
+        scales.half(),
+        zeros.to(torch.int32),
+        factor.g_idx,
+        math.nan,
+        math.nan,
+        None,
+    )
+    # The cost is that of the damped Hessian.
+    return solution, cost - factor.added * delta.square_().sum(0)
+
+
+def _candidates(x: torch.Tensor, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points worth a try for a group ``(n, rows)``: ``(candidates, rows)`` each.
+
+    Scales are numbers that float16 holds, and never 0.
+    """
+    low, high = x.amin(0).clamp(max=0), x.amax(0).clamp(min=0)
+    steps = torch.linspace(
+        *_SHARES[settings.bits], settings.candidates, dtype=x.dtype, device=x.device
+    )[:, None]
+    middle = 2 ** (settings.bits - 1)
+    if settings.sym:
+        largest = torch.where(high > -low, high, low)
+        scales = _half(steps * (largest / -middle))
+        return scales, torch.full_like(scales, middle)
+    scales = _half(steps * ((high - low) / settings.top))
+    return scales, (-low * steps / scales).round().clamp(1, settings.top)
+
+
+def _half(scales: torch.Tensor) -> torch.Tensor:
+    """Rounded to float16, away from 0 and infinity."""
+    size = scales.abs().clamp(_HALF_MIN, _HALF_MAX).half().to(scales.dtype)
+    return torch.where(scales < 0, -size, size)
+
+
+def _best_scales(
+    x: torch.Tensor, weights: torch.Tensor, settings: Settings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and zero point ``(rows,)`` of least weighted error for a group ``(n, rows)``."""
+    scales, zeros = _candidates(x, settings)
+    return _choose_scales(x, weights, scales, zeros, settings.top)
+
+
+def _pick(values: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
+    """Of ``(candidates, rows)`` each row's choice."""
+    return values.gather(0, choice[None])[0]
+
+
+def _round(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int) -> torch.Tensor:
+    """Nearest codes, as floats."""
+    return ((x / scale).round() + zero).clamp(0, top)
+
+
+# Rounding to nearest
+
+
+def _nearest(rows: torch.Tensor, factor: Factor, why: str | None) -> Solution:
+    """Round to nearest, group by group; `Solution.loss` is its own."""
+    settings = factor.settings
+    n_out, n_in = rows.shape
+    width = settings.group_width(n_in)
+    diagonal = factor.hessian.diagonal().to(rows.dtype)
+    if not bool(torch.isfinite(diagonal).all()) or not bool((diagonal > 0).any()):
+        diagonal = torch.ones_like(diagonal)
+    # Members of each group side by side; a stable sort keeps their order.
+    members = factor.g_idx.argsort(stable=True)
+    x = rows.T.contiguous().index_select(0, members)
+    weights = diagonal.clamp(min=0)[members]
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    scales = rows.new_empty(n_in // width, n_out)
+    zeros = torch.empty_like(scales)
+    for g in range(n_in // width):
+        a, b = g * width, (g + 1) * width
+        scale, zero = scales[g], zeros[g] = _best_scales(x[a:b], weights[a:b], settings)
+        codes[a:b] = _round(x[a:b], scale, zero, settings.top).to(torch.uint8)
+    codes = torch.empty_like(codes).index_copy_(0, members, codes).T
+    found = Solution(
+        codes, scales.half(), zeros.to(torch.int32), factor.g_idx, math.nan, math.nan, why
+    )
+    delta = rows - dequantize(found).to(rows.dtype)
+    loss = _total((delta @ factor.hessian.to(rows.dtype)).mul_(delta))
+    return replace(found, loss=loss, rtn_loss=loss)
+
+
+def _checked(
+    rows: torch.Tensor, factor: Factor, solution: Solution, losses: torch.Tensor
+) -> Solution:
+    """With the losses filled in; rounded to nearest instead if that loses less."""
+    n_out = len(rows)
+    step = max(1, n_out // _SAMPLE)
+    n = n_out // step // LANES * LANES
+    nearest = _nearest(rows[::step][:n], factor, None)
+    loss, rtn_loss = _total(losses), nearest.loss * n_out / n
+    if n < n_out and _total(losses[::step][:n]) > _CLEAR * nearest.loss:
+        nearest = _nearest(rows, factor, None)
+        rtn_loss, n = nearest.loss, n_out
+    if n == n_out and loss > rtn_loss:
+        return replace(nearest, fallback="rounding to nearest loses less on the calibration text")
+    return replace(solution, loss=max(loss, 0.0), rtn_loss=rtn_loss)
+
+
+def _total(x: torch.Tensor) -> float:
+    return float(x.sum(dtype=_wide(x)))
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    """For sums of many: float64 where there is such."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+# The inner loops: compiled on a CPU, tensor operations elsewhere
+
+
+@functools.cache
+def _kernel(name: str) -> Any:
+    with kernels._cached_code():
+        return getattr(importlib.import_module("dus_edge.quant.gptq_kernel"), name)
+
+
+@functools.cache
+def _pool(n_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n_threads, "gptq")
+
+
+def _in_parts(name: str, n_rows: int, arrays: tuple[torch.Tensor, ...], top: int) -> None:
+    """Run a kernel, which releases the GIL, on as many parts of the rows as torch has threads."""
+    kernel, given = _kernel(name), [array.numpy() for array in arrays]
+    n_threads = min(torch.get_num_threads(), n_rows // LANES)
+    ends = [n_rows // LANES * i // n_threads * LANES for i in range(n_threads + 1)]
+    parts = list(itertools.pairwise(ends))
+    running = [_pool(n_threads).submit(kernel, *given, top, a, b) for a, b in parts[1:]]
+    kernel(*given, top, *parts[0])
+    for future in running:
+        future.result()
+
+
+def _has_kernel(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _solve_group(
+    x: torch.Tensor,
+    inverse: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    top: int,
+    codes: torch.Tensor,
+    delta: torch.Tensor,
+    cost: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a group; see `gptq_kernel.solve_group`. Returns each row's scale and zero point."""
+    if not _has_kernel(x):
+        return solve_group_by_tensors(x, inverse, scales, zeros, top, codes, delta, cost)
+    chosen = torch.empty_like(cost), torch.empty_like(cost)
+    arrays = (x, inverse, scales, zeros, codes, delta, cost, *chosen)
+    _in_parts("solve_group", x.shape[1], arrays, top)
+    return chosen
+
+
+def solve_group_by_tensors(
+    x: torch.Tensor,
+    inverse: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    top: int,
+    codes: torch.Tensor,
+    delta: torch.Tensor,
+    cost: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gptq_kernel.solve_group` as tensor operations, for any device and dtype."""
+    work = x.expand(len(scales), *x.shape).clone()
+    costs = torch.zeros_like(scales)
+    found = torch.empty_like(work)
+    for i in range(len(x) - 1, -1, -1):
+        found[:, i] = _round(work[:, i], scales, zeros, top)
+        error = (work[:, i] - scales * (found[:, i] - zeros)) / inverse[i, i]
+        costs += error.square()
+        work[:, :i] -= inverse[i, :i, None] * error[:, None]
+    least, choice = costs.min(0)
+    cost += least
+    best = found.gather(0, choice.expand(1, *x.shape))[0]
+    scale, zero = _pick(scales, choice), _pick(zeros, choice)
+    codes.copy_(best)
+    delta -= scale * (best - zero)
+    return scale, zero
+
+
+def _choose_scales(
+    x: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's scale and zero point of least error; see `gptq_kernel.choose_scales`."""
+    if not _has_kernel(x):
+        return choose_scales_by_tensors(x, weights, scales, zeros, top)
+    chosen = torch.empty_like(scales[0]), torch.empty_like(scales[0])
+    _in_parts("choose_scales", x.shape[1], (x, weights, scales, zeros, *chosen), top)
+    return chosen
+
+
+def choose_scales_by_tensors(
+    x: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gptq_kernel.choose_scales` as tensor operations, for any device and dtype."""
+    costs = [
+        (weights[:, None] * (x - s * (_round(x, s, z, top) - z)).square()).sum(0)
+        for s, z in zip(scales, zeros, strict=True)
+    ]
+    choice = torch.stack(costs).argmin(0)
+    return _pick(scales, choice), _pick(zeros, choice)

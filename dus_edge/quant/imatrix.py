@@ -1,0 +1,349 @@
+"""Importance matrices: how strongly each input column of a weight matrix was excited.
+
+llama-imatrix runs a text through a model and adds up, for every weight matrix, the squares of its
+inputs by column. Quantizers weigh an error in a column by the mean of those squares. Two formats
+are read, told apart by their first bytes: GGUF with the tensors ``<name>.in_sum2`` and
+``<name>.counts``, and the older binary one (`tools/imatrix/imatrix.cpp`, `save_imatrix` and
+`save_imatrix_legacy`, of the llama.cpp at `recipe.LLAMA_CPP_COMMIT`). What they mean to a quantizer
+is as in `common/imatrix-loader.cpp` and `load_imatrix` of `tools/quantize/quantize.cpp`.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dus_edge.errors import CheckpointError
+from dus_edge.quant import types as t
+from dus_edge.quant.types import QuantType
+
+#: Keys and endings of the GGUF format.
+TYPE_KEY, TYPE = "general.type", "imatrix"
+DATASETS_KEY = "imatrix.datasets"
+CHUNK_COUNT_KEY = "imatrix.chunk_count"
+CHUNK_SIZE_KEY = "imatrix.chunk_size"
+SUMS, COUNTS = ".in_sum2", ".counts"
+
+#: Types whose values do not depend on importance; the same in ggml and in our quantizers.
+UNWEIGHTED = frozenset({t.F32, t.F16, t.BF16, t.Q8_0})
+#: Matrices that llama-imatrix leaves out unless it is told otherwise.
+_USUALLY_ABSENT = frozenset({"token_embd.weight", "output.weight"})
+
+
+@dataclass(frozen=True)
+class Importance:
+    """The statistics of one run over a text.
+
+    Attributes:
+        sums: by GGUF tensor name, ``(n_cols,)`` float32: Σx² of each input column.
+        counts: by the same names, how many tokens were added up. In files of the older format
+            these are chunks, and the sums are means times chunks.
+        chunk_size: tokens of a chunk; 0 if unknown, as in files of the older format.
+        n_chunks: chunks of text.
+        datasets: files that the text came from.
+    """
+
+    sums: Mapping[str, np.ndarray]
+    counts: Mapping[str, float]
+    chunk_size: int
+    n_chunks: int
+    datasets: tuple[str, ...]
+
+    def means(self, name: str) -> np.ndarray:
+        """What a quantizer is given: Σx² over the count, ``(n_cols,)`` float32.
+
+        Without a token nothing is known: every column counts the same, as in llama-quantize.
+        """
+        sums, count = self.sums[name], np.float32(self.counts[name])
+        return sums / count if count > 0 else np.ones_like(sums)
+
+
+@dataclass(frozen=True)
+class Match:
+    """An importance matrix laid beside a model.
+
+    Attributes:
+        weights: by GGUF tensor name, the means of the model's tensors that have an entry.
+        missing: tensors without one, which are quantized as if there were no importance matrix.
+            Embedding and head are not named: they normally have none.
+        unused: entries that are of no tensor of the model.
+    """
+
+    weights: Mapping[str, np.ndarray]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def takes_importance(kind: QuantType) -> bool:
+    """Whether importance changes what a tensor of this type holds."""
+    return kind not in UNWEIGHTED
+
+
+def match(
+    importance: Importance,
+    shapes: Mapping[str, tuple[int, ...]],
+    label: str = "the importance matrix",
+) -> Match:
+    """Find each tensor's importance.
+
+    Args:
+        importance: as read or collected.
+        shapes: GGUF names and shapes, outermost first, of the model's tensors; only matrices
+            count, as all others are never quantized.
+        label: what messages call the importance matrix, e.g. its path.
+
+    Raises:
+        CheckpointError: it is another model's: a size differs, or no name is the same.
+    """
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+    weights: dict[str, np.ndarray] = {}
+    for name, shape in matrices.items():
+        if name not in importance.sums:
+            continue
+        n_cols = importance.sums[name].size
+        if n_cols != shape[-1]:
+            raise CheckpointError(
+                f"{label} is of another model: {name} has {n_cols} columns there and "
+                f"{shape[-1]} here; compute one for this model."
+            )
+        weights[name] = importance.means(name)
+    if not weights:
+        raise CheckpointError(
+            f"{label} is of another model: none of its entries{_first(importance.sums)} is a "
+            f"tensor of this one{_first(matrices)}; compute one for this model."
+        )
+    absent = [name for name in matrices if name not in weights]
+    return Match(
+        weights,
+        tuple(name for name in absent if name not in _USUALLY_ABSENT),
+        tuple(name for name in importance.sums if name not in weights),
+    )
+
+
+def _first(entries: Mapping[str, Any]) -> str:
+    """`` (the first: blk.0.attn_k.weight, 4096 columns)`` of arrays or shapes by name."""
+    for name, entry in entries.items():
+        n_cols = entry.size if isinstance(entry, np.ndarray) else entry[-1]
+        return f" (the first: {name}, {n_cols} columns)"
+    return ""
+
+
+def read_imatrix(path: Path) -> Importance:
+    """Read an importance matrix of either format.
+
+    Raises:
+        CheckpointError: no such file, no importance matrix, a truncated one, or one with values
+            that cannot be: not finite, negative, without counts, or of mixture-of-experts layers.
+    """
+    try:
+        # Mapped, so that a model given by mistake is refused without being read.
+        data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist.") from None
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read ({e.strerror or e}).") from None
+    cursor = _Cursor(data, path)
+    if bytes(data[:4]) == b"GGUF":
+        return _read_gguf(cursor)
+    return _read_legacy(cursor)
+
+
+class _Cursor:
+    """A place in a file's bytes that knows where they end."""
+
+    def __init__(self, data: np.ndarray, path: Path) -> None:
+        self.data = data
+        self.path = path
+        self.at = 0
+
+    def take(self, n: int) -> bytes:
+        """The next `n` bytes."""
+        if n > self.rest:
+            raise CheckpointError(f"{self.path} is truncated; copy or compute it again.")
+        self.at += n
+        return bytes(self.data[self.at - n : self.at])
+
+    @property
+    def rest(self) -> int:
+        """Bytes that are left."""
+        return self.data.size - self.at
+
+    def unpack(self, code: str) -> Any:
+        """The next number, little-endian; `code` is `struct`'s."""
+        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
+
+    def floats(self, n: int) -> np.ndarray:
+        """The next `n` float32 values."""
+        return np.frombuffer(self.take(4 * n), "<f4").astype(np.float32)
+
+    def no_imatrix(self, why: str) -> CheckpointError:
+        """The error for a file that is something else."""
+        return CheckpointError(f"{self.path} is no importance matrix ({why}).")
+
+
+#: `struct`'s codes of GGUF's numbered value types; 8 is a string, 9 an array.
+_CODES = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_F32 = t.F32.ggml_id
+
+
+def _read_gguf(cursor: _Cursor) -> Importance:
+    cursor.take(4)
+    if (version := cursor.unpack("I")) not in (2, 3):
+        raise cursor.no_imatrix(f"its GGUF version is {version}, not 2 or 3")
+    n_tensors, n_keys = cursor.unpack("Q"), cursor.unpack("Q")
+    keys = dict(_key_value(cursor) for _ in range(n_keys))
+    if (kind := keys.get(TYPE_KEY, TYPE)) != TYPE:
+        raise cursor.no_imatrix(f"it is a GGUF file of type {kind!r}")
+    infos = [_tensor_info(cursor) for _ in range(n_tensors)]
+    names = {
+        name.removesuffix(end) for name, *_ in infos for end in (SUMS, COUNTS) if name.endswith(end)
+    }
+    if not names:
+        raise cursor.no_imatrix(f"it has no tensor whose name ends in {SUMS}")
+    n_chunks, chunk_size = (_number(cursor, keys, key) for key in (CHUNK_COUNT_KEY, CHUNK_SIZE_KEY))
+    datasets = keys.get(DATASETS_KEY)
+    if not (isinstance(datasets, list) and all(isinstance(d, str) for d in datasets)):
+        raise cursor.no_imatrix(f"it has no list {DATASETS_KEY}")
+    tensors = _tensors(cursor, infos, keys.get("general.alignment", 32))
+    sums: dict[str, np.ndarray] = {}
+    counts: dict[str, float] = {}
+    for name in sorted(names, key=str.encode):
+        if name + SUMS not in tensors or name + COUNTS not in tensors:
+            lacking = "counts" if name + SUMS in tensors else "sums"
+            raise CheckpointError(f"{cursor.path}: {name} has no {lacking}; compute it again.")
+        count = tensors[name + COUNTS]
+        if count.size > 1:
+            raise CheckpointError(
+                f"{cursor.path}: {name} has {count.size} counts, one for each expert; "
+                "importance matrices of mixture-of-experts models are not supported."
+            )
+        sums[name], counts[name] = _checked(cursor.path, name, tensors[name + SUMS], count)
+    return Importance(sums, counts, chunk_size, n_chunks, tuple(datasets))
+
+
+def _key_value(cursor: _Cursor) -> tuple[str, Any]:
+    return _text(cursor), _value(cursor, cursor.unpack("I"))
+
+
+def _value(cursor: _Cursor, kind: int) -> Any:
+    if kind == _STRING:
+        return _text(cursor)
+    if kind in _CODES:
+        return cursor.unpack(_CODES[kind])
+    if kind != _ARRAY:
+        raise cursor.no_imatrix(f"it has a value of the unknown type {kind}")
+    item, n = cursor.unpack("I"), cursor.unpack("Q")
+    if item == _STRING:
+        return [_text(cursor) for _ in range(n)]
+    if item not in _CODES:
+        raise cursor.no_imatrix(f"it has an array of the unknown type {item}")
+    # Nothing in an importance matrix is such an array; it is passed over.
+    cursor.take(n * struct.calcsize(f"<{_CODES[item]}"))
+    return None
+
+
+def _text(cursor: _Cursor) -> str:
+    return cursor.take(cursor.unpack("Q")).decode("utf-8", "replace")
+
+
+def _tensor_info(cursor: _Cursor) -> tuple[str, int, int, int]:
+    """Name, number of elements, type and offset of one tensor."""
+    name, n_dims = _text(cursor), cursor.unpack("I")
+    n = math.prod(cursor.unpack("Q") for _ in range(n_dims))
+    return name, n, cursor.unpack("I"), cursor.unpack("Q")
+
+
+def _tensors(
+    cursor: _Cursor, infos: list[tuple[str, int, int, int]], alignment: object
+) -> dict[str, np.ndarray]:
+    """Sums and counts by their names in the file."""
+    if not isinstance(alignment, int) or alignment < 1:
+        raise cursor.no_imatrix(f"its general.alignment is {alignment}")
+    start = -(-cursor.at // alignment) * alignment
+    tensors: dict[str, np.ndarray] = {}
+    for name, n, kind, offset in infos:
+        if not name.endswith((SUMS, COUNTS)):
+            continue
+        if kind != _F32:
+            raise CheckpointError(f"{cursor.path}: {name} is not of type F32; compute it again.")
+        if name in tensors:
+            raise CheckpointError(f"{cursor.path}: {name} is there twice; compute it again.")
+        cursor.at = start + offset
+        tensors[name] = cursor.floats(n)
+    return tensors
+
+
+def _number(cursor: _Cursor, keys: Mapping[str, Any], key: str) -> int:
+    value = keys.get(key)
+    if not isinstance(value, int) or value < 0:
+        raise cursor.no_imatrix(f"it has no number {key}")
+    return value
+
+
+#: Longest name that the older format may have; a file of anything else begins with a longer one.
+_LONGEST_NAME = 256
+
+
+def _read_legacy(cursor: _Cursor) -> Importance:
+    """Entries of name, calls and means × calls; the number of chunks and the text's name.
+
+    The format has no magic number, so the first entry must look like one.
+    """
+    if cursor.rest < 8:
+        raise cursor.no_imatrix("it is too short")
+    n_entries = cursor.unpack("i")
+    if n_entries < 1:
+        raise cursor.no_imatrix("it has no entries")
+    sums: dict[str, np.ndarray] = {}
+    counts: dict[str, float] = {}
+    for _ in range(n_entries):
+        name = _legacy_name(cursor, n_entries)
+        n_calls, n_cols = cursor.unpack("i"), cursor.unpack("i")
+        if n_cols < 1:
+            raise CheckpointError(f"{cursor.path}: {name} has no values; compute it again.")
+        if name in sums:
+            raise CheckpointError(f"{cursor.path}: {name} is there twice; compute it again.")
+        values, count = _checked(
+            cursor.path, name, cursor.floats(n_cols), np.array([n_calls], np.float32)
+        )
+        # Without calls the values are means as they are.
+        sums[name], counts[name] = values, count or 1
+    # Chunks and text were added to the format later.
+    n_chunks = cursor.unpack("i") if cursor.rest >= 4 else 0
+    datasets: tuple[str, ...] = ()
+    if cursor.rest >= 4 and 0 < (length := cursor.unpack("i")) <= cursor.rest:
+        datasets = (cursor.take(length).decode("utf-8", "replace"),)
+    return Importance(sums, counts, 0, max(0, n_chunks), datasets)
+
+
+def _legacy_name(cursor: _Cursor, n_entries: int) -> str:
+    first = cursor.at == 4
+    length = cursor.unpack("i")
+    # An entry takes at least 16 bytes beside its name.
+    if not 0 < length <= _LONGEST_NAME or (first and n_entries > 1 << 24):
+        raise cursor.no_imatrix("it is neither GGUF nor of the older format")
+    name = cursor.take(length)
+    if not (name.isascii() and name.decode("ascii").isprintable()):
+        raise cursor.no_imatrix("it is neither GGUF nor of the older format")
+    return name.decode("ascii")
+
+
+def _checked(
+    path: Path, name: str, sums: np.ndarray, count: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """Sums and their count, seen to be possible; the count as a whole number, as llama.cpp does."""
+    if not sums.size or not count.size:
+        raise CheckpointError(f"{path}: {name} has no values; compute it again.")
+    for values, of in ((sums, ""), (count, "the count of ")):
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{path}: {of}{name} is not finite; compute it again.")
+        if (values < 0).any():
+            raise CheckpointError(f"{path}: {of}{name} is negative; compute it again.")
+    return sums, math.floor(float(count[0]) + 0.5)

@@ -1,0 +1,216 @@
+"""The layer-by-layer engine computes what transformers does, and shows what llama.cpp sees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dus_edge import jobs
+from dus_edge.calibrate import engine
+from dus_edge.calibrate.imatrix import ImatrixCollector
+from dus_edge.calibrate.layer import LINEARS, SITES
+from dus_edge.errors import CheckpointError, UsageError
+from dus_edge.quant.recipe import PRESETS
+
+from . import llama_imatrix
+from .forms import FORMS, deep_copied, load
+
+PLAN = "0:3,1:4"
+SOURCES = (0, 1, 2, 1, 2, 3)
+TOKENS = np.random.default_rng(3).integers(3, 4096, (5, 32)).astype(np.int32)
+CPU = engine.choose_settings("cpu")
+
+
+class Replacer(ImatrixCollector):
+    """Replaces every matrix of a layer by another one, and remembers by what."""
+
+    replaces = True
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def finish_site(self, layer, site, weights):
+        assert tuple(weights) == SITES[site]
+        return {name: weight.float() * self.factor for name, weight in weights.items()}
+
+
+def opened(base: Path, plan: str = PLAN):
+    choose = jobs.plan_chooser(None, None, (plan,), True)
+    return jobs.find_model(str(base), choose, weights=True, say=lambda line: None).open()
+
+
+def inputs_of(model) -> dict[str, torch.Tensor]:
+    """Σx² of every layer's matrix, by transformers and hooks; and what the last layer gives."""
+    sums: dict[str, torch.Tensor] = {}
+
+    def hook(name):
+        def before(module, args):
+            part = args[0].double().square().sum((0, 1))
+            sums[name] = sums.get(name, 0) + part
+
+        return before
+
+    def keep(module, args):
+        sums["last"] = args[0]
+
+    for name, module in model.named_modules():
+        if any(name.endswith(linear) for linear in LINEARS):
+            module.register_forward_pre_hook(hook(f"{name}.weight"))
+    model.model.norm.register_forward_pre_hook(keep)
+    with torch.no_grad():
+        model(torch.from_numpy(TOKENS).long(), use_cache=False)
+    return sums
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("collector", [ImatrixCollector, Replacer])
+def test_computes_what_transformers_does(make_checkpoint, form, collector):
+    base = make_checkpoint(dtype="F32", **FORMS[form])
+    expected = inputs_of(deep_copied(load(base), SOURCES))
+    visitor = collector()
+    told = []
+    checkpoint = opened(base)
+    h = engine.run(checkpoint, TOKENS, visitor, CPU, advance=told.append)
+    torch.testing.assert_close(h, expected.pop("last"), rtol=1e-5, atol=1e-6)
+    results = visitor.results()
+    assert results.keys() == expected.keys()
+    for name, (sums, count) in results.items():
+        assert count == TOKENS.size
+        torch.testing.assert_close(sums, expected[name], rtol=1e-5, atol=1e-6)
+    assert sum(told) == engine.total_work(checkpoint, TOKENS)
+
+
+def test_a_sliding_window_shorter_than_the_chunk(make_checkpoint):
+    base = make_checkpoint(dtype="F32", **FORMS["mistral-v0.1"] | {"sliding_window": 8})
+    expected = inputs_of(deep_copied(load(base), SOURCES))["last"]
+    h = engine.run(opened(base), TOKENS, ImatrixCollector(), CPU)
+    torch.testing.assert_close(h, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_replaced_matrices_are_what_the_rest_of_the_model_sees(make_checkpoint):
+    base = make_checkpoint(dtype="F32")
+    model = deep_copied(load(base), SOURCES)
+    for name, parameter in model.named_parameters():
+        if any(name.endswith(f"{linear}.weight") for linear in LINEARS):
+            parameter.data *= 1.5
+    expected = inputs_of(model)
+    visitor = Replacer(1.5)
+    h = engine.run(opened(base), TOKENS, visitor, CPU)
+    torch.testing.assert_close(h, expected.pop("last"), rtol=1e-5, atol=1e-6)
+    for name, (sums, _) in visitor.results().items():
+        torch.testing.assert_close(sums, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [32, 64, 10_000])
+def test_batches_do_not_change_the_result(make_checkpoint, step):
+    base = make_checkpoint(dtype="F32")
+    settings = engine.Settings("cpu", "float32", step)
+    alone, batched = ImatrixCollector(), ImatrixCollector()
+    h = engine.run(opened(base), TOKENS, alone, CPU)
+    other = engine.run(opened(base), TOKENS, batched, settings)
+    torch.testing.assert_close(h, other, rtol=1e-5, atol=1e-6)
+    for name, (sums, _) in alone.results().items():
+        torch.testing.assert_close(sums, batched.results()[name][0], rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_are_llama_cpps(pico, tmp_path):
+    """Every entry within 1e-2 of what llama.cpp computes from the same F32 model and tokens."""
+    choose = jobs.plan_chooser(None, None, (), True)
+    result = jobs.export_gguf("pico", choose, [PRESETS["f32"]], tmp_path)
+    tokens = np.random.default_rng(0).integers(3, 4000, (3, 64)).astype(np.int32)
+    theirs = llama_imatrix.collect(result.outputs[0].path, tokens)
+    visitor = ImatrixCollector()
+    engine.run(result.model.open(), tokens, visitor, CPU)
+    from dus_edge.export.gguf_tensors import gguf_name
+
+    ours = {gguf_name(name): value for name, value in visitor.results().items()}
+    assert ours.keys() == theirs.keys()
+    for name, (sums, count) in ours.items():
+        expected, n = theirs[name]
+        assert count == n
+        np.testing.assert_allclose(sums.numpy(), expected, rtol=1e-2)
+
+
+# Interrupted runs
+
+
+class Interrupting(Replacer):
+    """Ctrl-C in the midst of a layer."""
+
+    def __init__(self, layer: int | None) -> None:
+        super().__init__(1.25)
+        self.layer = layer
+
+    def observe(self, layer, site, x):
+        if layer == self.layer and site == "ffn_output":
+            raise KeyboardInterrupt
+        super().observe(layer, site, x)
+
+
+@pytest.mark.parametrize("layer", [1, 5])
+def test_an_interrupted_run_goes_on_with_the_same_bytes(make_checkpoint, tmp_path, layer):
+    checkpoint = opened(make_checkpoint(dtype="BF16"))
+
+    def run(stop: int | None, folder: str) -> tuple[torch.Tensor, Interrupting]:
+        visitor = Interrupting(stop)
+        state = engine.State(tmp_path / folder, {"text": "same"})
+        return engine.run(checkpoint, TOKENS, visitor, CPU, state=state), visitor
+
+    h, whole = run(None, "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(layer, "cut")
+    assert engine.State(tmp_path / "cut", {"text": "same"}).n_done() == layer
+    resumed, visitor = run(None, "cut")
+    assert torch.equal(resumed, h)
+    for name, (sums, count) in whole.results().items():
+        assert torch.equal(sums, visitor.results()[name][0])
+        assert count == visitor.results()[name][1]
+
+
+def test_a_state_of_other_inputs_is_not_taken_up(make_checkpoint, tmp_path):
+    checkpoint = opened(make_checkpoint())
+    engine.run(
+        checkpoint, TOKENS, ImatrixCollector(), CPU, state=engine.State(tmp_path, {"text": "a"})
+    )
+    assert engine.State(tmp_path, {"text": "a"}).n_done() == 6
+    assert engine.State(tmp_path, {"text": "b"}).n_done() == 0
+    (tmp_path / "state.json").write_text("{")
+    assert engine.State(tmp_path, {"text": "a"}).n_done() == 0
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_activations_that_are_not_finite_name_their_layer(make_checkpoint, replaces):
+    base = make_checkpoint(dtype="F32")
+    weights = base / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.2.mlp.down_proj.weight"][3, 5] = float("inf")
+    save_file(tensors, weights)
+    visitor = Replacer() if replaces else ImatrixCollector()
+    # Source layer 2 stands first at place 2 of the result.
+    with pytest.raises(CheckpointError, match="behind layer 2 are not finite"):
+        engine.run(opened(base), TOKENS, visitor, CPU)
+
+
+def test_devices():
+    with pytest.raises(UsageError, match=r"no device 'gpu'.*cpu, cuda, mps"):
+        engine.choose_settings("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="no cuda device is usable here"):
+            engine.choose_settings("cuda")
+    assert engine.choose_settings("cpu").dtype == "float32"
+
+
+def test_identity_is_json(tmp_path):
+    """What a run is told apart by must not depend on the order of its parts."""
+    a = engine.State(tmp_path, json.loads('{"a": 1, "b": [1, 2]}'))
+    b = engine.State(tmp_path, json.loads('{"b": [1, 2], "a": 1}'))
+    assert a.identity == b.identity
