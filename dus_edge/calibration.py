@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dus_edge.calibrate.engine import State
     from dus_edge.calibrate.tokens import Chunks
     from dus_edge.checkpoint.spec import Checkpoint
-    from dus_edge.quant.gptq import Settings
+    from dus_edge.quant.gptq_format import Settings
     from dus_edge.quant.imatrix import Importance
 
 #: Tokens of a chunk unless asked otherwise: llama-imatrix's default.

@@ -423,7 +423,7 @@ def gptq(
     memory; a run that is cut short goes on where it was.
     """
     from dus_edge import calibration
-    from dus_edge.quant.gptq import Settings
+    from dus_edge.quant.gptq_format import Settings
 
     settings = Settings(
         bits=int(bits), group_size=group_size, sym=not asym, desc_act=desc_act, damp=damp
@@ -448,6 +448,94 @@ def gptq(
     for note in result.notes:
         click.echo(click.wrap_text(f"note: {note}", 80, subsequent_indent="  "))
     click.echo(f"Done in {_seconds(result.seconds)}.")
+
+
+@cli.command()
+@click.argument("reference")
+@click.argument("candidates", nargs=-1, required=True, metavar="CANDIDATE...")
+@click.option(
+    "--text",
+    "paths",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Text to read: file, folder or .jsonl; may be given several times "
+    "[default: built-in English, Korean and code].",
+)
+@click.option("--field", metavar="NAME", help="Field of .jsonl rows [default: text].")
+@click.option(
+    "--ctx",
+    "n_ctx",
+    type=click.IntRange(min=3),
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Tokens of a chunk of text.",
+)
+@click.option(
+    "--chunks",
+    "n_chunks",
+    type=click.IntRange(min=1),
+    default=48,
+    show_default=True,
+    metavar="N",
+    help="At most so many chunks.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw of chunks.")
+@click.option("--all-positions", is_flag=True, help="Score the first half of every chunk too.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="DEVICE",
+    help="Where folders run: cpu, cuda or mps.",
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads [default: all cores]."
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Also write quality.md, .json, .png and .svg there.",
+)
+@click.option("--plots/--no-plots", default=True, help="Draw divergence against size.")
+@click.option("--overwrite", is_flag=True, help="Replace these files.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead.")
+def quality(
+    reference: str,
+    candidates: tuple[str, ...],
+    paths: tuple[Path, ...],
+    out: Path | None,
+    plots: bool,
+    overwrite: bool,
+    as_json: bool,
+    device: str,
+    **measure: Any,
+) -> None:
+    """Measure how far each CANDIDATE is from REFERENCE on text.
+
+    Both are GGUF files, or folders: plain, GPTQ or bitsandbytes. Perplexity,
+    divergence (KL) of the next token, share of equal first choices, by
+    language; bits per weight and file size.
+    """
+    from dus_edge.bench import quality_report
+    from dus_edge.bench.quality_run import quality as run
+
+    if out is not None:
+        quality_report.check_outputs(out, plots=plots, overwrite=overwrite)
+    measure["n_threads"] = measure.pop("threads")
+    results = run(reference, candidates, texts=paths, device=device, work=out, **measure)
+    written = []
+    if out is not None:
+        written = quality_report.write(results, out, plots=plots, overwrite=overwrite)
+    if as_json:
+        click.echo(json.dumps(quality_report.to_json(results)))
+        return
+    click.echo(quality_report.markdown(results))
+    for path in written:
+        click.echo(path)
 
 
 @cli.command()

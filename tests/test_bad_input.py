@@ -408,7 +408,9 @@ def test_interrupted(tmp_path):
 
     out = tmp_path / "out"
     code = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # A test run in the background of a shell passes on that Ctrl-C is ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from dus_edge.quant import native\n"
         "slow = native.quantize\n"
         "def quantize(*a, **k): time.sleep(0.3); return slow(*a, **k)\n"

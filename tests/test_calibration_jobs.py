@@ -18,7 +18,7 @@ from dus_edge.calibrate import engine
 from dus_edge.calibration import Machine, TextChoice
 from dus_edge.cli import main
 from dus_edge.quant import gptq_format
-from dus_edge.quant.gptq import Settings
+from dus_edge.quant.gptq_format import Settings
 from dus_edge.quant.imatrix import read_imatrix
 
 CPU = Machine("cpu")

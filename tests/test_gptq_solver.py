@@ -32,8 +32,8 @@ OPTIONS = [
 
 
 def half(x: np.ndarray) -> np.ndarray:
-    """Rounded to float16."""
-    return x.astype(np.float16).astype(np.float64)
+    """Rounded to float16 by way of float32, as torch does."""
+    return x.astype(np.float32).astype(np.float16).astype(np.float64)
 
 
 def candidates(x: np.ndarray, chosen: Settings) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -153,7 +153,7 @@ def pico_layers() -> dict[str, torch.Tensor]:
     st.sampled_from((0.01, 0.1)),
     st.integers(0, 2**32 - 1),
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_solves_as_the_paper_does_the_long_way(options, block, damp, seed):
     check_long_way(options, block, damp, seed)
 
@@ -166,7 +166,7 @@ def test_every_combination_of_options(options):
 def check_long_way(options: tuple, block: int, damp: float, seed: int) -> None:
     bits, group_size, sym, desc_act, aware = options
     n_in = {32: 96, 64: 128, 128: 128, -1: 96}[group_size]
-    chosen = Settings(bits, group_size, sym, desc_act, bool(aware), damp, block, candidates=5)
+    chosen = Settings(bits, group_size, sym, desc_act, bool(aware), damp, block, candidates=4)
     weight, hessian = problem(32, n_in, seed)
     if seed % 3 == 0:
         hessian[5] = hessian[:, 5] = 0

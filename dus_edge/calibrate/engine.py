@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -329,7 +328,7 @@ class State:
         torch.save(h, self._hidden(layer + 1))
         partial = self._index.with_suffix(".partial")
         partial.write_text(json.dumps({"identity": self.identity, "n_done": layer + 1}))
-        os.replace(partial, self._index)
+        partial.replace(self._index)
         self._hidden(layer).unlink(missing_ok=True)
 
     def layer_files(self, n_layers: int) -> list[Path]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
 from dus_edge.export import hf
 from dus_edge.quant import gptq_format
-from dus_edge.quant.gptq import Settings
+from dus_edge.quant.gptq_format import Settings
 from dus_edge.stream import run
 
 #: The matrices of a layer; embeddings, head and norms stay as they are.

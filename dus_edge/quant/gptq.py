@@ -295,9 +295,8 @@ def _candidates(x: torch.Tensor, settings: Settings) -> tuple[torch.Tensor, torc
     Scales are numbers that float16 holds, and never 0.
     """
     low, high = x.amin(0).clamp(max=0), x.amax(0).clamp(min=0)
-    steps = torch.linspace(
-        *_SHARES[settings.bits], settings.candidates, dtype=x.dtype, device=x.device
-    )[:, None]
+    shares = torch.linspace(*_SHARES[settings.bits], settings.candidates, dtype=x.dtype)
+    steps = shares[:, None].to(x.device)
     middle = 2 ** (settings.bits - 1)
     if settings.sym:
         largest = torch.where(high > -low, high, low)
@@ -393,7 +392,7 @@ def _wide(x: torch.Tensor) -> torch.dtype:
 
 @functools.cache
 def _kernel(name: str) -> Any:
-    with kernels._cached_code():
+    with kernels.cached_code():
         return getattr(importlib.import_module("dus_edge.quant.gptq_kernel"), name)
 
 

@@ -37,13 +37,13 @@ _MODULES = {
 def load(name: str) -> Any:
     """The kernel of that name (Numba's dispatcher), e.g. ``q4_k`` or ``q4_k_weighted``."""
     module = _MODULES[name.removesuffix("_weighted")]
-    with _cached_code():
+    with cached_code():
         return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
 
 @contextlib.contextmanager
-def _cached_code() -> Iterator[None]:
-    """Compiled code goes to a folder that belongs to these sources.
+def cached_code() -> Iterator[None]:
+    """Compiled code of what is imported within goes to a folder that belongs to its sources.
 
     Numba looks only at the age of the file that a function stands in; a change in a file that it
     imports would go unnoticed.
@@ -64,7 +64,8 @@ def cache_folder() -> Path:
     """Folder of the compiled code; a temporary one where the user's cache cannot be written."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*here.glob("*.py"), here.parent / "simd.py"]):
+    beside = [here.parent / name for name in ("simd.py", "gptq_kernel.py")]
+    for path in sorted([*here.glob("*.py"), *beside]):
         digest.update(path.read_bytes())
     if sys.platform == "darwin":
         base = Path.home() / "Library" / "Caches"
