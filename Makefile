@@ -16,6 +16,9 @@ TEXT      ?=
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# Environments of loaders that cannot share ours; see interop/README.md.
+AUTOGPTQ  := .venv-autogptq
+GPTQMODEL := .venv-gptqmodel
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # llama-cpp-python is compiled on the spot: leave out what is not used here, use every core.
@@ -63,6 +66,17 @@ gptq: $(VENV)/hf.stamp ## Up-scale BASE to a GPTQ checkpoint of BITS, OUT/gptq.
 
 imatrix: $(VENV)/hf.stamp ## Collect BASE's importance matrix, OUT/imatrix.gguf.
 	@$(BIN)/dus-edge imatrix "$(BASE)" $(PLAN) $(WORDS) -o "$(OUT)/imatrix.gguf" --overwrite
+
+interop: $(VENV)/hf.stamp $(AUTOGPTQ)/done.stamp $(GPTQMODEL)/done.stamp ## Load our GPTQ folders with auto-gptq and GPTQModel.
+	@OMP_NUM_THREADS=1 interop/run.sh $(BIN) "$(OUT)/interop" $(AUTOGPTQ) $(GPTQMODEL)
+
+$(AUTOGPTQ)/done.stamp: interop/auto-gptq.txt interop/setup.sh
+	@echo "Setting up auto-gptq (minutes, 1.5 GB)"
+	@PYTHON="$(PYTHON)" interop/setup.sh auto-gptq $(AUTOGPTQ) && touch $@
+
+$(GPTQMODEL)/done.stamp: interop/gptqmodel.txt interop/setup.sh
+	@echo "Setting up GPTQModel (minutes, 6 GB)"
+	@PYTHON="$(PYTHON)" interop/setup.sh gptqmodel $(GPTQMODEL) && touch $@
 
 modelfiles: $(VENV)/run.stamp ## Render modelfiles/ anew.
 	@$(BIN)/dus-edge modelfile --tracked modelfiles

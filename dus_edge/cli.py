@@ -311,14 +311,7 @@ def upscale(
         allow_nonfinite=allow_nonfinite,
         say=_say(as_json),
     )
-    if as_json:
-        _print_json(result)
-        return
-    output = result.outputs[0]
-    click.echo(f"{out}\n  {_size(output.nbytes)} of weights")
-    if verbose:
-        click.echo(f"  tensors: {_counts(output.types)}")
-    click.echo(f"Done in {_seconds(result.seconds)}.")
+    _print_folder(result, out, as_json, verbose)
 
 
 @cli.command()
@@ -439,12 +432,71 @@ def gptq(
         overwrite=overwrite,
         say=_say(as_json),
     )
+    _print_folder(result, out, as_json)
+
+
+@cli.command()
+@click.argument("base")
+@_plan_options
+@click.option(
+    "--nf4", "scheme", flag_value="nf4", default="nf4", help="4-bit normal float, the default."
+)
+@click.option("--int8", "scheme", flag_value="int8", help="LLM.int8().")
+@click.option(
+    "--double-quant/--no-double-quant", default=True, help="Of nf4: quantize the scales too."
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="Folder of the new checkpoint.",
+)
+@_output_options
+def bnb(
+    base: str,
+    choose: Any,
+    scheme: str,
+    double_quant: bool,
+    out: Path,
+    threads: int | None,
+    overwrite: bool,
+    allow_nonfinite: bool,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Up-scale BASE into a bitsandbytes checkpoint.
+
+    transformers loads it, and QLoRA trains on it. Weights stream through: the
+    model need not fit into memory.
+    """
+    from dus_edge import jobs
+
+    result = jobs.export_bnb(
+        base,
+        choose,
+        out,
+        scheme,
+        double_quant=double_quant,
+        n_threads=threads,
+        overwrite=overwrite,
+        allow_nonfinite=allow_nonfinite,
+        say=_say(as_json),
+    )
+    _print_folder(result, out, as_json, verbose)
+
+
+def _print_folder(result: Any, out: Path, as_json: bool, verbose: bool = False) -> None:
+    """Say what a job that wrote a checkpoint folder did."""
     if as_json:
         _print_json(result)
         return
     output = result.outputs[0]
-    size = 8 * output.nbytes / result.model.n_parameters
-    click.echo(f"{out}\n  {_size(output.nbytes)}, {size:.2f} bits per weight")
+    bits = 8 * output.nbytes / result.model.n_parameters
+    click.echo(f"{out}\n  {_size(output.nbytes)}, {bits:.2f} bits per weight")
+    if verbose:
+        click.echo(f"  tensors: {_counts(output.types)}")
     for note in result.notes:
         click.echo(click.wrap_text(f"note: {note}", 80, subsequent_indent="  "))
     click.echo(f"Done in {_seconds(result.seconds)}.")

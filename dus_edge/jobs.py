@@ -316,6 +316,59 @@ def export_checkpoint(
     return Result(model, (output,), time.monotonic() - start)
 
 
+def export_bnb(
+    base: str,
+    choose: ChoosePlan,
+    folder: Path,
+    scheme_name: str,
+    *,
+    double_quant: bool = True,
+    n_threads: int | None = None,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    say: Say = lambda line: None,
+) -> Result:
+    """Base to an up-scaled checkpoint in one of bitsandbytes' formats; see `export_gguf`.
+
+    Args:
+        base: folder, hub id or the built-in base's name.
+        choose: gives the plan for a base's depth.
+        folder: the result.
+        scheme_name: ``nf4`` or ``int8``.
+        double_quant: of nf4, whether its scales are quantized too.
+        n_threads: worker threads; all cores by default.
+        overwrite: replace an older checkpoint folder of that name.
+        allow_nonfinite: go on although a weight is NaN or infinite.
+        say: takes lines for the user.
+    """
+    from dus_edge.export import bnb
+    from dus_edge.export.card import model_card
+
+    start = time.monotonic()
+    bnb.check_available()
+    scheme = bnb.Scheme(scheme_name, double_quant)
+    model = find_model(base, choose, weights=True, say=say)
+    checkpoint = model.open()
+    bnb.check_outputs(checkpoint, folder, scheme, overwrite)
+    planned = bnb.plan_tensors(checkpoint.specs(), scheme)
+    card = model_card(model.source, model.config, model.plan, model.name, model.n_parameters)
+    say(describe(model))
+    total = sum(s.nbytes for s in planned)
+    with progress("Quantizing", total) as tick:
+        bnb.write_checkpoint(
+            checkpoint,
+            folder,
+            card,
+            scheme,
+            n_threads=n_threads or default_threads(),
+            overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
+            advance=tick,
+        )
+    output = Written(folder, total, types=Counter(s.dtype for s in planned))
+    return Result(model, (output,), time.monotonic() - start)
+
+
 def describe(model: Model) -> str:
     """One line: ``Mistral-7B-v0.1: 32 → 48 layers (0:24,8:32), 10.73 B parameters``."""
     plan = model.plan

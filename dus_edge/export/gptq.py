@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
 from dus_edge.export import hf
+from dus_edge.export.chunks import chunks
 from dus_edge.quant import gptq_format
 from dus_edge.quant.gptq_format import Settings
 from dus_edge.stream import run
 
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 #: The matrices of a layer; embeddings, head and norms stay as they are.
 _QUANTIZED = ("self_attn.", "mlp.")
 _DTYPES = {"int32": "I32", "float16": "F16"}
@@ -33,7 +36,11 @@ def check_settings(checkpoint: Checkpoint, settings: Settings) -> None:
 
 
 def plan_tensors(checkpoint: Checkpoint, settings: Settings) -> list[TensorSpec]:
-    """Every tensor of the folder; no weight is read."""
+    """Every tensor of the folder; no weight is read.
+
+    A tied head is written too: auto-gptq leaves head and embedding uninitialized without it, and
+    says nothing. Other loaders tie the two as before.
+    """
     planned = []
     for spec in checkpoint.specs().values():
         if not is_quantized(spec.name):
@@ -43,6 +50,8 @@ def plan_tensors(checkpoint: Checkpoint, settings: Settings) -> list[TensorSpec]
         for part, (dtype, shape) in gptq_format.tensor_specs(spec.shape, settings).items():
             name = f"{stem}.{part}"
             planned.append(TensorSpec(name, _DTYPES[dtype], shape, name))
+    if checkpoint.config.tied_head:
+        planned.append(replace(checkpoint.specs()[_EMBEDDING], name=_HEAD))
     return planned
 
 
@@ -82,9 +91,17 @@ def write_checkpoint(
     ) as writer:
         tasks = (
             *hf.copy_tasks(checkpoint, plain, writer, allow_nonfinite=False),
+            *_head_tasks(checkpoint, writer),
             *_code_tasks(layer_files, writer),
         )
         run(iter(tasks), n_threads=n_threads, advance=advance)
+
+
+def _head_tasks(checkpoint: Checkpoint, writer: hf.TensorWriter) -> Iterator[Callable[[], int]]:
+    if not checkpoint.config.tied_head:
+        return
+    for start, stop in chunks(checkpoint.specs()[_EMBEDDING]):
+        yield lambda a=start, b=stop: writer.put(_HEAD, checkpoint.read(_EMBEDDING, a, b), a)
 
 
 def _code_tasks(files: list[Path], writer: hf.TensorWriter) -> Iterator[Callable[[], int]]:
