@@ -197,6 +197,17 @@ def test_a_row_does_not_depend_on_its_neighbours(kind, weighted, n_blocks):
     np.testing.assert_array_equal(whole, np.concatenate(alone))
 
 
+@pytest.mark.parametrize("kind", WEIGHTED, ids=label)
+@pytest.mark.parametrize("scale", [2.0**100, 2.0**-100], ids=["huge", "tiny"])
+def test_only_ratios_of_importance_count(kind, scale):
+    x = gaussian((2, 512))
+    importance = drawn_importance("spread", np.random.default_rng(0), 512)
+    expected = native.quantize(x, kind, importance)
+    np.testing.assert_array_equal(
+        native.quantize(x, kind, importance * np.float32(scale)), expected
+    )
+
+
 @pytest.mark.parametrize("n_cols", [256, 512, 768, 1024])
 @pytest.mark.parametrize("kind", K_TYPES, ids=label)
 def test_importance_belongs_to_columns(kind, n_cols):
