@@ -68,9 +68,10 @@ def quantize(
         weights = np.array(importance, np.float32)
         if weights.shape != (n_cols,):
             raise ValueError(f"{weights.shape} importance weights for {n_cols} columns")
-        # Only ratios count; sums of squares near the ends of float32's range would lose theirs.
+        # Only ratios count; sums near the ends of float32's range would lose them. A power of two
+        # changes no digit.
         if (mean := weights.mean(dtype=np.float64)) > 0:
-            weights = (weights / mean).astype(np.float32)
+            weights = np.ldexp(weights, -int(np.frexp(mean)[1]))
         if kind.block_weights == 32:
             table = source.reshape(-1, n_cols)
             sigma2 = np.einsum("ij,ij->i", table, table) / np.float32(n_cols)
