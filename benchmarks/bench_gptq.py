@@ -8,8 +8,8 @@ pico is up-scaled by the default plan. Both sides get the same tokens (chunks of
 program's own Python sources), bits and group size, and the threads of this machine. GPTQModel runs
 with its defaults in the environment that `make interop` sets up. Rounding to nearest is what GPTQ
 tools mean by it: symmetric, the largest weight of a group on the last code. `dus-edge quality`
-compares all with the up-scaled model in float32 on pico's held-out text; every position's second
-half of a chunk counts.
+compares all with the up-scaled model in float32 on pico's held-out text; the second half of every
+chunk counts.
 
 Time is wall time of whole processes, Python's start and loading included, and of quantizing alone;
 sides alternate. Peak memory is the kernel's maximum resident size (wait4). `--speed` times another
@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_imatrix import held_out
+from bench_imatrix import held_out, python_sources
 from common import HERE, RESULTS, append, machine, markdown_table, read
 
 from dus_edge import calibration, jobs
@@ -44,7 +44,6 @@ from dus_edge.quant import gptq, gptq_format
 OUT = RESULTS / "gptq.jsonl"
 SIDE = HERE / "gptqmodel_side.py"
 CLI = [sys.executable, "-c", "from dus_edge.cli import main; main()"]
-TEXT = HERE.parent / "dus_edge"
 CHOOSE = jobs.plan_chooser(None, None, (), True)
 
 
@@ -52,7 +51,8 @@ def timed(command: list[str], log: Path) -> tuple[float, int]:
     """Wall seconds and peak resident bytes of a process; a failure stops the benchmark."""
     start = time.perf_counter()
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        # GPTQModel leaves a folder of logs where it runs.
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent)
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{' '.join(command)} failed:\n{log.read_text()[-2000:]}")
@@ -121,14 +121,15 @@ def compare(args: argparse.Namespace, work: Path) -> None:
     plain = Path(args.speed) if args.speed else work / "plain"
     if not args.speed:
         jobs.export_checkpoint(BUILTIN, CHOOSE, plain)
-    choice = TextChoice((TEXT,), None, args.ctx, args.chunks)
+    text = python_sources(work / "python")
+    choice = TextChoice((text,), None, args.ctx, args.chunks)
     choose = jobs.plan_chooser(None, None, (), not args.speed)
     model = jobs.find_model(base, choose, weights=True, say=print)
     chunks = calibration.read_chunks(model, choice)
     tokens = work / "tokens.npy"
     np.save(tokens, chunks.tokens)
     sizes = ["--bits", str(args.bits), "--group-size", str(args.group_size)]
-    texts = ["--text", str(TEXT), "--ctx", str(args.ctx), "--chunks", str(args.chunks)]
+    texts = ["--text", str(text), "--ctx", str(args.ctx), "--chunks", str(args.chunks)]
     options = [*sizes, *texts, *(["--no-upscale"] if args.speed else [])]
     facts = machine() | {
         "model": model.source.name,

@@ -43,10 +43,20 @@ def held_out(folder: Path, max_bytes: int) -> list[Path]:
     return paths
 
 
+def python_sources(folder: Path) -> Path:
+    """This program's own modules, in a folder of their own."""
+    folder.mkdir()
+    root = HERE.parent / "dus_edge"
+    for path in sorted(root.rglob("*.py")):
+        name = "-".join(path.relative_to(root).parts)
+        (folder / name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    return folder
+
+
 def export(presets: list[str], work: Path) -> dict[tuple[str, str], Path]:
     """All files by (preset, kind of importance matrix)."""
     choose = jobs.plan_chooser(None, None, (), True)
-    texts = {"built-in mix": (), "Python sources": (HERE.parent / "dus_edge",)}
+    texts = {"built-in mix": (), "Python sources": (python_sources(work / "python"),)}
     found = {}
     for kind in KINDS:
         folder = work / kind.replace(" ", "-")

@@ -1,4 +1,4 @@
-"""Importance matrices and GPTQ checkpoints as a person makes them: the commands, start to end."""
+"""Importance matrices, GPTQ, bitsandbytes and `quality` as a person types them, start to end."""
 
 from __future__ import annotations
 
@@ -212,6 +212,35 @@ def test_interrupted_and_resumed_gives_the_same_bytes(text, tmp_path, layer):
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path.name
     assert not (tmp_path / "cut.calibration").exists()
+
+
+# bitsandbytes, quality
+
+
+def test_bnb_and_quality_commands(run, text, tmp_path):
+    assert run("upscale", "pico", "-o", tmp_path / "plain")[0] == 0
+    for scheme in ("nf4", "int8"):
+        code, out, err = run("bnb", "pico", f"--{scheme}", "-o", tmp_path / scheme)
+        assert code == 0, err
+        assert "bits per weight" in out
+    assert run("gguf", "pico", "-q", "q4_k_m", "-o", tmp_path, "--alias", "m")[0] == 0
+    names = [tmp_path / name for name in ("nf4", "int8", "m.gguf")]
+    options = ("--text", text, "--ctx", "64", "--chunks", "4", "-o", tmp_path / "quality")
+    code, out, err = run("quality", tmp_path / "plain", *names, *options)
+    assert code == 0, err
+    assert max(map(len, out.splitlines())) <= max(80, len(str(tmp_path / "quality/quality.json")))
+    written = sorted(p.name for p in (tmp_path / "quality").iterdir())
+    assert written == ["quality.json", "quality.md", "quality.png", "quality.svg"]
+    found = json.loads((tmp_path / "quality" / "quality.json").read_text())
+    kl = {c["name"]: c["total"]["kl_nats"] for c in found["candidates"]}
+    assert len(kl) == 3
+    assert kl["int8"] < min(kl[name] for name in kl if name != "int8")
+    # The same again is refused, and what is there stays.
+    before = (tmp_path / "quality" / "quality.md").read_bytes()
+    code, _, err = run("quality", tmp_path / "plain", *names, *options)
+    assert code == 4
+    assert "quality.md" in err
+    assert (tmp_path / "quality" / "quality.md").read_bytes() == before
 
 
 # Bad input
