@@ -151,9 +151,9 @@ def imatrix_source(
 
         read = read_imatrix(Path(choice))
         return ImatrixSource(choice, lambda model, checkpoint: read)
-    from dus_edge.calibrate.engine import require_torch
+    from dus_edge.calibrate.packages import require_packages
 
-    require_torch()
+    require_packages()
 
     def collect(model: Model, checkpoint: Checkpoint) -> Importance:
         keep = folder / f"{model.name.stem}.imatrix"
@@ -175,11 +175,11 @@ def export_imatrix(
     say: Say = lambda line: None,
 ) -> Result:
     """Base to the importance matrix of its up-scaled model, in llama.cpp's GGUF format."""
-    from dus_edge.calibrate.engine import require_torch
+    from dus_edge.calibrate.packages import require_packages
     from dus_edge.export.imatrix import write_imatrix
 
     start = time.monotonic()
-    require_torch()
+    require_packages()
     check_absent([path], overwrite)
     check_writable(path.parent)
     model = find_model(base, choose, weights=True, say=say)
@@ -205,14 +205,16 @@ def export_gptq(
     say: Say = lambda line: None,
 ) -> Result:
     """Base to a GPTQ checkpoint of its up-scaled model; no other copy of it is written."""
+    from dus_edge.calibrate.packages import require_packages
+
+    start = time.monotonic()
+    require_packages()
     from dus_edge.calibrate import engine
     from dus_edge.calibrate.gptq import GptqCollector
     from dus_edge.export import gptq as sink
     from dus_edge.export import hf
     from dus_edge.export.card import model_card
 
-    start = time.monotonic()
-    engine.require_torch()
     model = find_model(base, choose, weights=True, say=say)
     checkpoint = model.open()
     sink.check_settings(checkpoint, settings)

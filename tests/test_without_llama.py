@@ -1,4 +1,4 @@
-"""The program without llama-cpp-python: in a virtual environment of what it requires, no more."""
+"""The program without its extras: in a virtual environment of what it requires, no more."""
 
 from __future__ import annotations
 
@@ -17,8 +17,16 @@ import dus_edge
 
 PACKAGE = Path(dus_edge.__file__).parent
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
-#: What the recipe of the built-in base needs; users of the program do not run it.
-TRAINING = {"torch", "transformers", "safetensors", "sentencepiece"}
+#: What stands behind the extra `hf`, and the modules that are imported only by those who have it.
+HF = {"torch", "transformers", "safetensors", "sentencepiece"}
+NEED_HF = (
+    "dus_edge.pico.",
+    "dus_edge.calibrate.engine",
+    "dus_edge.calibrate.gptq",
+    "dus_edge.calibrate.imatrix",
+    "dus_edge.calibrate.layer",
+    "dus_edge.quant.gptq",
+)
 
 IMPORT_ALL = """
 import importlib, pathlib, sys
@@ -90,12 +98,12 @@ def test_the_environment_has_no_llama(bare):
 
 
 def test_every_module_imports(bare):
-    """Only the training recipe may lack something, and nothing but its own extra."""
+    """Only training and calibrating may lack something, and nothing but their own extra."""
     run = bare(IMPORT_ALL, PACKAGE)
     assert run.returncode == 0, run.stderr
     for name, missing in map(str.split, run.stdout.splitlines()):
-        assert name.startswith("dus_edge.pico."), f"{name} needs {missing}"
-        assert missing.split(".")[0] in TRAINING, f"{name} needs {missing}"
+        assert name.startswith(NEED_HF), f"{name} needs {missing}"
+        assert missing.split(".")[0] in HF, f"{name} needs {missing}"
 
 
 def test_the_main_job_writes_the_same_files(bare_cli, cli, tmp_path):
@@ -118,4 +126,24 @@ def test_ggml_is_said_to_be_missing(bare_cli, tmp_path):
         "pip install 'dus-edge[llama]', or use --quantizer native.\n"
     )
     assert run.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "extra"),
+    [
+        (("imatrix", "pico"), "hf"),
+        (("gguf", "pico", "--imatrix", "auto"), "hf"),
+        (("gptq", "pico"), "hf"),
+        (("bnb", "pico"), "bnb"),
+        (("quality", "pico", "pico", "--no-plots"), "hf"),
+        (("quality", "pico", "pico"), "plots"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_an_extra_that_is_missing_is_named(bare_cli, tmp_path, args, extra):
+    run = bare_cli(*args, "-o", tmp_path / "out")
+    assert run.returncode == 5, run.stderr
+    assert f"pip install 'dus-edge[{extra}]'" in run.stderr
+    assert run.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -27,7 +27,7 @@ from dus_edge.calibrate.layer import (
     read_layer,
 )
 from dus_edge.checkpoint.spec import Checkpoint
-from dus_edge.errors import CheckpointError, DependencyError, UsageError
+from dus_edge.errors import CheckpointError, UsageError
 from dus_edge.files import check_free_space
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -101,21 +101,6 @@ def choose_settings(device: str = "auto", dtype: str | None = None) -> Settings:
         raise UsageError(f"no {kind} device is usable here; use --device cpu.")
     chosen = dtype or ("float32" if kind == "cpu" else "bfloat16")
     return Settings(device, chosen, _BATCH_TOKENS[kind])
-
-
-def require_torch() -> None:
-    """Check for the packages that calibration needs.
-
-    Raises:
-        DependencyError: torch or transformers is missing.
-    """
-    import importlib.util
-
-    for name in ("torch", "transformers"):
-        if importlib.util.find_spec(name) is None:
-            raise DependencyError(
-                f"calibration needs {name}, which is not installed; pip install 'dus-edge[hf]'."
-            )
 
 
 def total_work(checkpoint: Checkpoint, tokens: np.ndarray) -> int:
