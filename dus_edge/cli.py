@@ -103,22 +103,34 @@ def _output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    options = (
+_folder_option = click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="Folder of the new checkpoint.",
+)
+
+
+def _text_options(default: str, n_chunks: int | None) -> tuple[Callable[..., Any], ...]:
+    """Which text is read, and how much of it."""
+    chunks = f"{n_chunks}" if n_chunks else "all of the text"
+    return (
         click.option(
             "--text",
             "paths",
             multiple=True,
             type=click.Path(path_type=Path),
             metavar="PATH",
-            help="Calibration text: file, folder or .jsonl; may be given several times "
-            "[default: the built-in mix of English, Korean and code].",
+            help="Text to read: file, folder or .jsonl; may be given several times "
+            f"[default: {default}].",
         ),
         click.option("--field", metavar="NAME", help="Field of .jsonl rows [default: text]."),
         click.option(
             "--ctx",
             "n_ctx",
-            type=click.IntRange(min=2),
+            type=click.IntRange(min=3),
             metavar="N",
             help="Tokens of a chunk of text [default: 512].",
         ),
@@ -126,12 +138,19 @@ def _calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--chunks",
             "n_chunks",
             type=click.IntRange(min=1),
+            default=n_chunks,
             metavar="N",
-            help="At most so many chunks [default: all of the text].",
+            help=f"At most so many chunks [default: {chunks}].",
         ),
         click.option(
             "--seed", type=int, default=0, show_default=True, help="Of the draw of chunks."
         ),
+    )
+
+
+def _calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = (
+        *_text_options("the built-in mix of English, Korean and code", None),
         click.option(
             "--device",
             default="auto",
@@ -280,14 +299,7 @@ def gguf(
 @cli.command()
 @click.argument("base")
 @_plan_options
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    required=True,
-    metavar="DIR",
-    help="Folder of the new checkpoint.",
-)
+@_folder_option
 @_output_options
 def upscale(
     base: str,
@@ -372,7 +384,12 @@ def imatrix(
     is_flag=True,
     help="Columns in order of their activations, groups too: better, slower to run.",
 )
-@click.option("--asym", is_flag=True, help="A zero point for each group.")
+@click.option(
+    "--sym/--asym",
+    default=True,
+    show_default=True,
+    help="Without or with a zero point for each group.",
+)
 @click.option(
     "--damp",
     type=click.FloatRange(min=0, min_open=True),
@@ -382,14 +399,7 @@ def imatrix(
     help="Share of the mean diagonal added to the Hessian.",
 )
 @_calibration_options
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    required=True,
-    metavar="DIR",
-    help="Folder of the new checkpoint.",
-)
+@_folder_option
 @click.option(
     "--threads", type=click.IntRange(min=1), metavar="N", help="Threads that write [default: all]."
 )
@@ -401,7 +411,7 @@ def gptq(
     bits: str,
     group_size: int,
     desc_act: bool,
-    asym: bool,
+    sym: bool,
     damp: float,
     text: Any,
     machine: Any,
@@ -419,7 +429,7 @@ def gptq(
     from dus_edge.quant.gptq_format import Settings
 
     settings = Settings(
-        bits=int(bits), group_size=group_size, sym=not asym, desc_act=desc_act, damp=damp
+        bits=int(bits), group_size=group_size, sym=sym, desc_act=desc_act, damp=damp
     )
     result = calibration.export_gptq(
         base,
@@ -445,14 +455,7 @@ def gptq(
 @click.option(
     "--double-quant/--no-double-quant", default=True, help="Of nf4: quantize the scales too."
 )
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    required=True,
-    metavar="DIR",
-    help="Folder of the new checkpoint.",
-)
+@_folder_option
 @_output_options
 def bnb(
     base: str,
@@ -502,38 +505,16 @@ def _print_folder(result: Any, out: Path, as_json: bool, verbose: bool = False) 
     click.echo(f"Done in {_seconds(result.seconds)}.")
 
 
+def _quality_text(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_text_options("built-in English, Korean and code", 48)):
+        command = option(command)
+    return command
+
+
 @cli.command()
 @click.argument("reference")
 @click.argument("candidates", nargs=-1, required=True, metavar="CANDIDATE...")
-@click.option(
-    "--text",
-    "paths",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="Text to read: file, folder or .jsonl; may be given several times "
-    "[default: built-in English, Korean and code].",
-)
-@click.option("--field", metavar="NAME", help="Field of .jsonl rows [default: text].")
-@click.option(
-    "--ctx",
-    "n_ctx",
-    type=click.IntRange(min=3),
-    default=512,
-    show_default=True,
-    metavar="N",
-    help="Tokens of a chunk of text.",
-)
-@click.option(
-    "--chunks",
-    "n_chunks",
-    type=click.IntRange(min=1),
-    default=48,
-    show_default=True,
-    metavar="N",
-    help="At most so many chunks.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw of chunks.")
+@_quality_text
 @click.option("--all-positions", is_flag=True, help="Score the first half of every chunk too.")
 @click.option(
     "--device",
@@ -573,11 +554,13 @@ def quality(
     language; bits per weight and file size.
     """
     from dus_edge.bench import quality_report
+    from dus_edge.bench.quality_run import DEFAULT_N_CTX
     from dus_edge.bench.quality_run import quality as run
 
     if out is not None:
         quality_report.check_outputs(out, plots=plots, overwrite=overwrite)
     measure["n_threads"] = measure.pop("threads")
+    measure["n_ctx"] = measure["n_ctx"] or DEFAULT_N_CTX
     results = run(reference, candidates, texts=paths, device=device, work=out, **measure)
     written = []
     if out is not None:
