@@ -225,14 +225,21 @@ def export_gguf(
     metadata = build_metadata(model.config, model.source, model.name, model.plan, vocab)
     paths = [folder / model.name.file_name(p) for p in presets]
     modelfiles = [path.with_suffix(".Modelfile") for path in paths]
-    check_absent([*paths, *modelfiles], overwrite)
-    say(describe(model))
-    weights, said, notes = _importance(model, checkpoint, imatrix)
-    files = [
-        gguf.plan_file(model.config, model.shapes, metadata, p, path, said)
-        for p, path in zip(presets, paths, strict=True)
-    ]
+
+    def plan(said: list[KeyValue] | None) -> list[GGUFFile]:
+        return [
+            gguf.plan_file(model.config, model.shapes, metadata, p, path, said)
+            for p, path in zip(presets, paths, strict=True)
+        ]
+
+    files = plan(None if imatrix is None else [])
     gguf.check_outputs(files, overwrite)
+    check_absent(modelfiles, overwrite)
+    say(describe(model))
+    weights, notes = None, []
+    if imatrix is not None:
+        weights, said, notes = _importance(model, checkpoint, imatrix)
+        files = plan(said)
     facts = model_facts(model, vocab)
     texts = [render_facts(facts, f"./{f.path.name}") for f in files]
     chosen.prepare(gguf.conversions(checkpoint, files, weights), say)
@@ -259,11 +266,9 @@ def export_gguf(
 
 
 def _importance(
-    model: Model, checkpoint: Checkpoint, imatrix: ImatrixSource | None
-) -> tuple[dict[str, np.ndarray] | None, list[KeyValue] | None, list[str]]:
+    model: Model, checkpoint: Checkpoint, imatrix: ImatrixSource
+) -> tuple[Mapping[str, np.ndarray], list[KeyValue], list[str]]:
     """Importance by tensor, what the file says of it, and what the user should know."""
-    if imatrix is None:
-        return None, None, []
     from dus_edge.export.gguf import gguf_shapes
     from dus_edge.export.imatrix import quantize_metadata
     from dus_edge.quant.imatrix import match
@@ -277,7 +282,12 @@ def _importance(
             f"{imatrix.label} knows nothing of {len(matched.missing)} matrices ({named}); "
             "they were quantized without importance."
         )
-    return dict(matched.weights), quantize_metadata(imatrix.label, found), notes
+    if matched.unused:
+        notes.append(
+            f"{imatrix.label} also has {len(matched.unused)} entries of matrices that are not in "
+            f"this model ({matched.unused[0]}); was it made for another depth?"
+        )
+    return matched.weights, quantize_metadata(imatrix.label, found), notes
 
 
 def export_checkpoint(

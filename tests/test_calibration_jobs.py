@@ -106,6 +106,22 @@ def test_layers_without_an_entry_are_named(run, text, tmp_path):
     assert "blk.8." in out
 
 
+def test_entries_of_a_deeper_model_are_said(run, text, tmp_path):
+    assert run("imatrix", "pico", *short(text), "-o", tmp_path / "i.gguf")[0] == 0
+    options = ("--no-upscale", "--imatrix", tmp_path / "i.gguf", "-o", tmp_path / "out")
+    code, out, _ = run("gguf", "pico", *options)
+    assert code == 0
+    assert "28 entries of matrices that are not in this model" in " ".join(out.split())
+
+
+def test_a_file_that_is_no_imatrix(run, tmp_path):
+    (tmp_path / "i.gguf").write_bytes(b"GGUF" + bytes(40))
+    code, _, err = run("gguf", "pico", "--imatrix", tmp_path / "i.gguf", "-o", tmp_path / "out")
+    assert code == 3
+    assert "i.gguf" in err
+    assert not (tmp_path / "out").exists()
+
+
 # GPTQ
 
 
