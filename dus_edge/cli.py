@@ -16,7 +16,15 @@ from typing import Any
 import click
 
 from dus_edge import __version__
+from dus_edge.cli_bench import bench, devices, fit
 from dus_edge.errors import DusEdgeError
+from dus_edge.options import (
+    calibration_options,
+    folder_option,
+    output_options,
+    plan_options,
+    text_options,
+)
 from dus_edge.quant.quantizer import DEFAULT, QUANTIZERS
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
@@ -50,142 +58,6 @@ def _terminated(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    options = (
-        click.option(
-            "--drop",
-            type=int,
-            metavar="M",
-            help="Layers dropped from each copy [default: a quarter of the base's, as SOLAR did].",
-        ),
-        click.option("--layers", type=int, metavar="S", help="Depth of the result: 2 × (n − m)."),
-        click.option(
-            "--plan",
-            "plans",
-            multiple=True,
-            metavar="RANGES",
-            help="Source layers, "
-            "e.g. 0:24,8:32; given twice, the second applies to the first's result.",
-        ),
-        click.option("--no-upscale", is_flag=True, help="Leave the depth as it is."),
-    )
-    for option in reversed(options):
-        command = option(command)
-
-    @functools.wraps(command)
-    def wrapped(
-        drop: int | None, layers: int | None, plans: tuple[str, ...], no_upscale: bool, **rest: Any
-    ) -> Any:
-        from dus_edge.jobs import plan_chooser
-
-        return command(choose=plan_chooser(drop, layers, plans, not no_upscale), **rest)
-
-    return wrapped
-
-
-def _output_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    options = (
-        click.option(
-            "--threads",
-            type=click.IntRange(min=1),
-            metavar="N",
-            help="Worker threads [default: all cores].",
-        ),
-        click.option("--overwrite", is_flag=True, help="Replace outputs that exist."),
-        click.option(
-            "--allow-nonfinite", is_flag=True, help="Go on although a weight is NaN or infinite."
-        ),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead."),
-        click.option("-v", "--verbose", is_flag=True, help="Say more, errors in full."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-_folder_option = click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    required=True,
-    metavar="DIR",
-    help="Folder of the new checkpoint.",
-)
-
-
-def _text_options(default: str, n_chunks: int | None) -> tuple[Callable[..., Any], ...]:
-    """Which text is read, and how much of it."""
-    chunks = f"{n_chunks}" if n_chunks else "all of the text"
-    return (
-        click.option(
-            "--text",
-            "paths",
-            multiple=True,
-            type=click.Path(path_type=Path),
-            metavar="PATH",
-            help="Text to read: file, folder or .jsonl; may be given several times "
-            f"[default: {default}].",
-        ),
-        click.option("--field", metavar="NAME", help="Field of .jsonl rows [default: text]."),
-        click.option(
-            "--ctx",
-            "n_ctx",
-            type=click.IntRange(min=3),
-            metavar="N",
-            help="Tokens of a chunk of text [default: 512].",
-        ),
-        click.option(
-            "--chunks",
-            "n_chunks",
-            type=click.IntRange(min=1),
-            default=n_chunks,
-            metavar="N",
-            help=f"At most so many chunks [default: {chunks}].",
-        ),
-        click.option(
-            "--seed", type=int, default=0, show_default=True, help="Of the draw of chunks."
-        ),
-    )
-
-
-def _calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    options = (
-        *_text_options("the built-in mix of English, Korean and code", None),
-        click.option(
-            "--device",
-            default="auto",
-            show_default=True,
-            metavar="DEVICE",
-            help="Where the model runs: cpu, cuda or mps.",
-        ),
-        click.option(
-            "--dtype",
-            type=click.Choice(("float32", "bfloat16")),
-            help="Precision it runs in [default: float32 on cpu, else bfloat16].",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-
-    @functools.wraps(command)
-    def wrapped(
-        paths: tuple[Path, ...],
-        field: str | None,
-        n_ctx: int | None,
-        n_chunks: int | None,
-        seed: int,
-        device: str,
-        dtype: str | None,
-        **rest: Any,
-    ) -> Any:
-        from dus_edge.calibration import Machine, TextChoice
-
-        text = TextChoice(paths, field, n_ctx, n_chunks, seed)
-        return command(text=text, machine=Machine(device, dtype), **rest)
-
-    return wrapped
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
 @click.version_option(__version__, prog_name="dus-edge")
 def cli() -> None:
@@ -198,7 +70,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("base")
-@_plan_options
+@plan_options
 @click.option(
     "-q",
     "--quant",
@@ -230,14 +102,14 @@ def cli() -> None:
     metavar="FILE|auto",
     help="Importance matrix: a file in one of llama.cpp's formats, or auto to collect it now.",
 )
-@_calibration_options
+@calibration_options
 @click.option(
     "--alias",
     metavar="NAME",
     help="Also link NAME.gguf and NAME-PRESET.gguf to the "
     "files, for Modelfiles that are the same for every base.",
 )
-@_output_options
+@output_options
 def gguf(
     base: str,
     choose: Any,
@@ -298,9 +170,9 @@ def gguf(
 
 @cli.command()
 @click.argument("base")
-@_plan_options
-@_folder_option
-@_output_options
+@plan_options
+@folder_option
+@output_options
 def upscale(
     base: str,
     choose: Any,
@@ -328,8 +200,8 @@ def upscale(
 
 @cli.command()
 @click.argument("base")
-@_plan_options
-@_calibration_options
+@plan_options
+@calibration_options
 @click.option(
     "-o",
     "--out",
@@ -363,7 +235,7 @@ def imatrix(
 
 @cli.command()
 @click.argument("base")
-@_plan_options
+@plan_options
 @click.option(
     "--bits",
     type=click.Choice(("2", "3", "4", "8")),
@@ -398,8 +270,8 @@ def imatrix(
     metavar="X",
     help="Share of the mean diagonal added to the Hessian.",
 )
-@_calibration_options
-@_folder_option
+@calibration_options
+@folder_option
 @click.option(
     "--threads", type=click.IntRange(min=1), metavar="N", help="Threads that write [default: all]."
 )
@@ -447,7 +319,7 @@ def gptq(
 
 @cli.command()
 @click.argument("base")
-@_plan_options
+@plan_options
 @click.option(
     "--nf4", "scheme", flag_value="nf4", default="nf4", help="4-bit normal float, the default."
 )
@@ -455,8 +327,8 @@ def gptq(
 @click.option(
     "--double-quant/--no-double-quant", default=True, help="Of nf4: quantize the scales too."
 )
-@_folder_option
-@_output_options
+@folder_option
+@output_options
 def bnb(
     base: str,
     choose: Any,
@@ -506,7 +378,7 @@ def _print_folder(result: Any, out: Path, as_json: bool, verbose: bool = False) 
 
 
 def _quality_text(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(_text_options("built-in English, Korean and code", 48)):
+    for option in reversed(text_options("built-in English, Korean and code", 48)):
         command = option(command)
     return command
 
@@ -575,7 +447,7 @@ def quality(
 
 @cli.command()
 @click.argument("model")
-@_plan_options
+@plan_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead.")
 def inspect(model: str, choose: Any, as_json: bool) -> None:
     """Show MODEL's shape, plan and the size of every preset.
@@ -642,6 +514,10 @@ def modelfile(
     check_writable(out.parent)
     write_text(out, text)
     click.echo(f"ollama create {out.stem.lower()} -f {out}")
+
+
+for _command in (bench, devices, fit):
+    cli.add_command(_command)
 
 
 def _say(as_json: bool) -> Callable[[str], None]:

@@ -26,7 +26,11 @@ ORDER = (
     "bench",
     "jobs",
     "calibration",
+    "prediction",
+    "prediction_report",
     "report",
+    "options",
+    "cli_bench",
     "cli",
 )
 

@@ -1,0 +1,164 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which layers; the command gets `choose`, see `jobs.plan_chooser`."""
+    off = click.option("--no-upscale", is_flag=True, help="Leave the depth as it is.")
+    return _plan_options(off(command), "a quarter of the base's, as SOLAR did", always=True)
+
+
+def asked_plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, where a model is taken as it is unless a plan is asked for."""
+    return _plan_options(command, "none: MODEL as it is", always=False)
+
+
+def _plan_options(command: Callable[..., Any], default: str, *, always: bool) -> Callable[..., Any]:
+    options = (
+        click.option(
+            "--drop",
+            type=int,
+            metavar="M",
+            help=f"Layers dropped from each copy [default: {default}].",
+        ),
+        click.option("--layers", type=int, metavar="S", help="Depth of the result: 2 × (n − m)."),
+        click.option(
+            "--plan",
+            "plans",
+            multiple=True,
+            metavar="RANGES",
+            help="Source layers, "
+            "e.g. 0:24,8:32; given twice, the second applies to the first's result.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+
+    @functools.wraps(command)
+    def wrapped(
+        drop: int | None,
+        layers: int | None,
+        plans: tuple[str, ...],
+        no_upscale: bool = False,
+        **rest: Any,
+    ) -> Any:
+        from dus_edge.jobs import plan_chooser
+
+        asked = drop is not None or layers is not None or bool(plans)
+        upscale = not no_upscale and (always or asked)
+        return command(choose=plan_chooser(drop, layers, plans, upscale), **rest)
+
+    return wrapped
+
+
+def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How outputs are written and spoken of."""
+    options = (
+        click.option(
+            "--threads",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Worker threads [default: all cores].",
+        ),
+        click.option("--overwrite", is_flag=True, help="Replace outputs that exist."),
+        click.option(
+            "--allow-nonfinite", is_flag=True, help="Go on although a weight is NaN or infinite."
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead."),
+        click.option("-v", "--verbose", is_flag=True, help="Say more, errors in full."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+folder_option = click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="Folder of the new checkpoint.",
+)
+
+
+def text_options(default: str, n_chunks: int | None) -> tuple[Callable[..., Any], ...]:
+    """Which text is read, and how much of it."""
+    chunks = f"{n_chunks}" if n_chunks else "all of the text"
+    return (
+        click.option(
+            "--text",
+            "paths",
+            multiple=True,
+            type=click.Path(path_type=Path),
+            metavar="PATH",
+            help="Text to read: file, folder or .jsonl; may be given several times "
+            f"[default: {default}].",
+        ),
+        click.option("--field", metavar="NAME", help="Field of .jsonl rows [default: text]."),
+        click.option(
+            "--ctx",
+            "n_ctx",
+            type=click.IntRange(min=3),
+            metavar="N",
+            help="Tokens of a chunk of text [default: 512].",
+        ),
+        click.option(
+            "--chunks",
+            "n_chunks",
+            type=click.IntRange(min=1),
+            default=n_chunks,
+            metavar="N",
+            help=f"At most so many chunks [default: {chunks}].",
+        ),
+        click.option(
+            "--seed", type=int, default=0, show_default=True, help="Of the draw of chunks."
+        ),
+    )
+
+
+def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Text and machine; the command gets `text` and `machine`, see `calibration`."""
+    options = (
+        *text_options("the built-in mix of English, Korean and code", None),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            metavar="DEVICE",
+            help="Where the model runs: cpu, cuda or mps.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(("float32", "bfloat16")),
+            help="Precision it runs in [default: float32 on cpu, else bfloat16].",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+
+    @functools.wraps(command)
+    def wrapped(
+        paths: tuple[Path, ...],
+        field: str | None,
+        n_ctx: int | None,
+        n_chunks: int | None,
+        seed: int,
+        device: str,
+        dtype: str | None,
+        **rest: Any,
+    ) -> Any:
+        from dus_edge.calibration import Machine, TextChoice
+
+        text = TextChoice(paths, field, n_ctx, n_chunks, seed)
+        return command(text=text, machine=Machine(device, dtype), **rest)
+
+    return wrapped

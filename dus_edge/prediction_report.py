@@ -1,0 +1,167 @@
+"""What a person, or a program, is told of predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dus_edge.bench.devices import Device
+from dus_edge.bench.fit import Verdict
+from dus_edge.bench.memory import MemoryUse, Settings
+from dus_edge.files import format_bytes
+from dus_edge.prediction import Prediction
+
+#: Share of the usable memory within which a verdict may be wrong either way.
+_UNSURE = 0.03
+
+
+def device_table(devices: Sequence[Device]) -> str:
+    """Id, memory and bandwidth, at most 80 columns."""
+    lines = [f"{'id':26} {'name':30} {'GB':>8} {'GB/s':>7}"]
+    for d in devices:
+        sizes = "/".join(f"{gb:g}" for gb in d.memory_gb_options)
+        if len(sizes) > 8:
+            sizes = f"{d.memory_gb_options[0]:g}–{d.memory_gb_options[-1]:g}"
+        name = d.name.removeprefix("NVIDIA ").removeprefix("Apple ")
+        rate = f"{d.bandwidth_gbps:g}" if d.bandwidth_gbps else "–"
+        lines.append(f"{d.id:26} {_cut(name, 30):30} {sizes:>8} {rate:>7}")
+    return "\n".join(lines)
+
+
+def device_json(d: Device) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "id": d.id,
+        "name": d.name,
+        "family": d.family,
+        "backend": d.backend,
+        "memory_gb_options": list(d.memory_gb_options),
+        "bandwidth_gbps": d.bandwidth_gbps,
+        "fp32_tflops": d.fp32_tflops,
+        "source": d.source,
+    }
+
+
+def memory_json(use: MemoryUse, usable_bytes: int) -> dict[str, int]:
+    """Bytes by purpose."""
+    return {
+        "weights_bytes": use.weights_bytes,
+        "kv_cache_bytes": use.kv_cache_bytes,
+        "compute_buffer_bytes": use.compute_buffer_bytes,
+        "overhead_bytes": use.overhead_bytes,
+        "total_bytes": use.total_bytes,
+        "usable_bytes": usable_bytes,
+    }
+
+
+def verdict_json(v: Verdict) -> dict[str, Any]:
+    """Whether and how far a model fits."""
+    return {
+        "device": v.device.id,
+        "memory_gb": v.memory_gb,
+        "platform": v.platform,
+        "fits": v.fits,
+        "offloaded_layers": v.offloaded_layers,
+        "longest_context": v.longest_context,
+        "memory": memory_json(v.use, v.usable_bytes),
+    }
+
+
+def prediction_json(p: Prediction) -> dict[str, Any]:
+    """A prediction; every speed has the ends of its 80 % interval beside it."""
+    keys = [f"{kind}_tokens_per_s{end}" for kind in ("tg", "pp") for end in ("", "_low", "_high")]
+    speed = {key: getattr(p.speed, key) if p.speed else None for key in keys}
+    return {
+        "model": p.name,
+        "context": p.context,
+        **verdict_json(p.verdict),
+        "best_preset": p.best_preset,
+        **speed,
+        "why_no_speed": p.why_no_speed,
+    }
+
+
+def fit_text(p: Prediction) -> str:
+    """What `dus-edge fit` prints of one device."""
+    v = p.verdict
+    lines = [_head(p), *_memory_lines(v), "", _sentence(p)]
+    if not v.fits and v.longest_context:
+        lines.append(f"The longest context that fits whole is {v.longest_context:,} tokens.")
+    if p.best_preset:
+        lines.append(f"The best preset that fits whole at this context is {p.best_preset}.")
+    return "\n".join(lines)
+
+
+def prediction_text(p: Prediction) -> str:
+    """What `dus-edge bench predict` prints."""
+    lines = [_head(p), *_memory_lines(p.verdict), "", _sentence(p)]
+    if p.speed is None:
+        return "\n".join([*lines, f"No speed is predicted: {p.why_no_speed}"])
+    s = p.speed
+    rows = (
+        ("Generation", s.tg_tokens_per_s, s.tg_tokens_per_s_low, s.tg_tokens_per_s_high),
+        ("Prompt", s.pp_tokens_per_s, s.pp_tokens_per_s_low, s.pp_tokens_per_s_high),
+    )
+    lines += [
+        f"{name:14} {_rate(x):>8} tok/s, 80 % interval {_rate(low)} to {_rate(high)} (predicted)"
+        for name, x, low, high in rows
+    ]
+    return "\n".join(lines)
+
+
+def runs_table(name: str, settings: Settings, found: Sequence[Verdict]) -> str:
+    """Devices that hold a model whole."""
+    if not found:
+        return f"No known device holds {name} whole at a context of {settings.context:,} tokens."
+    lines = [
+        f"{name}, context {settings.context:,}: {len(found)} devices hold it whole",
+        f"{'id':22} {'GB':>5} {'platform':15} {'takes':>9} {'of':>9} {'context up to':>13}",
+    ]
+    for v in found:
+        lines.append(
+            f"{v.device.id:22} {v.memory_gb:>5g} {v.platform or 'here':15} "
+            f"{format_bytes(v.use.total_bytes):>9} {format_bytes(v.usable_bytes):>9} "
+            f"{v.longest_context or 0:>13,}"
+        )
+    return "\n".join(lines)
+
+
+def _head(p: Prediction) -> str:
+    v = p.verdict
+    where = f" ({v.platform})" if v.platform else ""
+    return f"{p.name}, context {p.context:,}\non {v.device.name}, {v.memory_gb:g} GB{where}"
+
+
+def _memory_lines(v: Verdict) -> list[str]:
+    rows = (
+        ("Weights", v.use.weights_bytes),
+        ("KV cache", v.use.kv_cache_bytes),
+        ("Compute", v.use.compute_buffer_bytes),
+        ("Overhead", v.use.overhead_bytes),
+        ("Total", v.use.total_bytes),
+        ("Usable", v.usable_bytes),
+    )
+    return [f"{name:14} {format_bytes(n):>10}" for name, n in rows]
+
+
+def _sentence(p: Prediction) -> str:
+    v = p.verdict
+    spare = v.usable_bytes - v.use.total_bytes
+    if v.fits:
+        said = f"It fits whole, with {format_bytes(spare)} to spare."
+    elif v.offloaded_layers:
+        n = v.offloaded_layers
+        said = f"It does not fit whole, {format_bytes(-spare)} are missing; -ngl {n} fits."
+    else:
+        said = "It does not fit, not even one layer."
+    if abs(spare) < _UNSURE * v.usable_bytes:
+        said += "\nThat is close: what the system itself takes is not known so well."
+    return said
+
+
+def _rate(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.1f}"
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"

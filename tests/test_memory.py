@@ -1,0 +1,302 @@
+"""Predicted memory against what llama.cpp allocates, what was published, and damaged input."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dus_edge import data
+from dus_edge.bench import memory
+from dus_edge.bench.memory import MIB, Settings, memory_use, model_of_config, read_gguf
+from dus_edge.checkpoint.config import parse_config
+from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
+from dus_edge.quant.recipe import find_preset
+
+LIMIT = 0.03
+
+
+@pytest.fixture(scope="module")
+def pico_gguf(tmp_path_factory, pico):
+    from dus_edge import jobs
+
+    folder = tmp_path_factory.mktemp("gguf")
+    plan = jobs.plan_chooser(None, None, (), False)
+    result = jobs.export_gguf(str(pico), plan, [find_preset("q8_0")], folder)
+    return result.outputs[0].path
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """llama_cpp and the lines it logs."""
+    import llama_cpp
+
+    lines: list[str] = []
+    callback = llama_cpp.llama_log_callback(
+        lambda level, text, user: lines.append(text.decode(errors="replace"))
+    )
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    yield llama_cpp, lines
+    from dus_edge.bench import gguf_logits
+
+    # Another callback before ours is gone: llama.cpp keeps the pointer.
+    gguf_logits._library.cache_clear()
+    gguf_logits._library()
+
+
+def test_pico_takes_what_llama_cpp_says(pico_gguf, llama):
+    """Weights, cache and compute buffer of llama.cpp's own log, at 16 settings."""
+    lib, lines = llama
+
+    def logged(what):
+        return sum(map(float, re.findall(rf"{what} size =\s*([\d.]+) MiB", "".join(lines))))
+
+    model = read_gguf(pico_gguf)
+    lines.clear()
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers = 0
+    loaded = lib.llama_model_load_from_file(str(pico_gguf).encode(), params)
+    assert logged("model buffer") == pytest.approx(model.weights_bytes / MIB, abs=0.01)
+    types = {"f16": 1, "q8_0": 8}
+    for context in (300, 512, 2048, 4096):
+        for kind in types:
+            for flash in (False, True):
+                k, v = memory.kv_types(kind, flash)
+                c = lib.llama_context_default_params()
+                c.n_ctx, c.n_batch, c.n_ubatch, c.n_threads = context, 2048, 512, 1
+                c.type_k, c.type_v, c.flash_attn_type = types[k], types[v], int(flash)
+                lines.clear()
+                lib.llama_free(lib.llama_init_from_model(loaded, c))
+                use = memory_use(
+                    model,
+                    Settings(context=context, type_k=k, type_v=v, flash_attn=flash, backend="CPU"),
+                )
+                where = (context, k, v, flash)
+                assert use.kv_cache_bytes / MIB == pytest.approx(logged("KV buffer"), abs=6e-3)
+                compute = logged("compute buffer") + logged("output buffer")
+                assert compute > 0, where
+                assert use.compute_buffer_bytes / MIB == pytest.approx(compute, abs=0.02), where
+    lib.llama_model_free(loaded)
+
+
+def test_a_file_and_its_configuration_are_the_same_model(pico_gguf, pico):
+    """The header that was written, and the plan of what would be."""
+    from dus_edge.checkpoint.config import load_config
+
+    planned = model_of_config(load_config(pico / "config.json"), find_preset("q8_0"))
+    stored = read_gguf(pico_gguf)
+    assert sorted(stored.tensors, key=str) == sorted(planned.tensors, key=str)
+    assert memory._shape_only(stored) == memory._shape_only(planned)
+
+
+ROWS = json.loads(data.read_text("published_memory.json"))["rows"]
+
+
+def llama_rows():
+    """Rows of Llama-form models whose shape, type, context and buffers are all there."""
+    keys = ("kv_cache_mib", "compute_buffer_mib", "total_vram_mib", "quant", "n_ubatch")
+    return [r for r in ROWS if all(k in r for k in keys)]
+
+
+@pytest.mark.parametrize("row", llama_rows(), ids=lambda r: str(r["row"]))
+def test_published_totals(row):
+    arch = row["arch"]
+    model = model_of_config(
+        parse_config(
+            {
+                "architectures": ["LlamaForCausalLM"],
+                "num_hidden_layers": arch["n_layer"],
+                "hidden_size": arch["n_embd"],
+                "num_attention_heads": arch["n_head"],
+                "num_key_value_heads": arch["n_head_kv"],
+                "intermediate_size": arch["n_ff"],
+                "vocab_size": arch["n_vocab"],
+                "max_position_embeddings": 8192,
+            }
+        ),
+        find_preset(row["quant"]),
+    )
+    use = memory_use(
+        model,
+        Settings(
+            context=row["n_ctx"],
+            batch=row["n_batch"],
+            ubatch=row["n_ubatch"],
+            flash_attn=row["flash_attn"],
+            backend=row["backend"],
+            era=row["era"],
+        ),
+    )
+    # August 2023 has 2 MiB of ggml's headers in the cache's buffer, Metal's of that year 0.06.
+    headers = 2 if row.get("date") == "2023-08" else 0
+    assert use.kv_cache_bytes / MIB + headers == pytest.approx(row["kv_cache_mib"], abs=0.07)
+    assert use.buffers_bytes / MIB == pytest.approx(row["total_vram_mib"], rel=LIMIT)
+    if not headers:
+        assert use.compute_buffer_bytes / MIB == pytest.approx(row["compute_buffer_mib"], abs=0.2)
+
+
+def test_most_published_rows_are_compared():
+    assert len(llama_rows()) > 55
+
+
+def mistral(preset="q5_k_m", **fields):
+    return model_of_config(
+        parse_config(
+            {
+                "architectures": ["LlamaForCausalLM"],
+                "num_hidden_layers": 32,
+                "hidden_size": 4096,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "intermediate_size": 14336,
+                "vocab_size": 32000,
+                "max_position_embeddings": 32768,
+            }
+            | fields
+        ),
+        find_preset(preset),
+        "the model",
+    )
+
+
+def test_a_part_of_the_layers():
+    """Row 90: 5 of 33 layers, 755 + 10 + 173.04 MiB; the output matrix is copied over."""
+    use = memory_use(mistral(), Settings(context=512, flash_attn=False, n_gpu_layers=5, era="2024"))
+    assert use.kv_cache_bytes == 10 * MIB
+    assert use.weights_bytes / MIB == pytest.approx(755.0, abs=0.05)
+    assert use.compute_buffer_bytes / MIB == pytest.approx(173.04, abs=0.05)
+
+
+def test_which_layers_are_offloaded():
+    model = mistral()
+    assert memory.offloaded(model, Settings(n_gpu_layers=5)) == (4, True)
+    assert memory.offloaded(model, Settings(n_gpu_layers=5, era="2024")) == (5, False)
+    assert memory.offloaded(model, Settings(n_gpu_layers=33, era="2024")) == (32, True)
+    assert memory.offloaded(model, Settings(n_gpu_layers=0)) == (0, False)
+    assert memory_use(model, Settings(n_gpu_layers=0)).total_bytes == 0
+    assert memory.offloaded(model, Settings(n_gpu_layers=0, backend="CPU")) == (32, True)
+
+
+@given(
+    context=st.integers(1, 9000),
+    ubatch=st.sampled_from((32, 128, 512)),
+    flash=st.booleans(),
+    kind=st.sampled_from(("f16", "q8_0", "q4_0")),
+)
+@settings(max_examples=30, deadline=None)
+def test_no_less_than_what_must_live_at_once(context, ubatch, flash, kind):
+    """Bounds from the shape alone: scores or logits below, all tensors of a layer above."""
+    model = mistral()
+    k, v = memory.kv_types(kind, flash)
+    use = memory_use(
+        model, Settings(context=context, ubatch=ubatch, type_k=k, type_v=v, flash_attn=flash)
+    )
+    n, cells = min(context, ubatch), -(-context // 256) * 256
+    assert use.compute_buffer_bytes >= n * 4 * (32000 + 4096)
+    if not flash:
+        assert use.compute_buffer_bytes >= n * cells * 32 * 4
+    copies = cells * 2 * 1024 * 2
+    assert (
+        use.compute_buffer_bytes
+        <= n * 4 * (32000 + 10 * 4096 + 3 * 14336 + 2 * 1024 + cells * 34) + copies + 128 * 1024
+    )
+    bytes_per_value = {"f16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32}
+    assert use.kv_cache_bytes == 32 * cells * 1024 * (bytes_per_value[k] + bytes_per_value[v])
+
+
+def test_the_allocator_takes_the_best_hole_and_joins_neighbours():
+    space = memory._FreeSpace()
+    a, b, c, d = (space.take(n) for n in (100, 20, 50, 10))
+    space.give(a, 100)
+    space.give(c, 50)
+    assert space.take(40) == c  # 50 fits better than 100
+    space.give(b, 20)  # joins a's hole: 120 at 0
+    assert space.take(120) == a
+    assert space.peak == 180
+    space.give(d, 10)
+    assert space.take(60) == 160  # what is left of c's hole and d are the end again
+
+
+def test_layers_beyond_the_fourth_change_nothing():
+    model = memory._shape_only(mistral())
+    for flash in (False, True):
+        s = Settings(flash_attn=flash)
+        assert memory._graph_bytes(model, 4, True, s) == memory._graph_bytes(model, 32, True, s)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"context": 0}, "context is 0"),
+        ({"ubatch": -1}, "ubatch is -1"),
+        ({"batch": 0}, "batch is 0"),
+        ({"n_gpu_layers": -1}, "n_gpu_layers is -1"),
+        ({"type_k": "q9"}, "type_k is 'q9'"),
+        ({"backend": "TPU"}, "backend is 'TPU'"),
+        ({"era": "1999"}, "era is '1999'"),
+        ({"type_v": "q8_0", "flash_attn": False}, "needs flash attention"),
+    ],
+)
+def test_bad_settings(fields, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        Settings(**fields)
+
+
+def test_contexts_beyond_the_model():
+    with pytest.raises(UsageError, match="made for 32,768 tokens, and a context of 40,000"):
+        memory.check_context(mistral(), 40000)
+    with pytest.raises(UsageError, match="at least 1"):
+        memory.check_context(mistral(), -1)
+
+
+def test_heads_that_no_block_divides():
+    model = mistral(hidden_size=4096, head_dim=80)
+    with pytest.raises(UsageError, match="head size 80"):
+        memory_use(model, Settings(type_k="q8_0"))
+
+
+def test_a_truncated_file(pico_gguf, tmp_path):
+    whole = pico_gguf.read_bytes()
+    cut = tmp_path / "cut.gguf"
+    for n in (0, 3, 10, 200, 5000, len(whole) // 2, len(whole) - 40):
+        cut.write_bytes(whole[:n])
+        with pytest.raises(CheckpointError, match=r"cut\.gguf is (truncated|no whole GGUF file)"):
+            read_gguf(cut)
+
+
+def test_not_a_gguf_file(tmp_path):
+    other = tmp_path / "x.gguf"
+    other.write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(CheckpointError, match="does not start with GGUF"):
+        read_gguf(other)
+    other.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 1 << 60))
+    with pytest.raises(CheckpointError, match="counts are larger than the file"):
+        read_gguf(other)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_gguf(tmp_path / "none.gguf")
+
+
+def test_another_architecture(pico_gguf, tmp_path):
+    other = tmp_path / "other.gguf"
+    other.write_bytes(
+        pico_gguf.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0gemma", 1)
+    )
+    with pytest.raises(UnsupportedError, match="gemma"):
+        read_gguf(other)
+
+
+def test_a_field_that_is_missing(pico_gguf, tmp_path):
+    other = tmp_path / "other.gguf"
+    other.write_bytes(pico_gguf.read_bytes().replace(b"llama.block_count", b"llama.block_kount", 1))
+    with pytest.raises(CheckpointError, match=r"llama\.block_count is None"):
+        read_gguf(other)
+    with pytest.raises(CheckpointError, match="hidden_size is missing"):
+        parse_config({"architectures": ["LlamaForCausalLM"]})
+    with pytest.raises(CheckpointError, match="hidden_size is -5"):
+        parse_config({"architectures": ["LlamaForCausalLM"], "hidden_size": -5})
