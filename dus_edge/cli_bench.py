@@ -237,3 +237,22 @@ def run(
 
         found += measure_ollama(name, settings)
     click.echo(measure.json_lines(found) if as_json else measure.table(found), nl=not as_json)
+
+
+@bench.command("tables")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default="benchmarks",
+    show_default=True,
+    metavar="DIR",
+    help="Folder for TABLES.md, tables.csv and tables.json.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace them.")
+def tables(out: Path, overwrite: bool) -> None:
+    """Predict SOLAR 10.7B on every known device."""
+    from dus_edge.tables import write_tables
+
+    for path in write_tables(out, overwrite=overwrite):
+        click.echo(path)

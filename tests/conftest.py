@@ -125,3 +125,18 @@ def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def run(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
+    """Run `dus-edge` in this process, where imports are paid for once: code, output, errors."""
+    from dus_edge.cli import main
+
+    def run(*args: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["dus-edge", *map(str, args)])
+        with pytest.raises(SystemExit) as done:
+            main()
+        out, err = capfd.readouterr()
+        return done.value.code or 0, out, err
+
+    return run

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from dus_edge import calibration, jobs
 from dus_edge.calibrate import engine
 from dus_edge.calibration import Machine, TextChoice
-from dus_edge.cli import main
 from dus_edge.quant import gptq_format
 from dus_edge.quant.gptq_format import Settings
 from dus_edge.quant.imatrix import read_imatrix
@@ -30,20 +29,6 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.py"
     path.write_text(Path(jobs.__file__).read_text() + Path(engine.__file__).read_text())
     return path
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """The command in this process: torch is imported once for all tests."""
-
-    def run(*args: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["dus-edge", *map(str, args)])
-        with pytest.raises(SystemExit) as done:
-            main()
-        out, err = capfd.readouterr()
-        return done.value.code or 0, out, err
-
-    return run
 
 
 def short(path: Path) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ ORDER = (
     "calibration",
     "prediction",
     "prediction_report",
+    "tables",
     "report",
     "options",
     "cli_bench",

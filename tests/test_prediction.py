@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from dus_edge import jobs
-from dus_edge.cli import main
 from dus_edge.quant.recipe import PRESETS
 
 #: SOLAR's shape: Mistral 7B's, 48 layers.
@@ -36,18 +35,6 @@ def solar(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(SOLAR))
     return folder
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    def run(*args: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["dus-edge", *map(str, args)])
-        with pytest.raises(SystemExit) as done:
-            main()
-        out, err = capfd.readouterr()
-        return done.value.code or 0, out, err
-
-    return run
 
 
 def predicted(run, *args) -> dict:
