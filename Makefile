@@ -34,7 +34,7 @@ GGUF_STAMPS := $(VENV)/$(if $(filter ggml,$(QUANTIZER)),llama,run).stamp \
   $(if $(filter auto,$(IMATRIX)),$(VENV)/hf.stamp)
 
 .DEFAULT_GOAL := help
-.PHONY: help gguf gptq imatrix modelfiles upscale interop test lint bench clean
+.PHONY: help gguf gptq imatrix modelfiles upscale interop tables test lint bench clean
 
 help: ## List the targets.
 	@echo "Targets:"
@@ -80,6 +80,9 @@ $(GPTQMODEL)/done.stamp: interop/gptqmodel.txt interop/setup.sh
 
 modelfiles: $(VENV)/run.stamp ## Render modelfiles/ anew.
 	@$(BIN)/dus-edge modelfile --tracked modelfiles
+
+tables: $(VENV)/run.stamp ## Predict SOLAR 10.7B on every known device: benchmarks/TABLES.md.
+	@$(BIN)/dus-edge bench tables -o benchmarks --overwrite
 
 test: $(VENV)/test.stamp ## Run the tests.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)
