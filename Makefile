@@ -81,7 +81,7 @@ $(GPTQMODEL)/done.stamp: interop/gptqmodel.txt interop/setup.sh
 modelfiles: $(VENV)/run.stamp ## Render modelfiles/ anew.
 	@$(BIN)/dus-edge modelfile --tracked modelfiles
 
-tables: $(VENV)/run.stamp ## Write benchmarks/TABLES.md: SOLAR 10.7B on every known device.
+tables: $(VENV)/run.stamp ## Write benchmarks/TABLES.md: SOLAR on every known device.
 	@$(BIN)/dus-edge bench tables -o benchmarks --overwrite
 
 test: $(VENV)/test.stamp ## Run the tests.
