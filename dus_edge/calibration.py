@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dus_edge import __version__
-from dus_edge.errors import UsageError
+from dus_edge.errors import CheckpointError, UsageError
 from dus_edge.files import check_absent, check_writable
 from dus_edge.jobs import (
     ChoosePlan,
@@ -289,6 +289,9 @@ def _state(
         say(f"Going on behind layer {done - 1}: an earlier run of the same was cut short")
     try:
         yield state
+    except CheckpointError:
+        _forget(output)  # going on would end at the same place
+        raise
     except KeyboardInterrupt:
         if done := state.n_done():
             say(f"{done} of {model.config.n_layers} layers are kept; the same command goes on.")

@@ -307,4 +307,4 @@ def test_activations_that_are_not_finite_name_the_layer(run, text, tmp_path, pic
         code, _, err = run(command, base, *short(text), "-o", tmp_path / "out")
         assert code == 3
         assert "behind layer 3 are not finite" in err
-        assert not (tmp_path / "out").exists()
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "text.py"]
