@@ -7,11 +7,18 @@ from pathlib import Path
 
 from dus_edge.bench.devices import Device, find_device, recognise
 from dus_edge.bench.fit import Verdict, best_preset, devices_that_run, judge, models_of_presets
-from dus_edge.bench.memory import KV_TYPES, Settings, StoredModel, model_of_config, read_gguf
+from dus_edge.bench.memory import (
+    KV_TYPES,
+    Settings,
+    StoredModel,
+    kv_types,
+    model_of_config,
+    read_gguf,
+)
 from dus_edge.bench.speed import Speed, Work, device_speed, predict
 from dus_edge.errors import UsageError
 from dus_edge.jobs import ChoosePlan, Say, find_model
-from dus_edge.quant.recipe import Preset
+from dus_edge.quant.recipe import Preset, find_preset
 
 #: Context that fit is judged at unless asked otherwise; or the model's own, if that is shorter.
 CONTEXT = 4096
@@ -63,8 +70,6 @@ def find_candidate(model: str, choose: ChoosePlan, preset: Preset | None, say: S
         if preset is not None:
             raise UsageError(f"{model} is quantized already; --quant is for checkpoints.")
         return Candidate(read_gguf(Path(model)), {})
-    from dus_edge.quant.recipe import find_preset
-
     found = find_model(model, choose, weights=False, say=say)
     chosen = preset or find_preset("q4_k_m")
     name = f"{found.name.stem}-{chosen.label}"
@@ -90,8 +95,6 @@ def memory_settings(
     era: str = "2025+",
 ) -> Settings:
     """How a model is run; the context is by default 4,096 or the model's own if that is shorter."""
-    from dus_edge.bench.memory import kv_types
-
     type_k, type_v = kv_types(kv_type, flash_attn)
     return Settings(
         context=context or min(CONTEXT, model.context_length),

@@ -12,14 +12,13 @@ from __future__ import annotations
 import functools
 import math
 import mmap
-import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from dus_edge.bench.devices import Device, load_rules
 from dus_edge.checkpoint.config import ModelConfig, tensor_shapes
+from dus_edge.checkpoint.gguf_header import GGUFTensor, read_header
 from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
 from dus_edge.export.gguf import plan_tensors
 from dus_edge.quant import types as t
@@ -260,11 +259,12 @@ def read_gguf(path: Path) -> StoredModel:
     """
     try:
         with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            values, tensors = _Header(view).read()
+            values, entries = read_header(view)
             size = len(view)
+        tensors = [(_stored(entry), entry.offset) for entry in entries]
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
-    except (OSError, ValueError) as e:  # ValueError: an empty file, or what _Header says
+    except (OSError, ValueError) as e:  # ValueError: an empty file, or what is wrong
         raise CheckpointError(f"{path} is no whole GGUF file ({e}); fetch it again.") from None
     architecture = values.get("general.architecture")
     if architecture != "llama":
@@ -601,98 +601,20 @@ def _flash_extra(model: StoredModel, settings: Settings, tokens: int, cells: int
     return pad + blocks + partial * (model.head_dim + 2) * _F32 + 2 * f16_rows
 
 
-class _Header:
-    """Reads what stands before a GGUF file's tensors (`docs/gguf.md` of ggml).
+def _stored(tensor: GGUFTensor) -> TensorSize:
+    """The size of a tensor of a header; ValueError where there can be none."""
+    import gguf
 
-    Raises ValueError with what is wrong.
-    """
-
-    #: Formats of the value types by number; 8 is a string and 9 an array.
-    _SCALARS = "BbHhIif?--Qqd"
-
-    def __init__(self, view: mmap.mmap) -> None:
-        self._view = view
-        self._at = 0
-
-    def read(self) -> tuple[dict[str, Any], list[tuple[TensorSize, int]]]:
-        """Metadata without its arrays, and tensors with their offset from the file's start."""
-        if self._view[:4] != b"GGUF":
-            raise ValueError("it does not start with GGUF")
-        self._at = 4
-        version, n_tensors, n_values = self._take("IQQ")
-        if version not in (2, 3):
-            raise ValueError(f"its version is {version}")
-        if max(n_tensors, n_values) > len(self._view):
-            raise ValueError("its counts are larger than the file")
-        values = {}
-        for _ in range(n_values):
-            key = self._string()
-            values[key] = self._value(*self._take("I"))
-        tensors = [self._tensor() for _ in range(n_tensors)]
-        alignment = values.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise ValueError(f"its alignment is {alignment!r}")
-        start = _up(self._at, alignment)
-        return values, [(tensor, start + offset) for tensor, offset in tensors]
-
-    def _take(self, what: str) -> tuple[Any, ...]:
-        form = "<" + what
-        try:
-            found = struct.unpack_from(form, self._view, self._at)
-        except struct.error:
-            raise ValueError("it ends within its header") from None
-        self._at += struct.calcsize(form)
-        return found
-
-    def _string(self) -> str:
-        (length,) = self._take("Q")
-        return self._bytes(length).decode(errors="replace")
-
-    def _bytes(self, length: int) -> bytes:
-        if self._at + length > len(self._view):
-            raise ValueError("it ends within its header")
-        self._at += length
-        return self._view[self._at - length : self._at]
-
-    def _value(self, kind: int) -> Any:
-        if kind == 8:
-            return self._string()
-        if kind == 9:
-            item, count = self._take("IQ")
-            if count > len(self._view):
-                raise ValueError("an array in it is longer than the file")
-            if item in (8, 9):
-                for _ in range(count):
-                    self._value(item)
-            else:
-                self._bytes(count * struct.calcsize("<" + self._form(item)))
-            return None
-        return self._take(self._form(kind))[0]
-
-    def _form(self, kind: int) -> str:
-        if kind in (8, 9) or kind > 12:
-            raise ValueError(f"it holds a value of type {kind}")
-        return self._SCALARS[kind]
-
-    def _tensor(self) -> tuple[TensorSize, int]:
-        import gguf
-
-        name = self._string()
-        (n_dims,) = self._take("I")
-        if not 1 <= n_dims <= 4:
-            raise ValueError(f"{name} has {n_dims} dimensions")
-        dims = self._take(f"{n_dims}Q")
-        kind, offset = self._take("IQ")
-        try:
-            known = gguf.GGMLQuantizationType(kind)
-            weights, nbytes = gguf.GGML_QUANT_SIZES[known]
-        except (KeyError, ValueError):
-            raise ValueError(f"{name} is of type {kind}, which is not known") from None
-        if dims[0] % weights or not all(dims):
-            raise ValueError(f"{name} has a shape of {dims}, which its type cannot hold")
-        rows = math.prod(dims[1:])
-        size = rows * (dims[0] // weights) * nbytes
-        return TensorSize(name, known.name, rows, dims[0], size), offset
+    try:
+        kind = gguf.GGMLQuantizationType(tensor.kind)
+        weights, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    except (KeyError, ValueError):
+        raise ValueError(f"{tensor.name} is of type {tensor.kind}, which is not known") from None
+    dims = tensor.dims
+    if not dims or dims[0] % weights or not all(dims):
+        raise ValueError(f"{tensor.name} has a shape of {dims}, which its type cannot hold")
+    rows = math.prod(dims[1:])
+    return TensorSize(tensor.name, kind.name, rows, dims[0], rows * (dims[0] // weights) * nbytes)
 
 
 class _Graph:

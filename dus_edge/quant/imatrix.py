@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from dus_edge.checkpoint.gguf_header import MAGIC, GGUFTensor, TruncatedError, read_header
 from dus_edge.errors import CheckpointError
 from dus_edge.quant import types as t
 from dus_edge.quant.types import QuantType
@@ -149,7 +150,7 @@ def read_imatrix(path: Path) -> Importance:
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read ({e.strerror or e}).") from None
     cursor = _Cursor(data, path)
-    if bytes(data[:4]) == b"GGUF":
+    if bytes(data[:4]) == MAGIC:
         return _read_gguf(cursor)
     return _read_legacy(cursor)
 
@@ -165,7 +166,7 @@ class _Cursor:
     def take(self, n: int) -> bytes:
         """The next `n` bytes."""
         if n > self.rest:
-            raise CheckpointError(f"{self.path} is truncated; copy or compute it again.")
+            raise self.truncated()
         self.at += n
         return bytes(self.data[self.at - n : self.at])
 
@@ -182,101 +183,63 @@ class _Cursor:
         """The next `n` float32 values."""
         return np.frombuffer(self.take(4 * n), "<f4").astype(np.float32)
 
+    def truncated(self) -> CheckpointError:
+        """The error for a file that ends too early."""
+        return CheckpointError(f"{self.path} is truncated; copy or compute it again.")
+
     def no_imatrix(self, why: str) -> CheckpointError:
         """The error for a file that is something else."""
         return CheckpointError(f"{self.path} is no importance matrix ({why}).")
 
 
-#: `struct`'s codes of GGUF's numbered value types; 8 is a string, 9 an array.
-_CODES = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 _F32 = t.F32.ggml_id
 
 
 def _read_gguf(cursor: _Cursor) -> Importance:
-    cursor.take(4)
-    if (version := cursor.unpack("I")) not in (2, 3):
-        raise cursor.no_imatrix(f"its GGUF version is {version}, not 2 or 3")
-    n_tensors, n_keys = cursor.unpack("Q"), cursor.unpack("Q")
-    keys = dict(_key_value(cursor) for _ in range(n_keys))
+    try:
+        keys, tensors = read_header(memoryview(cursor.data))
+    except TruncatedError:
+        raise cursor.truncated() from None
+    except ValueError as e:
+        raise cursor.no_imatrix(str(e)) from None
     if (kind := keys.get(TYPE_KEY, TYPE)) != TYPE:
         raise cursor.no_imatrix(f"it is a GGUF file of type {kind!r}")
-    infos = [_tensor_info(cursor) for _ in range(n_tensors)]
-    names = {
-        name.removesuffix(end) for name, *_ in infos for end in (SUMS, COUNTS) if name.endswith(end)
-    }
+    wanted = [tensor for tensor in tensors if tensor.name.endswith((SUMS, COUNTS))]
+    names = {x.name.removesuffix(SUMS).removesuffix(COUNTS) for x in wanted}
     if not names:
         raise cursor.no_imatrix(f"it has no tensor whose name ends in {SUMS}")
     n_chunks, chunk_size = (_number(cursor, keys, key) for key in (CHUNK_COUNT_KEY, CHUNK_SIZE_KEY))
     datasets = keys.get(DATASETS_KEY)
     if not (isinstance(datasets, list) and all(isinstance(d, str) for d in datasets)):
         raise cursor.no_imatrix(f"it has no list {DATASETS_KEY}")
-    tensors = _tensors(cursor, infos, keys.get("general.alignment", 32))
+    stored = _tensors(cursor, wanted)
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, float] = {}
     for name in sorted(names, key=str.encode):
-        if name + SUMS not in tensors or name + COUNTS not in tensors:
-            lacking = "counts" if name + SUMS in tensors else "sums"
+        if name + SUMS not in stored or name + COUNTS not in stored:
+            lacking = "counts" if name + SUMS in stored else "sums"
             raise CheckpointError(f"{cursor.path}: {name} has no {lacking}; compute it again.")
-        count = tensors[name + COUNTS]
+        count = stored[name + COUNTS]
         if count.size > 1:
             raise CheckpointError(
                 f"{cursor.path}: {name} has {count.size} counts, one for each expert; "
                 "importance matrices of mixture-of-experts models are not supported."
             )
-        sums[name], counts[name] = _checked(cursor.path, name, tensors[name + SUMS], count)
+        sums[name], counts[name] = _checked(cursor.path, name, stored[name + SUMS], count)
     return Importance(sums, counts, chunk_size, n_chunks, tuple(datasets))
 
 
-def _key_value(cursor: _Cursor) -> tuple[str, Any]:
-    return _text(cursor), _value(cursor, cursor.unpack("I"))
-
-
-def _value(cursor: _Cursor, kind: int) -> Any:
-    if kind == _STRING:
-        return _text(cursor)
-    if kind in _CODES:
-        return cursor.unpack(_CODES[kind])
-    if kind != _ARRAY:
-        raise cursor.no_imatrix(f"it has a value of the unknown type {kind}")
-    item, n = cursor.unpack("I"), cursor.unpack("Q")
-    if item == _STRING:
-        return [_text(cursor) for _ in range(n)]
-    if item not in _CODES:
-        raise cursor.no_imatrix(f"it has an array of the unknown type {item}")
-    # Nothing in an importance matrix is such an array; it is passed over.
-    cursor.take(n * struct.calcsize(f"<{_CODES[item]}"))
-    return None
-
-
-def _text(cursor: _Cursor) -> str:
-    return cursor.take(cursor.unpack("Q")).decode("utf-8", "replace")
-
-
-def _tensor_info(cursor: _Cursor) -> tuple[str, int, int, int]:
-    """Name, number of elements, type and offset of one tensor."""
-    name, n_dims = _text(cursor), cursor.unpack("I")
-    n = math.prod(cursor.unpack("Q") for _ in range(n_dims))
-    return name, n, cursor.unpack("I"), cursor.unpack("Q")
-
-
-def _tensors(
-    cursor: _Cursor, infos: list[tuple[str, int, int, int]], alignment: object
-) -> dict[str, np.ndarray]:
+def _tensors(cursor: _Cursor, wanted: list[GGUFTensor]) -> dict[str, np.ndarray]:
     """Sums and counts by their names in the file."""
-    if not isinstance(alignment, int) or alignment < 1:
-        raise cursor.no_imatrix(f"its general.alignment is {alignment}")
-    start = -(-cursor.at // alignment) * alignment
     tensors: dict[str, np.ndarray] = {}
-    for name, n, kind, offset in infos:
-        if not name.endswith((SUMS, COUNTS)):
-            continue
-        if kind != _F32:
+    for tensor in wanted:
+        name = tensor.name
+        if tensor.kind != _F32:
             raise CheckpointError(f"{cursor.path}: {name} is not of type F32; compute it again.")
         if name in tensors:
             raise CheckpointError(f"{cursor.path}: {name} is there twice; compute it again.")
-        cursor.at = start + offset
-        tensors[name] = cursor.floats(n)
+        cursor.at = tensor.offset
+        tensors[name] = cursor.floats(math.prod(tensor.dims))
     return tensors
 
 
