@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from dus_edge.quant.gptq_format import Settings
     from dus_edge.quant.imatrix import Importance
 
-#: Tokens of a chunk unless asked otherwise: llama-imatrix's default.
-N_CTX = 512
-
 
 @dataclass(frozen=True)
 class TextChoice:
@@ -78,7 +75,7 @@ def read_chunks(model: Model, text: TextChoice, split: Any = "calibration") -> C
         UsageError: the text is missing, empty or too short, or `n_ctx` beyond the model's context.
     """
     from dus_edge.calibrate.text import builtin_documents, read_documents
-    from dus_edge.calibrate.tokens import load_tokenizer, make_chunks
+    from dus_edge.calibrate.tokens import DEFAULT_N_CTX, load_tokenizer, make_chunks
 
     config = model.config
     if text.n_ctx and text.n_ctx > config.context_length:
@@ -88,7 +85,7 @@ def read_chunks(model: Model, text: TextChoice, split: Any = "calibration") -> C
         )
     documents = read_documents(text.paths, text.field) if text.paths else builtin_documents(split)
     tokenizer = load_tokenizer(model.source.folder, config.vocab_size)
-    n_ctx = text.n_ctx or min(N_CTX, config.context_length)
+    n_ctx = text.n_ctx or min(DEFAULT_N_CTX, config.context_length)
     return make_chunks(documents, tokenizer, n_ctx, n_chunks=text.n_chunks, seed=text.seed)
 
 

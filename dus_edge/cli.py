@@ -120,11 +120,9 @@ def gguf(
     text: Any,
     machine: Any,
     alias: str | None,
-    threads: int | None,
-    overwrite: bool,
-    allow_nonfinite: bool,
     as_json: bool,
     verbose: bool,
+    **writing: Any,
 ) -> None:
     """Up-scale BASE into GGUF files and their Modelfiles."""
     from dus_edge import jobs
@@ -144,10 +142,8 @@ def gguf(
         quantizer=quantizer,
         imatrix=source,
         alias=alias,
-        n_threads=threads,
-        overwrite=overwrite,
-        allow_nonfinite=allow_nonfinite,
         say=_say(as_json),
+        **writing,
     )
     model = alias or result.model.name.stem.lower()
     if as_json:
@@ -177,11 +173,9 @@ def upscale(
     base: str,
     choose: Any,
     out: Path,
-    threads: int | None,
-    overwrite: bool,
-    allow_nonfinite: bool,
     as_json: bool,
     verbose: bool,
+    **writing: Any,
 ) -> None:
     """Up-scale BASE into a checkpoint that transformers loads."""
     from dus_edge import jobs
@@ -190,10 +184,8 @@ def upscale(
         base,
         choose,
         out,
-        n_threads=threads,
-        overwrite=overwrite,
-        allow_nonfinite=allow_nonfinite,
         say=_say(as_json),
+        **writing,
     )
     _print_folder(result, out, as_json, verbose)
 
@@ -273,7 +265,11 @@ def imatrix(
 @calibration_options
 @folder_option
 @click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="Threads that write [default: all]."
+    "--threads",
+    "n_threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads that write [default: all].",
 )
 @click.option("--overwrite", is_flag=True, help="Replace DIR if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead.")
@@ -288,9 +284,8 @@ def gptq(
     text: Any,
     machine: Any,
     out: Path,
-    threads: int | None,
-    overwrite: bool,
     as_json: bool,
+    **writing: Any,
 ) -> None:
     """Up-scale BASE into a GPTQ checkpoint.
 
@@ -310,9 +305,8 @@ def gptq(
         settings,
         text,
         machine,
-        n_threads=threads,
-        overwrite=overwrite,
         say=_say(as_json),
+        **writing,
     )
     _print_folder(result, out, as_json)
 
@@ -335,11 +329,9 @@ def bnb(
     scheme: str,
     double_quant: bool,
     out: Path,
-    threads: int | None,
-    overwrite: bool,
-    allow_nonfinite: bool,
     as_json: bool,
     verbose: bool,
+    **writing: Any,
 ) -> None:
     """Up-scale BASE into a bitsandbytes checkpoint.
 
@@ -354,10 +346,8 @@ def bnb(
         out,
         scheme,
         double_quant=double_quant,
-        n_threads=threads,
-        overwrite=overwrite,
-        allow_nonfinite=allow_nonfinite,
         say=_say(as_json),
+        **writing,
     )
     _print_folder(result, out, as_json, verbose)
 
@@ -396,7 +386,11 @@ def _quality_text(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Where folders run: cpu, cuda or mps.",
 )
 @click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads [default: all cores]."
+    "--threads",
+    "n_threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="CPU threads [default: all cores].",
 )
 @click.option(
     "-o",
@@ -426,12 +420,11 @@ def quality(
     language; bits per weight and file size.
     """
     from dus_edge.bench import quality_report
-    from dus_edge.bench.quality_run import DEFAULT_N_CTX
     from dus_edge.bench.quality_run import quality as run
+    from dus_edge.calibrate.tokens import DEFAULT_N_CTX
 
     if out is not None:
         quality_report.check_outputs(out, plots=plots, overwrite=overwrite)
-    measure["n_threads"] = measure.pop("threads")
     measure["n_ctx"] = measure["n_ctx"] or DEFAULT_N_CTX
     results = run(reference, candidates, texts=paths, device=device, work=out, **measure)
     written = []

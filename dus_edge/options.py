@@ -64,6 +64,7 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = (
         click.option(
             "--threads",
+            "n_threads",
             type=click.IntRange(min=1),
             metavar="N",
             help="Worker threads [default: all cores].",

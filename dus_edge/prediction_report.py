@@ -70,7 +70,8 @@ def verdict_json(v: Verdict) -> dict[str, Any]:
 def prediction_json(p: Prediction) -> dict[str, Any]:
     """A prediction; every speed has the ends of its 80 % interval beside it."""
     keys = [f"{kind}_tokens_per_s{end}" for kind in ("tg", "pp") for end in ("", "_low", "_high")]
-    speed = {key: getattr(p.speed, key) if p.speed else None for key in keys}
+    # Four digits: no prediction knows more, and processors differ in the last ones.
+    speed = {key: float(f"{getattr(p.speed, key):.4g}") if p.speed else None for key in keys}
     return {
         "model": p.name,
         "context": p.context,

@@ -9,18 +9,9 @@ from dus_edge.bench.devices import find_device
 from dus_edge.bench.memory import MIB, Settings, memory_use, usable_bytes
 from dus_edge.checkpoint.config import parse_config
 from dus_edge.errors import UsageError
+from dus_edge.tables import solar_config
 
-SOLAR_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-}
-SOLAR = fit.models_of_presets(parse_config(SOLAR_CONFIG), "SOLAR")
+SOLAR = fit.models_of_presets(solar_config(), "SOLAR")
 # What all cases share, at 4,096 tokens and ubatch 512, flash attention on:
 #   cache    48 layers x 4,096 x (1,024 + 1,024) x 2 B                       =  768 MiB
 #   compute  3 x 512 x 14,336 x 4 B (gate, up, product) = 84; 3 x 512 x 4,096 x 4 B = 24
@@ -116,7 +107,7 @@ def test_the_best_preset_of_a_12_gb_card():
 def test_a_model_that_fits_nowhere():
     # 480 layers of 16,384: 480 x (2 x 268 M + 2 x 34 M + 3 x 872 M) = 1.5 T weights, 2 B each:
     # 2,852 GiB, and the largest Mac has 512.
-    config = SOLAR_CONFIG | {
+    config = dict(solar_config().raw) | {
         "num_hidden_layers": 480,
         "hidden_size": 16384,
         "num_attention_heads": 128,

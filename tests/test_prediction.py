@@ -10,22 +10,9 @@ import pytest
 
 from dus_edge import jobs
 from dus_edge.quant.recipe import PRESETS
+from dus_edge.tables import solar_config
 
-#: SOLAR's shape: Mistral 7B's, 48 layers.
-SOLAR = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-}
+SOLAR = dict(solar_config().raw)
 SPEEDS = [f"{kind}_tokens_per_s{end}" for kind in ("tg", "pp") for end in ("", "_low", "_high")]
 
 

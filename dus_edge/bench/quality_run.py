@@ -18,13 +18,17 @@ import numpy as np
 from dus_edge.bench.logits import LogitSource, SourceInfo, inspect_source, open_source
 from dus_edge.bench.quality import PerToken, Scores, compare, first_scored, summarize
 from dus_edge.calibrate.text import builtin_documents, read_documents
-from dus_edge.calibrate.tokens import Chunks, Tokenizer, load_tokenizer, make_chunks
+from dus_edge.calibrate.tokens import (
+    DEFAULT_N_CTX,
+    Chunks,
+    Tokenizer,
+    load_tokenizer,
+    make_chunks,
+)
 from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.errors import CheckpointError, OutputError, UsageError
 from dus_edge.files import check_free_space, check_writable
 from dus_edge.progress import progress
-
-DEFAULT_N_CTX = 512
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,9 @@ SEPARATOR = "\n\n"
 _FAST = "tokenizer.json"
 _SENTENCEPIECE = "tokenizer.model"
 
+#: Tokens of a chunk unless asked otherwise: the default of llama-imatrix and llama-perplexity.
+DEFAULT_N_CTX = 512
+
 
 class Tokenizer(Protocol):
     """What `make_chunks` needs of a model's tokenizer.
