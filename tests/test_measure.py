@@ -198,12 +198,12 @@ def test_a_cache_of_another_type_takes_less(gguf):
     """`n_ctx` and the cache's type reach llama.cpp: its own account of the cache's size."""
     import llama_cpp
 
-    from dus_edge.bench.gguf_logits import _library, _model
-    from dus_edge.bench.measure import _context, _Runner
+    from dus_edge.bench.llama_library import library, load_model
+    from dus_edge.bench.measure_gguf import _context, _Runner
 
     sizes = {}
-    _library()
-    with _model(gguf) as model:
+    library()
+    with load_model(gguf) as model:
         for kind in ("f16", "q8_0"):
             settings = Settings(type_k=kind, type_v=kind, flash_attn="on", n_threads=1)
             test = Workload(96, 0)
@@ -216,11 +216,11 @@ def test_a_cache_of_another_type_takes_less(gguf):
 
 
 def test_threads_are_attached_as_llama_bench_attaches_them(gguf):
-    from dus_edge.bench.gguf_logits import _library
-    from dus_edge.bench.measure import _Ggml
+    from dus_edge.bench.ggml_library import Ggml
+    from dus_edge.bench.llama_library import library
 
-    _library()
-    params = _Ggml()._params(3)
+    library()
+    params = Ggml()._params(3)
     assert params is not None
     assert (params.n_threads, params.prio, params.poll) == (3, 0, 50)
 
@@ -241,15 +241,15 @@ def test_what_cannot_be_measured_is_one_sentence(gguf, tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match=r"cut\.gguf") as e:
             bench_run([tmp_path / "cut.gguf"], SHORT)
         assert "\n" not in str(e.value)
-    from dus_edge.bench import gguf_logits
+    from dus_edge.bench import llama_library
 
-    gguf_logits._library.cache_clear()
+    llama_library.library.cache_clear()
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     try:
         with pytest.raises(DependencyError, match=r"dus-edge\[llama\]"):
             bench_run([gguf], SHORT)
     finally:
-        gguf_logits._library.cache_clear()
+        llama_library.library.cache_clear()
 
 
 # transformers

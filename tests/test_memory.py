@@ -43,11 +43,11 @@ def llama():
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     yield llama_cpp, lines
-    from dus_edge.bench import gguf_logits
+    from dus_edge.bench import llama_library
 
     # Another callback before ours is gone: llama.cpp keeps the pointer.
-    gguf_logits._library.cache_clear()
-    gguf_logits._library()
+    llama_library.library.cache_clear()
+    llama_library.library()
 
 
 def test_pico_takes_what_llama_cpp_says(pico_gguf, llama):

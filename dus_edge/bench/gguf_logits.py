@@ -8,26 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
-import re
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
+from dus_edge.bench.llama_library import errors, library, load_model, why
 from dus_edge.bench.logits import SourceInfo, log_softmax
-from dus_edge.errors import CheckpointError, DependencyError, DusEdgeError, UsageError
+from dus_edge.errors import DusEdgeError, UsageError
 from dus_edge.stream import default_threads
 
 _GGML_TYPE_F32 = 0
-_LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 #: Tokens that llama.cpp computes at once; its own default, and what bounds its buffers.
 _UBATCH = 512
 _ALL_LAYERS = -1
-
-_errors: list[str] = []
 
 
 def inspect_gguf(path: Path, name: str, n_bytes: int) -> SourceInfo:
@@ -37,8 +32,8 @@ def inspect_gguf(path: Path, name: str, n_bytes: int) -> SourceInfo:
         CheckpointError: llama.cpp cannot load the file.
         DependencyError: llama-cpp-python is not installed.
     """
-    with _model(path, vocab_only=True) as model:
-        lib = _library()
+    with load_model(path, vocab_only=True) as model:
+        lib = library()
         architecture = _metadata(model, "general.architecture")
         context = _metadata(model, f"{architecture}.context_length")
         return SourceInfo(
@@ -62,15 +57,15 @@ class GGUFTokenizer:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stack = contextlib.ExitStack()
-        self._model = self._stack.enter_context(_model(path, vocab_only=True))
-        lib = _library()
+        self._model = self._stack.enter_context(load_model(path, vocab_only=True))
+        lib = library()
         self._vocab = lib.llama_model_get_vocab(self._model)
         added = lib.llama_vocab_get_add_bos(self._vocab)
         self.bos_id: int | None = lib.llama_vocab_bos(self._vocab) if added else None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; special tokens that are spelled out in it are text."""
-        lib, data = _library(), text.encode()
+        lib, data = library(), text.encode()
         # A token is at least a byte, but for the space that some tokenizers put in front.
         out = (lib.llama_token * (len(data) + 8))()
         n = lib.llama_tokenize(self._vocab, data, len(data), out, len(out), False, False)
@@ -95,7 +90,7 @@ class GGUFSource:
         self._n_threads = n_threads or default_threads()
         self._stack = contextlib.ExitStack()
         n_gpu_layers = 0 if device == "cpu" else _ALL_LAYERS
-        self._model = self._stack.enter_context(_model(info.path, n_gpu_layers=n_gpu_layers))
+        self._model = self._stack.enter_context(load_model(info.path, n_gpu_layers=n_gpu_layers))
         # Made by the first chunk, which says how long they are.
         self._n_ctx = 0
         self._context: Any = None
@@ -103,7 +98,7 @@ class GGUFSource:
 
     def log_probs(self, tokens: np.ndarray, start: int = 0) -> np.ndarray:
         """See `LogitSource.log_probs`."""
-        lib, n = _library(), len(tokens)
+        lib, n = library(), len(tokens)
         if n > self._n_ctx:
             self._make_context(n)
         batch = self._batch
@@ -116,12 +111,12 @@ class GGUFSource:
             batch.logits[i] = i >= start
         lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
         if status := lib.llama_decode(self._context, batch):
-            raise DusEdgeError(f"{self.info.path}: llama.cpp cannot run the model{_why(status)}.")
+            raise DusEdgeError(f"{self.info.path}: llama.cpp cannot run the model{why(status)}.")
         pointer = lib.llama_get_logits(self._context)
         return log_softmax(np.ctypeslib.as_array(pointer, (n - start, self.info.vocab_size)))
 
     def _make_context(self, n: int) -> None:
-        lib = _library()
+        lib = library()
         self._free_context()
         params = lib.llama_context_default_params()
         params.n_ctx = params.n_batch = n
@@ -129,19 +124,19 @@ class GGUFSource:
         params.n_threads = params.n_threads_batch = self._n_threads
         params.type_k = params.type_v = _GGML_TYPE_F32
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        _errors.clear()
+        errors.clear()
         self._context = lib.llama_init_from_model(self._model, params)
         if not self._context:
             raise DusEdgeError(
-                f"{self.info.path}: llama.cpp makes no context of {n} tokens{_why()}."
+                f"{self.info.path}: llama.cpp makes no context of {n} tokens{why()}."
             )
         self._batch = lib.llama_batch_init(n, 0, 1)
         self._n_ctx = n
 
     def _free_context(self) -> None:
         if self._context:
-            _library().llama_batch_free(self._batch)
-            _library().llama_free(self._context)
+            library().llama_batch_free(self._batch)
+            library().llama_free(self._context)
         self._context, self._n_ctx = None, 0
 
     def __enter__(self) -> Self:
@@ -154,64 +149,8 @@ class GGUFSource:
         self._stack.close()
 
 
-@contextlib.contextmanager
-def _model(path: Path, *, vocab_only: bool = False, n_gpu_layers: int = 0) -> Iterator[Any]:
-    """A loaded `llama_model *`, freed at the end."""
-    lib = _library()
-    params = lib.llama_model_default_params()
-    params.vocab_only, params.n_gpu_layers = vocab_only, n_gpu_layers
-    _errors.clear()
-    model = lib.llama_model_load_from_file(str(path).encode(), params)
-    if not model:
-        raise CheckpointError(
-            f"{path} cannot be loaded by llama.cpp{_why()}; fetch or export it again."
-        )
-    try:
-        yield model
-    finally:
-        lib.llama_model_free(model)
-
-
 def _metadata(model: Any, key: str) -> str:
     """A metadata value as text; empty if there is none."""
     buffer = ctypes.create_string_buffer(256)
-    n = _library().llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
+    n = library().llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
     return buffer.value.decode(errors="replace") if n >= 0 else ""
-
-
-def _why(status: int | None = None) -> str:
-    """The first error that llama.cpp spoke of since the list was cleared, in brackets."""
-    code = [] if status is None else [f"code {status}"]
-    # "function: error loading model: what it is"
-    said = [re.sub(r"^\w+: (error loading model: )?", "", e.strip()) for e in _errors[:1]]
-    return f" ({', '.join(code + said)})" if code or said else ""
-
-
-@functools.cache
-def _library() -> ModuleType:
-    """llama_cpp, ready for use and silent but for `_errors`.
-
-    Raises:
-        DependencyError: it is not installed or does not load.
-    """
-    try:
-        import llama_cpp
-    except (ImportError, OSError, RuntimeError) as e:
-        raise DependencyError(
-            f"GGUF files are run by llama-cpp-python, which cannot be imported ({e}); "
-            "pip install 'dus-edge[llama]'."
-        ) from None
-    llama_cpp.llama_log_set(_log_callback(llama_cpp), ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
-    return llama_cpp
-
-
-@functools.cache
-def _log_callback(llama_cpp: ModuleType) -> Any:
-    """Keeps errors for messages; llama.cpp writes pages about every file. Never collected."""
-
-    def log(level: int, text: bytes, data: object) -> None:
-        if level == _LOG_ERROR:
-            _errors.append(text.decode(errors="replace"))
-
-    return llama_cpp.llama_log_callback(log)

@@ -1,4 +1,4 @@
-"""Speed as llama-bench measures it: GGUF files, in this process, by llama-cpp-python.
+"""Speed as llama-bench measures it: settings, repetitions, statistics, and what is said of them.
 
 The method is that of ``tools/llama-bench/llama-bench.cpp`` of llama.cpp: for each depth, prompt
 processing (``pp512``) and then generation (``tg128``), each with a context of exactly the size it
@@ -7,34 +7,28 @@ each repetition the cache is emptied, and filled to the depth from a state that 
 tokens, batches of 2048 in ubatches of 512, `llama_synchronize` after the prompt and after every
 generated token. Means and sample standard deviations are of the repetitions' rates.
 
-What is summed up and printed is pure and shared with `measure_hf` and `ollama_api`; nothing
-heavy is imported before a model runs.
+`measure_gguf`, `measure_hf` and `ollama_api` run the models; nothing heavy is imported before.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import datetime
-import functools
-import importlib.metadata
 import json
 import math
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dus_edge.bench.logits import SourceInfo, inspect_source
 from dus_edge.bench.resources import MemoryUse, Meter, joules_per_token
-from dus_edge.errors import DusEdgeError, UsageError
+from dus_edge.errors import UsageError
 from dus_edge.files import format_bytes
 from dus_edge.progress import Advance, progress
 from dus_edge.stream import default_threads
@@ -327,7 +321,7 @@ def bench_run(models: Sequence[Path], settings: Settings | None = None) -> list[
     for info in infos:
         check_context(str(info.path), info.context_length, settings)
         if info.kind != "gguf":
-            from dus_edge.bench.hf_logits import check_packages, find_device
+            from dus_edge.bench.hf_models import check_packages, find_device
 
             check_packages(info)
             find_device(settings.device or "cpu")
@@ -349,6 +343,8 @@ def measure(
         DusEdgeError: the model cannot be run, most often for want of memory.
     """
     if info.kind == "gguf":
+        from dus_edge.bench.measure_gguf import measure_gguf
+
         return measure_gguf(info, settings, advance)
     from dus_edge.bench.measure_hf import measure_folder
 
@@ -440,280 +436,3 @@ def physical_cores() -> int:
         with contextlib.suppress(OSError):
             n = len({file.read_text() for file in files})
     return min(n, default_threads()) or default_threads()
-
-
-# llama.cpp
-
-
-def measure_gguf(
-    info: SourceInfo, settings: Settings, advance: Advance = lambda n: None
-) -> list[Measurement]:
-    """All tests of a GGUF file; see `measure`."""
-    from dus_edge.bench.gguf_logits import _library, _model
-
-    lib, ggml = _library(), _Ggml()
-    meter = Meter(on_gpu=settings.n_gpu_layers != 0 and "CUDA" in ggml.backends())
-    n_threads = settings.n_threads or physical_cores()
-    found = []
-    start = time.perf_counter()
-    with _model(info.path, n_gpu_layers=settings.n_gpu_layers) as model:
-        load_s = time.perf_counter() - start
-        buffer = ctypes.create_string_buffer(128)
-        lib.llama_model_desc(model, buffer, len(buffer))
-        about = About(
-            engine=f"llama-cpp-python {importlib.metadata.version('llama_cpp_python')}",
-            build_commit=ggml.commit(),
-            cpu_info=ggml.devices(_Ggml.CPU, _Ggml.ACCELERATOR),
-            gpu_info=ggml.devices(_Ggml.GPU, _Ggml.INTEGRATED_GPU),
-            backends=ggml.backends(),
-            model_filename=str(info.path),
-            model_type=buffer.value.decode(errors="replace"),
-            model_size=lib.llama_model_size(model),
-            model_n_params=lib.llama_model_n_params(model),
-            n_batch=settings.n_batch,
-            n_ubatch=settings.n_ubatch,
-            n_threads=n_threads,
-            type_k=settings.type_k,
-            type_v=settings.type_v,
-            n_gpu_layers=settings.n_gpu_layers,
-            flash_attn=FLASH_ATTN[settings.flash_attn],
-        )
-        states: dict[int, Any] = {}
-        for test in settings.tests():
-            meter.restart_peak()
-            with _context(info.path, model, test, settings) as context:
-                runner = _Runner(info.path, model, context, test, settings.n_batch, n_threads)
-                with ggml.threadpool(context, n_threads):
-                    runner.warm_up()
-                    timing = repeat(
-                        runner.run,
-                        functools.partial(runner.prepare, states),
-                        settings.repetitions,
-                        meter,
-                        advance,
-                    )
-            found.append(measurement(about, test, timing, load_s, meter))
-    return found
-
-
-@contextlib.contextmanager
-def _context(path: Path, model: Any, test: Workload, settings: Settings) -> Iterator[Any]:
-    """A `llama_context *` as large as the test, freed at the end."""
-    from gguf import GGMLQuantizationType
-
-    from dus_edge.bench.gguf_logits import _errors, _library, _why
-
-    lib = _library()
-    params = lib.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch = test.n_ctx, settings.n_batch, settings.n_ubatch
-    params.type_k = GGMLQuantizationType[settings.type_k.upper()].value
-    params.type_v = GGMLQuantizationType[settings.type_v.upper()].value
-    params.flash_attn_type = FLASH_ATTN[settings.flash_attn]
-    params.offload_kqv = params.op_offload = True
-    params.embeddings = params.swa_full = False
-    _errors.clear()
-    context = lib.llama_init_from_model(model, params)
-    if not context:
-        raise DusEdgeError(
-            f"{path}: llama.cpp makes no context of {test.n_ctx} tokens{_why()}; give a smaller "
-            "-p, -n or --depth, or other types of the cache."
-        )
-    try:
-        yield context
-    finally:
-        lib.llama_free(context)
-
-
-class _Runner:
-    """One test on one context."""
-
-    def __init__(
-        self, path: Path, model: Any, context: Any, test: Workload, n_batch: int, n_threads: int
-    ) -> None:
-        from dus_edge.bench.gguf_logits import _library
-
-        self._lib = lib = _library()
-        self._path, self._context, self._test = path, context, test
-        self._n_batch, self._n_threads = n_batch, n_threads
-        vocab = lib.llama_model_get_vocab(model)
-        self._n_vocab = lib.llama_vocab_n_tokens(vocab)
-        self._bos = lib.llama_vocab_bos(vocab) if lib.llama_vocab_get_add_bos(vocab) else None
-        self._memory = lib.llama_get_memory(context)
-        # Which tokens they are makes no difference to the time.
-        self._random = np.random.default_rng(0)
-
-    def warm_up(self) -> None:
-        self._lib.llama_memory_clear(self._memory, False)
-        if self._test.n_prompt:
-            self._prompt(self._test.n_prompt)
-        if self._test.n_gen:
-            self._generate(1)
-
-    def prepare(self, states: dict[int, Any]) -> None:
-        """An empty cache, or one with `n_depth` tokens; states are kept by their depth."""
-        lib, depth = self._lib, self._test.n_depth
-        lib.llama_memory_clear(self._memory, False)
-        if not depth:
-            return
-        if depth in states:
-            state = states[depth]
-            if lib.llama_state_seq_set_data(self._context, state, len(state), 0):
-                return
-        self._prompt(depth)
-        n = lib.llama_state_seq_get_size(self._context, 0)
-        # Of one depth only: a state is as large as the cache.
-        states.clear()
-        states[depth] = (ctypes.c_uint8 * n)()
-        lib.llama_state_seq_get_data(self._context, states[depth], n, 0)
-
-    def run(self) -> None:
-        """What is timed."""
-        if self._test.n_prompt:
-            self._prompt(self._test.n_prompt)
-        if self._test.n_gen:
-            self._generate(self._test.n_gen)
-
-    def _tokens(self, n: int) -> Any:
-        tokens = self._random.integers(0, self._n_vocab, n, np.int32)
-        if self._bos is not None:
-            tokens[0] = self._bos
-        return (self._lib.llama_token * n).from_buffer(tokens)
-
-    def _prompt(self, n: int) -> None:
-        lib, context = self._lib, self._context
-        lib.llama_set_n_threads(context, self._n_threads, self._n_threads)
-        tokens = self._tokens(n)
-        first = ctypes.cast(tokens, ctypes.POINTER(lib.llama_token))
-        for at in range(0, n, self._n_batch):
-            part = ctypes.cast(
-                ctypes.byref(first.contents, at * ctypes.sizeof(lib.llama_token)),
-                ctypes.POINTER(lib.llama_token),
-            )
-            batch = lib.llama_batch_get_one(part, min(self._n_batch, n - at))
-            self._check(lib.llama_decode(context, batch))
-        lib.llama_synchronize(context)
-
-    def _generate(self, n: int) -> None:
-        lib, context = self._lib, self._context
-        decode, synchronize = lib.llama_decode, lib.llama_synchronize
-        lib.llama_set_n_threads(context, self._n_threads, self._n_threads)
-        tokens = list(self._tokens(n))
-        one = (lib.llama_token * 1)()
-        batch = lib.llama_batch_get_one(one, 1)
-        for token in tokens:
-            one[0] = token
-            if status := decode(context, batch):
-                self._check(status)
-            synchronize(context)
-
-    def _check(self, status: int) -> None:
-        if status:
-            raise DusEdgeError(f"{self._path}: llama.cpp cannot run the model (code {status}).")
-
-
-class _ThreadpoolParams(ctypes.Structure):
-    """`struct ggml_threadpool_params` of ggml/include/ggml.h."""
-
-    _fields_ = (
-        ("cpumask", ctypes.c_bool * 512),
-        ("n_threads", ctypes.c_int),
-        ("prio", ctypes.c_int),
-        ("poll", ctypes.c_uint32),
-        ("strict_cpu", ctypes.c_bool),
-        ("paused", ctypes.c_bool),
-    )
-
-
-class _Ggml:
-    """What llama-bench asks of llama.cpp and llama-cpp-python has no names for."""
-
-    CPU, GPU, INTEGRATED_GPU, ACCELERATOR = range(4)  # enum ggml_backend_dev_type
-    _POLL = 50  # ggml's default, and llama-bench's
-
-    def __init__(self) -> None:
-        import llama_cpp
-
-        ending = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
-        prefix = "" if sys.platform == "win32" else "lib"
-        folder = Path(llama_cpp.__file__).parent / "lib"
-        base, registry, llama = (
-            ctypes.CDLL(str(folder / f"{prefix}{name}{ending}"))
-            for name in ("ggml-base", "ggml", "llama")
-        )
-        self._base, self._registry, self._llama = base, registry, llama
-        pointer, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
-        for function, result, arguments in (
-            (base.ggml_commit, text, []),
-            (base.ggml_backend_dev_description, text, [pointer]),
-            (base.ggml_backend_dev_type, ctypes.c_int, [pointer]),
-            (base.ggml_backend_dev_backend_reg, pointer, [pointer]),
-            (base.ggml_backend_reg_name, text, [pointer]),
-            (base.ggml_backend_reg_get_proc_address, pointer, [pointer, text]),
-            (base.ggml_threadpool_params_init, None, [pointer, ctypes.c_int]),
-            (registry.ggml_backend_dev_count, size, []),
-            (registry.ggml_backend_dev_get, pointer, [size]),
-            (registry.ggml_backend_dev_by_type, pointer, [ctypes.c_int]),
-            (registry.ggml_backend_reg_count, size, []),
-            (registry.ggml_backend_reg_get, pointer, [size]),
-            (llama.llama_attach_threadpool, None, [pointer, pointer, pointer]),
-            (llama.llama_detach_threadpool, None, [pointer]),
-        ):
-            function.restype, function.argtypes = result, arguments
-
-    def commit(self) -> str:
-        """Of ggml, which is llama.cpp's."""
-        return self._base.ggml_commit().decode()
-
-    def devices(self, *kinds: int) -> str:
-        """Names of the devices of these kinds."""
-        n, get = self._registry.ggml_backend_dev_count(), self._registry.ggml_backend_dev_get
-        found = [get(i) for i in range(n)]
-        return ", ".join(
-            self._base.ggml_backend_dev_description(device).decode()
-            for device in found
-            if self._base.ggml_backend_dev_type(device) in kinds
-        )
-
-    def backends(self) -> str:
-        """``CPU``, or all others: ``CUDA``, ``Metal,BLAS``."""
-        n, get = self._registry.ggml_backend_reg_count(), self._registry.ggml_backend_reg_get
-        names = [self._base.ggml_backend_reg_name(get(i)).decode() for i in range(n)]
-        return ",".join(name for name in names if name != "CPU") or "CPU"
-
-    @contextlib.contextmanager
-    def threadpool(self, context: Any, n_threads: int) -> Iterator[None]:
-        """Attach threads that stay; without them a build without OpenMP starts some per token.
-
-        Not done where the library's structure is not the one that is known here.
-        """
-        params = self._params(n_threads)
-        cpu = self._registry.ggml_backend_dev_by_type(self.CPU)
-        if params is None or not cpu:
-            yield
-            return
-        backend = self._base.ggml_backend_dev_backend_reg(cpu)
-        find = self._base.ggml_backend_reg_get_proc_address
-        new = find(backend, b"ggml_threadpool_new")
-        free = find(backend, b"ggml_threadpool_free")
-        if not new or not free:
-            yield
-            return
-        reference = ctypes.POINTER(_ThreadpoolParams)
-        pool = ctypes.CFUNCTYPE(ctypes.c_void_p, reference)(new)(ctypes.byref(params))
-        self._llama.llama_attach_threadpool(context, pool, None)
-        try:
-            yield
-        finally:
-            self._llama.llama_detach_threadpool(context)
-            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(free)(pool)
-
-    def _params(self, n_threads: int) -> _ThreadpoolParams | None:
-        """ggml's defaults; None if it does not fill the structure as we read it."""
-        size = ctypes.sizeof(_ThreadpoolParams)
-        room = (ctypes.c_uint8 * (4 * size))(*([0xAA] * (4 * size)))
-        self._base.ggml_threadpool_params_init(room, n_threads)
-        params = _ThreadpoolParams.from_buffer_copy(bytes(room)[:size])
-        # Two bytes at the end only align the structure.
-        untouched = all(byte == 0xAA for byte in room[size:])
-        known = (params.n_threads, params.poll) == (n_threads, self._POLL)
-        return params if untouched and known and not any(params.cpumask) else None

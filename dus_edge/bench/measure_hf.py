@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dus_edge.bench.hf_logits import (
-    _check_whole,
-    _explained,
-    _load_gptq,
-    _quiet,
+from dus_edge.bench.hf_models import (
     check_packages,
+    check_whole,
+    explained,
     find_device,
+    load_gptq,
+    quiet,
 )
 from dus_edge.bench.logits import SourceInfo, read_config
 from dus_edge.bench.measure import (
@@ -72,7 +72,7 @@ def measure_folder(
             _synchronize(device)
             load_s = time.perf_counter() - start
             about = _about(info, settings, model, device, n_threads)
-            with torch.inference_mode(), _quiet(), _enough_memory(info, device):
+            with torch.inference_mode(), quiet(), _enough_memory(info, device):
                 return [
                     _measure(about, test, model, device, settings, load_s, meter, advance)
                     for test in settings.tests()
@@ -185,10 +185,10 @@ class _Runner:
 
 @contextmanager
 def _loaded(info: SourceInfo, device: torch.device) -> Iterator[Any]:
-    load = _load_gptq if info.kind == "gptq" else _load
-    with _quiet(), _explained(info):
+    load = load_gptq if info.kind == "gptq" else _load
+    with quiet(), explained(info):
         model, found = load(info, device)
-    _check_whole(info, found)
+    check_whole(info, found)
     if info.kind == "gptq" and device.type != "cpu":
         model = model.half()
     yield model.eval()

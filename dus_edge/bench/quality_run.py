@@ -210,7 +210,7 @@ def check_runnable(infos: Sequence[SourceInfo], device: str) -> None:
     folders = [info for info in infos if info.kind != "gguf"]
     if not folders:
         return
-    from dus_edge.bench.hf_logits import check_packages, find_device
+    from dus_edge.bench.hf_models import check_packages, find_device
 
     for info in folders:
         check_packages(info)
