@@ -33,13 +33,25 @@ WORDS := $(foreach t,$(TEXT),--text "$(t)")
 GGUF_STAMPS := $(VENV)/$(if $(filter ggml,$(QUANTIZER)),llama,run).stamp \
   $(if $(filter auto,$(IMATRIX)),$(VENV)/hf.stamp)
 
+# `make bench`: the files of BASE that are measured, each in a process of its own, so that none finds
+# another's memory; the first is the reference of quality.
+BENCH   := $(OUT)/bench
+NAME    := $(subst @,-,$(notdir $(patsubst %/,%,$(BASE))))-DUS
+FILES   := $(foreach q,f16 q8_0 q4_k_m q4_0,"$(BENCH)/$(NAME)-$(q).gguf")
+GPTQ    := $(if $(BITS),"$(BENCH)/$(NAME)-gptq-int$(BITS)")
+RESULTS := benchmarks/results
+# pico is judged on the kind of text that it knows, others on the built-in evaluation text.
+HELDOUT := $(if $(filter pico,$(BASE)),"$(BENCH)/heldout")
+
 .DEFAULT_GOAL := help
-.PHONY: help gguf gptq imatrix modelfiles upscale interop tables test lint bench clean
+# Two pips must not write one environment at the same time.
+.NOTPARALLEL:
+.PHONY: help gguf gptq imatrix modelfiles upscale interop tables test lint bench bench-export clean
 
 help: ## List the targets.
 	@echo "Targets:"
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' \
-	  | while IFS='|' read -r name text; do printf '%-18s %s\n' "$$name" "$$text"; done
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
+	  | while IFS='|' read -r name text; do printf '%-19s %s\n' "$$name" "$$text"; done
 	@echo "Variables, as they are now:"
 	@printf '  %-16s %s\n' \
 	  "QUANT=$(QUANT)" "preset, or several: QUANT=q4_k_m,q8_0" \
@@ -48,7 +60,7 @@ help: ## List the targets.
 	  "OUT=$(OUT)" "folder of the results" \
 	  "QUANTIZER=$(QUANTIZER)" "native, or ggml: llama.cpp's, compiled the first time" \
 	  "IMATRIX=$(IMATRIX)" "importance matrix for gguf: a file, or auto to collect it" \
-	  "BITS=$(BITS)" "bits of gptq: 2, 3, 4 or 8" \
+	  "BITS=$(BITS)" "bits of gptq: 2, 3, 4 or 8; empty: bench without gptq" \
 	  "GROUP=$(GROUP)" "columns of gptq that share a scale; -1: the whole row" \
 	  "TEXT=$(TEXT)" "calibration text, files or folders; empty: built in"
 
@@ -90,7 +102,19 @@ test: $(VENV)/test.stamp ## Run the tests.
 lint: $(VENV)/test.stamp ## Check style.
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-bench: $(VENV)/test.stamp ## Measure the export on this machine (minutes, 20 GB of disk).
+bench: $(VENV)/llama.stamp $(if $(BITS),$(VENV)/hf.stamp) ## Measure BASE's files here; write benchmarks/TABLES.md.
+	@$(BIN)/dus-edge gguf "$(BASE)" $(PLAN) -q f16 -q q8_0 -q q4_k_m -q q4_0 \
+	  -o "$(BENCH)" --alias "$(NAME)" --overwrite
+	$(if $(GPTQ),@$(BIN)/dus-edge gptq "$(BASE)" $(PLAN) --bits "$(BITS)" --group-size "$(GROUP)" \
+	  $(WORDS) -o $(GPTQ) --overwrite)
+	@for f in $(FILES) $(GPTQ); do $(BIN)/dus-edge bench run "$$f" -o $(RESULTS)/measured.jsonl || exit; done
+	$(if $(HELDOUT),@$(BIN)/python benchmarks/heldout_text.py $(HELDOUT))
+	@$(BIN)/dus-edge quality $(FILES) $(GPTQ) $(addprefix --text ,$(HELDOUT)) \
+	  -o "$(BENCH)/quality" --no-plots --overwrite
+	@cp "$(BENCH)/quality/quality.json" $(RESULTS)/quality.json
+	@$(BIN)/dus-edge bench tables -o benchmarks --overwrite
+
+bench-export: $(VENV)/test.stamp ## Measure the export itself (minutes, 20 GB of disk).
 	@$(BIN)/python benchmarks/bench_export.py
 
 clean: ## Remove results and caches; .venv stays.

@@ -10,11 +10,13 @@ agree: a wheel is compiled with OpenMP where the default of today's llama.cpp is
 another set of CPU instructions. So what differs is the harness alone; `--own-libraries` leaves the
 tool its own for comparison.
 
-A round is one process of each side, first one then the other, by turns; both measure one warm-up
-and `--repetitions` of each test. The figure is the median over rounds of the ratio of the two
-neighbouring averages, so a machine that slows down over a run does not count; with its quartiles.
-Beside it the ratio of each side's fastest repetition, the one that other programs disturbed least.
-One line per file and test goes to `results/measure.jsonl`.
+A round is one process of each side, one after the other, in an order that turns round; each
+measures one warm-up and `--repetitions` of each test. llama-bench takes part twice: how far it is
+from itself is what the machine's own noise makes of a figure. The difference is the median over
+rounds of the ratio to the mean of llama-bench's two averages of the same round, so a machine that
+slows down over a run does not count; its 95 % interval is bootstrapped over the rounds. Beside it
+the ratio of each side's fastest repetition, the one that other programs disturbed least. One line
+per file and test goes to `results/measure.jsonl`.
 """
 
 from __future__ import annotations
@@ -23,16 +25,17 @@ import argparse
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from common import RESULTS, append, machine, markdown_table, read
 
-SIDES = ("llama-bench", "ours")
+SIDES = ("llama-bench", "ours", "llama-bench again")
+THEIRS, OURS, AGAIN = SIDES
 
-OURS = """
+RUN_OURS = """
 import json, pathlib, sys
 from dus_edge.bench.measure import Settings, bench_run, json_lines
 options = json.loads(sys.argv[2])
@@ -65,7 +68,7 @@ def run_theirs(tool: Path, model: Path, options: dict, own_libraries: bool) -> l
 
 def run_ours(model: Path, options: dict) -> list[dict]:
     """Ours, in a process of its own as theirs is."""
-    command = [sys.executable, "-c", OURS, str(model), json.dumps(options)]
+    command = [sys.executable, "-c", RUN_OURS, str(model), json.dumps(options)]
     out = subprocess.run(command, capture_output=True, text=True)
     if out.returncode:
         sys.exit(f"measuring failed: {out.stderr.strip()}")
@@ -82,22 +85,30 @@ def name(test: tuple[int, int, int]) -> str:
     return (f"pp{n_prompt}" if n_prompt else f"tg{n_gen}") + (f" @ d{depth}" if depth else "")
 
 
+def bootstrapped(ratios: np.ndarray) -> tuple[float, float, float]:
+    """The median and its 95 % interval."""
+    draws = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
+    low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975))
+    return float(np.median(ratios)), float(low), float(high)
+
+
 def summarize(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """Medians of both rates, tokens per second, and of ours over theirs, with quartiles."""
-    ratios = sorted(r["ours"] / r["llama-bench"] for r in rounds)
-    low, ratio, high = (
-        statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    )
-    medians = {f"{side}_ts": statistics.median(r[side] for r in rounds) for side in SIDES}
+    """Medians of the rates, tokens per second, ours over theirs, and theirs over theirs."""
+    rates = {side: np.array([r[side] for r in rounds]) for side in SIDES}
     # The fastest repetition of all is the one that nothing disturbed.
-    best = {f"{side}_best_ts": max(r[f"{side} best"] for r in rounds) for side in SIDES}
+    best = {side: max(r[f"{side} best"] for r in rounds) for side in SIDES}
+    ratio, low, high = bootstrapped(rates[OURS] / ((rates[THEIRS] + rates[AGAIN]) / 2))
+    control, control_low, control_high = bootstrapped(rates[AGAIN] / rates[THEIRS])
     return {
-        **medians,
-        **best,
-        "best_ratio": best["ours_best_ts"] / best["llama-bench_best_ts"],
+        **{f"{side}_ts": float(np.median(rates[side])) for side in SIDES},
+        **{f"{side}_best_ts": best[side] for side in SIDES},
+        "best_ratio": best[OURS] / max(best[THEIRS], best[AGAIN]),
         "ratio": ratio,
         "ratio_low": low,
         "ratio_high": high,
+        "control": control,
+        "control_low": control_low,
+        "control_high": control_high,
         "rounds": len(rounds),
     }
 
@@ -105,36 +116,34 @@ def summarize(rounds: list[dict[str, float]]) -> dict[str, float]:
 def compare(tool: Path, model: Path, options: dict, n: int, own_libraries: bool) -> list[dict]:
     """One line per test of a file."""
     found: dict[tuple, list[dict[str, float]]] = {}
+    model_type, n_params = "", 0
     for i in range(n):
-        lines: dict[str, list[dict]] = {}
-        # The order changes, so that a trend favours neither side.
+        lines: dict[str, dict[tuple, dict]] = {}
+        # The order turns round, so that a trend favours no side.
         for side in SIDES if i % 2 == 0 else SIDES[::-1]:
-            if side == "ours":
-                lines[side] = run_ours(model, options)
+            if side == OURS:
+                run = run_ours(model, options)
             else:
-                lines[side] = run_theirs(tool, model, options, own_libraries)
-        theirs = {key(line): line for line in lines["llama-bench"]}
-        for line in lines["ours"]:
-            other = theirs[key(line)]
+                run = run_theirs(tool, model, options, own_libraries)
+            lines[side] = {key(line): line for line in run}
+        for test, ours in lines[OURS].items():
             same = ("model_n_params", "model_size", "n_threads", "n_batch", "n_ubatch")
-            if different := [k for k in same if line[k] != other[k]]:
+            if different := [k for k in same if ours[k] != lines[THEIRS][test][k]]:
                 sys.exit(f"the two sides differ in {', '.join(different)}")
-            rates = {"ours": line["avg_ts"], "llama-bench": other["avg_ts"]}
-            best = {
-                side: max(x["samples_ts"]) for side, x in (("ours", line), ("llama-bench", other))
-            }
-            rates |= {f"{side} best": rate for side, rate in best.items()}
-            found.setdefault(key(line), []).append(rates)
+            model_type, n_params = ours["model_type"], ours["model_n_params"]
+            rates = {side: lines[side][test]["avg_ts"] for side in SIDES}
+            rates |= {f"{side} best": max(lines[side][test]["samples_ts"]) for side in SIDES}
+            found.setdefault(test, []).append(rates)
             print(
-                f"  round {i + 1}/{n}  {name(key(line)):>16}  "
-                + "  ".join(f"{side} {rates[side]:10.2f}" for side in SIDES),
+                f"  round {i + 1}/{n}  {name(test):>12}  "
+                + "  ".join(f"{side} {rates[side]:.2f}" for side in SIDES),
                 flush=True,
             )
     return [
         {
             "file": model.name,
-            "model_type": lines["ours"][0]["model_type"],
-            "model_n_params": lines["ours"][0]["model_n_params"],
+            "model_type": model_type,
+            "model_n_params": n_params,
             "test": name(test),
             **summarize(rounds),
             "samples": rounds,
@@ -146,22 +155,26 @@ def compare(tool: Path, model: Path, options: dict, n: int, own_libraries: bool)
 def render(lines: list[dict]) -> str:
     """The newest figures of each file and test."""
     newest = {(line["file"], line["test"], line["own_libraries"]): line for line in lines}
-    head = ["file", "test", "llama-bench", "bench run", "difference", "quartiles", "fastest"]
+    head = ["file", "test", THEIRS, "bench run", "difference", "95 %", "control", "fastest"]
     rows = [
         [
             line["file"] + (" (tool's own libraries)" if line["own_libraries"] else ""),
             line["test"],
-            f"{line['llama-bench_ts']:.2f}",
-            f"{line['ours_ts']:.2f}",
-            *(
-                f"{100 * (line['ratio'] - 1):+.2f} %",
-                f"{100 * (line['ratio_low'] - 1):+.2f} … {100 * (line['ratio_high'] - 1):+.2f} %",
-                f"{100 * (line['best_ratio'] - 1):+.2f} %",
-            ),
+            f"{line[f'{THEIRS}_ts']:.2f}",
+            f"{line[f'{OURS}_ts']:.2f}",
+            percent(line["ratio"]),
+            f"{percent(line['ratio_low'])} to {percent(line['ratio_high'])}",
+            percent(line["control"]),
+            percent(line["best_ratio"]),
         ]
         for line in newest.values()
     ]
     return markdown_table(head, rows, 2)
+
+
+def percent(ratio: float) -> str:
+    """How far a ratio is from one."""
+    return f"{100 * (ratio - 1):+.1f} %"
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from common import RESULTS, append, machine, markdown_table
 
 from dus_edge import data
 from dus_edge.bench import memory
-from dus_edge.bench.memory import MIB, Settings, StoredModel
+from dus_edge.bench.stored_model import BACKENDS, MIB, Settings, StoredModel, kv_types
 from dus_edge.checkpoint.config import parse_config
 from dus_edge.quant.recipe import find_preset
 
@@ -57,7 +57,7 @@ def states_inputs(row: Mapping[str, Any]) -> bool:
     return (
         all(key in row.get("arch", {}) for key in needed)
         and "n_ctx" in row
-        and row.get("backend") in memory.BACKENDS
+        and row.get("backend") in BACKENDS
         and ("kv_cache_mib" in row or "compute_buffer_mib" in row)
     )
 
@@ -154,7 +154,7 @@ def measure(path: Path) -> Iterator[dict[str, Any]]:
     for context in CONTEXTS:
         for kind in types:
             for flash in (False, True):
-                k, v = memory.kv_types(kind, flash)
+                k, v = kv_types(kind, flash)
                 said.clear()
                 c = lib.llama_context_default_params()
                 c.n_ctx, c.n_batch, c.n_ubatch = context, 2048, 512

@@ -17,7 +17,12 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How the model is stored and run; the command gets `candidate` and `settings`."""
     options = (
         click.option(
-            "-q", "--quant", "preset", metavar="PRESET", help="Of a checkpoint [default: q4_k_m]."
+            "-q",
+            "--quant",
+            "preset",
+            metavar="PRESET",
+            help="Of a checkpoint: a GGUF preset, gptq-int4 (-int8, -int3, -int2), bnb-nf4 or "
+            "bnb-int8 [default: q4_k_m].",
         ),
         click.option(
             "--ctx",
@@ -70,10 +75,9 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         **rest: Any,
     ) -> Any:
         from dus_edge import prediction
-        from dus_edge.quant.recipe import find_preset
 
         quiet = functools.partial(click.echo, err=True)
-        chosen = find_preset(preset) if preset else None
+        chosen = prediction.choose_preset(preset) if preset else None
         candidate = prediction.find_candidate(model, choose, chosen, quiet)
         settings = prediction.memory_settings(
             candidate.model,
@@ -124,8 +128,8 @@ def fit(
 ) -> None:
     """Does MODEL fit a device, and if not, what would?
 
-    MODEL is a GGUF file, a folder (config.json is enough), a hub id or pico.
-    Without --device: which devices run it.
+    MODEL is a GGUF file, a folder (config.json is enough; also GPTQ's and
+    bitsandbytes'), a hub id or pico. Without --device: which devices run it.
     """
     from dus_edge import prediction
     from dus_edge import prediction_report as report
@@ -144,7 +148,7 @@ def fit(
         platform=platform,
         memory_gb=memory_gb,
     )
-    click.echo(json.dumps(report.prediction_json(found)) if as_json else report.fit_text(found))
+    click.echo(json.dumps(report.answer_json(found)) if as_json else report.fit_text(found))
 
 
 @click.group()
@@ -188,9 +192,7 @@ def predict(
         platform=platform,
         memory_gb=memory_gb,
     )
-    click.echo(
-        json.dumps(report.prediction_json(found)) if as_json else report.prediction_text(found)
-    )
+    click.echo(json.dumps(report.answer_json(found)) if as_json else report.prediction_text(found))
 
 
 @bench.command("run")
@@ -209,11 +211,19 @@ def predict(
 @click.option(
     "-fa", "flash_attn", type=click.Choice(("auto", "on", "off")), default="auto", show_default=True
 )
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="JSONL",
+    help="Also add the results to this file, a line each, with this machine's facts.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines instead.")
 def run(
     models: tuple[str, ...],
     ollama: tuple[str, ...],
     depths: str,
+    out: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -221,7 +231,7 @@ def run(
 
     FILEs are GGUF files, or folders: plain, GPTQ or bitsandbytes.
     """
-    from dus_edge.bench import measure
+    from dus_edge.bench import measure, record
     from dus_edge.errors import UsageError
 
     try:
@@ -231,11 +241,15 @@ def run(
     if not models and not ollama:
         raise UsageError("Give a GGUF file or folder to measure, or --ollama NAME.")
     settings = measure.Settings(depths=at, **options)
+    if out is not None:
+        record.check_record(out, ollama=bool(ollama))
     found = measure.bench_run([Path(m) for m in models], settings) if models else []
     for name in ollama:
         from dus_edge.bench.ollama_api import measure_ollama
 
         found += measure_ollama(name, settings)
+    if out is not None:
+        record.append_record(out, found)
     click.echo(measure.json_lines(found) if as_json else measure.table(found), nl=not as_json)
 
 
@@ -249,10 +263,29 @@ def run(
     metavar="DIR",
     help="Folder for TABLES.md, tables.csv and tables.json.",
 )
+@click.option(
+    "--measured",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="JSONL",
+    help="Of `bench run -o`; may be given several times "
+    "[default: DIR/results/measured.jsonl, if there].",
+)
+@click.option(
+    "--quality",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="JSON",
+    help="Of `dus-edge quality -o`; may be given several times "
+    "[default: DIR/results/quality.json, if there].",
+)
 @click.option("--overwrite", is_flag=True, help="Replace them.")
-def tables(out: Path, overwrite: bool) -> None:
-    """Predict SOLAR 10.7B on every known device."""
+def tables(
+    out: Path, measured: tuple[Path, ...], quality: tuple[Path, ...], overwrite: bool
+) -> None:
+    """Predict SOLAR 10.7B on every known device; add what was measured."""
     from dus_edge.tables import write_tables
 
-    for path in write_tables(out, overwrite=overwrite):
+    written = write_tables(out, overwrite=overwrite, measured=measured, quality=quality)
+    for path in written:
         click.echo(path)

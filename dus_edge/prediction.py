@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from dus_edge.bench.devices import Device, find_device, recognise
-from dus_edge.bench.fit import Verdict, best_preset, devices_that_run, judge, models_of_presets
-from dus_edge.bench.memory import (
-    KV_TYPES,
-    Settings,
-    StoredModel,
-    kv_types,
-    model_of_config,
-    read_gguf,
+from dus_edge.bench.fit import (
+    Verdict,
+    best_preset,
+    devices_that_run,
+    judge,
+    models_of_presets,
+    settings_on,
 )
+from dus_edge.bench.folder_memory import (
+    TorchPreset,
+    find_torch_preset,
+    is_quantized_folder,
+    is_torch_preset,
+    model_of_preset,
+    models_of_torch_presets,
+    read_folder,
+)
+from dus_edge.bench.memory import model_of_config, read_gguf
 from dus_edge.bench.speed import Speed, Work, device_speed, predict
+from dus_edge.bench.stored_model import KV_TYPES, Settings, StoredModel, kv_types
+from dus_edge.bench.torch_memory import VALUE_BYTES
+from dus_edge.checkpoint.config import load_config
+from dus_edge.checkpoint.names import CONFIG
+from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.errors import UsageError
-from dus_edge.jobs import ChoosePlan, Say, find_model
+from dus_edge.jobs import ChoosePlan, Model, Say
 from dus_edge.quant.recipe import Preset, find_preset
 
 #: Context that fit is judged at unless asked otherwise; or the model's own, if that is shorter.
@@ -54,8 +68,19 @@ class Candidate:
     presets: dict[str, StoredModel]
 
 
-def find_candidate(model: str, choose: ChoosePlan, preset: Preset | None, say: Say) -> Candidate:
-    """A GGUF file by its header, or a checkpoint by its configuration and a preset.
+def choose_preset(name: str) -> Preset | TorchPreset:
+    """The preset of that name: one of GGUF's, or of those for transformers.
+
+    Raises:
+        UsageError: no such preset; the nearest one is suggested.
+    """
+    return find_torch_preset(name) if is_torch_preset(name) else find_preset(name)
+
+
+def find_candidate(
+    model: str, choose: ChoosePlan, preset: Preset | TorchPreset | None, say: Say
+) -> Candidate:
+    """A GGUF file or quantized folder by its headers, or a checkpoint by config and preset.
 
     Args:
         model: a `.gguf` file, folder (`config.json` is enough), hub id or the built-in base.
@@ -64,19 +89,43 @@ def find_candidate(model: str, choose: ChoosePlan, preset: Preset | None, say: S
         say: takes lines for the user.
 
     Raises:
-        UsageError: a preset for a file, which has its own.
+        UsageError: a preset or another depth for what is quantized already.
     """
     if model.endswith(".gguf"):
-        if preset is not None:
-            raise UsageError(f"{model} is quantized already; --quant is for checkpoints.")
+        _refuse_preset(model, preset)
         return Candidate(read_gguf(Path(model)), {})
-    found = find_model(model, choose, weights=False, say=say)
+
+    def check(folder: Path) -> None:
+        if not is_quantized_folder(folder):
+            choose(load_config(folder / CONFIG).n_layers)
+
+    source = resolve_base(model, weights=False, on_config=check, progress=say)
+    if is_quantized_folder(source.folder):
+        _refuse_preset(model, preset)
+        stored = read_folder(source.folder, source.name)
+        if not choose(stored.n_layers).is_identity:
+            raise UsageError(
+                f"{model} is quantized already; layers are dropped and repeated before that."
+            )
+        return Candidate(stored, {})
+    config = load_config(source.folder / CONFIG)
+    found = Model(source, config, choose(config.n_layers))
     chosen = preset or find_preset("q4_k_m")
     name = f"{found.name.stem}-{chosen.label}"
+    if isinstance(chosen, TorchPreset):
+        return Candidate(
+            model_of_preset(found.config, chosen, name),
+            models_of_torch_presets(found.config, found.name.stem),
+        )
     return Candidate(
         model_of_config(found.config, chosen, name),
         models_of_presets(found.config, found.name.stem),
     )
+
+
+def _refuse_preset(model: str, preset: Preset | TorchPreset | None) -> None:
+    if preset is not None:
+        raise UsageError(f"{model} is quantized already; --quant is for checkpoints.")
 
 
 def choose_device(name: str) -> Device:
@@ -138,10 +187,12 @@ def predict_on(
             f"and a depth of {depth:,} is asked for."
         )
     verdict = judge(model, device, settings, platform=platform, memory_gb=memory_gb)
-    settings = replace(settings, backend=device.backend)
+    settings = settings_on(device, settings)
     best = best_preset(candidate.presets, settings, verdict.usable_bytes)
     speed, why = None, None
-    if not verdict.offloaded_layers:
+    if model.torch is not None and not verdict.fits:
+        why = "it does not fit whole, and parts left on the CPU are predicted for GGUF files only."
+    elif not verdict.offloaded_layers:
         why = "no layer fits on the device."
     else:
         try:
@@ -174,5 +225,10 @@ def work_of(model: StoredModel, settings: Settings) -> Work:
             continue  # the embedding is looked up, norms are nothing
         if tensor.n_rows > 1:
             weights[tensor.kind] = weights.get(tensor.kind, 0) + tensor.n_rows * tensor.n_cols
+    if model.torch is not None:
+        per_value = float(VALUE_BYTES[model.torch.values])
+        return Work(
+            model.n_layers, model.n_heads, model.n_kv_heads, model.head_dim, weights, per_value
+        )
     per_value = sum(KV_TYPES[t].bits_per_weight for t in (settings.type_k, settings.type_v)) / 16
     return Work(model.n_layers, model.n_heads, model.n_kv_heads, model.head_dim, weights, per_value)

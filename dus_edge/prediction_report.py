@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from dus_edge.bench.devices import Device
 from dus_edge.bench.fit import Verdict
-from dus_edge.bench.memory import MemoryUse, Settings
+from dus_edge.bench.stored_model import MemoryUse, Settings
 from dus_edge.files import format_bytes
 from dus_edge.prediction import Prediction
 
@@ -71,7 +72,8 @@ def prediction_json(p: Prediction) -> dict[str, Any]:
     """A prediction; every speed has the ends of its 80 % interval beside it."""
     keys = [f"{kind}_tokens_per_s{end}" for kind in ("tg", "pp") for end in ("", "_low", "_high")]
     # Four digits: no prediction knows more, and processors differ in the last ones.
-    speed = {key: float(f"{getattr(p.speed, key):.4g}") if p.speed else None for key in keys}
+    rates = {key: getattr(p.speed, key, None) for key in keys}
+    speed = {key: None if x is None else float(f"{x:.4g}") for key, x in rates.items()}
     return {
         "model": p.name,
         "context": p.context,
@@ -82,6 +84,11 @@ def prediction_json(p: Prediction) -> dict[str, Any]:
     }
 
 
+def answer_json(p: Prediction) -> dict[str, Any]:
+    """What `fit` and `bench predict` print with `--json`: a prediction, and what runs the model."""
+    return {**prediction_json(p), "runtime": p.verdict.runtime, "note": p.verdict.note}
+
+
 def fit_text(p: Prediction) -> str:
     """What `dus-edge fit` prints of one device."""
     v = p.verdict
@@ -90,14 +97,15 @@ def fit_text(p: Prediction) -> str:
         lines.append(f"The longest context that fits whole is {v.longest_context:,} tokens.")
     if p.best_preset:
         lines.append(f"The best preset that fits whole at this context is {p.best_preset}.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_notes(v)])
 
 
 def prediction_text(p: Prediction) -> str:
     """What `dus-edge bench predict` prints."""
     lines = [_head(p), *_memory_lines(p.verdict), "", _sentence(p)]
     if p.speed is None:
-        return "\n".join([*lines, f"No speed is predicted: {p.why_no_speed}"])
+        why = _wrap(f"No speed is predicted: {p.why_no_speed}")
+        return "\n".join([*lines, why, *_notes(p.verdict)])
     s = p.speed
     rows = (
         ("Generation", s.tg_tokens_per_s, s.tg_tokens_per_s_low, s.tg_tokens_per_s_high),
@@ -106,8 +114,11 @@ def prediction_text(p: Prediction) -> str:
     lines += [
         f"{name:14} {_rate(x):>8} tok/s, 80 % interval {_rate(low)} to {_rate(high)} (predicted)"
         for name, x, low, high in rows
+        if x is not None
     ]
-    return "\n".join(lines)
+    if s.pp_tokens_per_s is None:
+        lines.append("No speed of the prompt is predicted for such a model.")
+    return "\n".join([*lines, *_notes(p.verdict)])
 
 
 def runs_table(name: str, settings: Settings, found: Sequence[Verdict]) -> str:
@@ -124,13 +135,17 @@ def runs_table(name: str, settings: Settings, found: Sequence[Verdict]) -> str:
             f"{format_bytes(v.use.total_bytes):>9} {format_bytes(v.usable_bytes):>9} "
             f"{v.longest_context or 0:>13,}"
         )
+    notes = dict.fromkeys((v.device.backend, v.note) for v in found if v.note)
+    lines += [_wrap(f"{backend}: {note}") for backend, note in notes]
     return "\n".join(lines)
 
 
 def _head(p: Prediction) -> str:
     v = p.verdict
     where = f" ({v.platform})" if v.platform else ""
-    return f"{p.name}, context {p.context:,}\non {v.device.name}, {v.memory_gb:g} GB{where}"
+    runtime = "" if v.runtime == "llama.cpp" else f", under {v.runtime}"
+    head = f"{p.name}, context {p.context:,}{runtime}"
+    return f"{head}\non {v.device.name}, {v.memory_gb:g} GB{where}"
 
 
 def _memory_lines(v: Verdict) -> list[str]:
@@ -150,6 +165,11 @@ def _sentence(p: Prediction) -> str:
     spare = v.usable_bytes - v.use.total_bytes
     if v.fits:
         said = f"It fits whole, with {format_bytes(spare)} to spare."
+    elif v.runtime != "llama.cpp":
+        said = _wrap(
+            f"It does not fit, {format_bytes(-spare)} are missing. transformers can leave layers "
+            "on the CPU (device_map); that is not predicted."
+        )
     elif v.offloaded_layers:
         n = v.offloaded_layers
         said = f"It does not fit whole, {format_bytes(-spare)} are missing; -ngl {n} fits."
@@ -158,6 +178,21 @@ def _sentence(p: Prediction) -> str:
     if abs(spare) < _UNSURE * v.usable_bytes:
         said += "\nThat is close: what the system itself takes is not known so well."
     return said
+
+
+def _notes(v: Verdict) -> list[str]:
+    """What is to be known of a model that transformers runs."""
+    if v.runtime == "llama.cpp":
+        return []
+    compute = (
+        "Compute is the peak while a prompt of the whole context is read at once; what "
+        "torch's allocator keeps in reserve is not in it."
+    )
+    return ["", *(_wrap(text) for text in (compute, v.note) if text)]
+
+
+def _wrap(text: str) -> str:
+    return textwrap.fill(text, 79, break_long_words=False)
 
 
 def _rate(x: float) -> str:

@@ -1,26 +1,82 @@
-"""The tables of what fits and how fast: SOLAR's shape on every device that is known."""
+"""The tables of what fits and how fast: SOLAR's shape on every device, and what was measured.
+
+``TABLES.md`` is for people. ``tables.json`` is one object of three lists, so that nobody takes one
+kind for another: ``{"predicted": […], "measured": […], "quality": […]}``. Every row has
+``"source"``, ``"predicted"`` or ``"measured"``. Rows of ``predicted`` have the keys of `bench
+predict --json` and their ``preset``; of ``measured``, those of a line of `bench run -o`; of
+``quality``, those of `tables_measured.quality_rows`. ``tables.csv`` has the rows of all three, told
+apart by its columns ``source`` and ``table`` (``predicted``, ``measured``, ``quality``). Every
+other column belongs to one of the three and is empty in the rest; those of the last two begin with
+``measured_`` and ``quality_``.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dus_edge import data
 from dus_edge.bench.devices import load_devices
-from dus_edge.bench.memory import Settings, model_of_config
-from dus_edge.checkpoint.config import ModelConfig, parse_config
-from dus_edge.files import check_absent, check_writable, write_text
+from dus_edge.bench.memory import model_of_config
+from dus_edge.bench.record import read_lines, read_quality
+from dus_edge.bench.stored_model import Settings, StoredModel
+from dus_edge.checkpoint.config import ModelConfig, parse_config, tensor_shapes
+from dus_edge.files import check_absent, check_writable, format_bytes, output_files, pwrite_all
 from dus_edge.prediction import Candidate, Prediction, memory_settings, predict_on
 from dus_edge.prediction_report import prediction_json
 from dus_edge.quant.recipe import find_preset
+from dus_edge.tables_measured import (
+    CSV_KEYS,
+    Line,
+    machine_names,
+    measured_markdown,
+    measured_rows,
+    quality_markdown,
+    quality_rows,
+    table,
+)
 
-PRESETS = ("f16", "q8_0", "q4_k_m", "q4_0")
 SOLAR = "solar-10.7b.json"
+MODEL = "SOLAR-DUS 10.7B"
+#: Files below the tables' folder that are read where no others are named.
+MEASURED = Path("results") / "measured.jsonl"
+QUALITY = Path("results") / "quality.json"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One way to store the model: a column of the tables.
+
+    Attributes:
+        key: ``preset`` of the rows.
+        title: what people read.
+        store: the model stored so, from its configuration and a name.
+        splits: whether what runs it can leave layers to the CPU (llama.cpp's ``-ngl``).
+    """
+
+    key: str
+    title: str
+    store: Callable[[ModelConfig, str], StoredModel]
+    splits: bool = True
+
+
+def _gguf(preset: str) -> Column:
+    def store(config: ModelConfig, name: str) -> StoredModel:
+        return model_of_config(config, find_preset(preset), name)
+
+    return Column(preset, preset.upper(), store)
+
+
+PRESETS = tuple(map(_gguf, ("f16", "q8_0", "q4_k_m", "q4_0")))
+#: What people ask for first.
+USUAL = "q4_k_m"
 #: What public guides say of SOLAR 10.7B: file and VRAM in GB, and where Q4_K_M runs.
 GUIDES: Mapping[str, tuple[float, float]] = {
     "f16": (21, 24),
@@ -30,10 +86,10 @@ GUIDES: Mapping[str, tuple[float, float]] = {
 }
 GUIDED_DEVICES = (("rtx-3060-12gb", 12.0), ("rtx-4060", 8.0), ("m1-8c", 8.0))
 _FAMILIES = {
+    "nvidia-20-desktop": "RTX 20, desktop",
     "nvidia-30-desktop": "RTX 30, desktop",
     "nvidia-40-desktop": "RTX 40, desktop",
     "nvidia-50-desktop": "RTX 50, desktop",
-    "nvidia-20-desktop": "RTX 20, desktop",
     "nvidia-laptop": "RTX, laptop",
     "nvidia-pro": "RTX, workstation",
     "nvidia-datacenter": "Datacenter",
@@ -43,17 +99,34 @@ _FAMILIES = {
     "apple-m4": "Apple M4",
     "apple-m5": "Apple M5",
 }
+#: The classes of the table in short: what, backend, families that begin so, GB.
+_CLASSES = (
+    ("cards", "nvidia-", ("desktop", "laptop"), (8, 12, 16, 24)),
+    ("Macs", "apple-", ("",), (8, 16, 24, 32)),
+)
+_WHOLE_ONLY = (
+    " *no*: not whole, and what runs it leaves no layer to the CPU; *fits*: whole, and no speed is "
+    "predicted."
+)
+#: Share of the usable memory within which a verdict may be wrong either way.
+_UNSURE = 0.03
 
 
 @dataclass(frozen=True)
 class Row:
-    """One device in one memory size: a prediction for every preset."""
+    """One device in one memory size: a prediction for every column."""
 
     device_id: str
     name: str
     family: str
     memory_gb: float
     cells: Mapping[str, Prediction]
+
+    @property
+    def short_name(self) -> str:
+        """Without the maker."""
+        name = self.name.removeprefix("NVIDIA ").removeprefix("GeForce ")
+        return name.removeprefix("Apple ")
 
 
 def solar_config() -> ModelConfig:
@@ -64,87 +137,260 @@ def solar_config() -> ModelConfig:
 
 def predict_all(config: ModelConfig, name: str) -> tuple[Settings, list[Row]]:
     """Every device with every memory size, at 4,096 tokens of context with flash attention."""
-    models = {p: model_of_config(config, find_preset(p), f"{name}-{p.upper()}") for p in PRESETS}
-    settings = memory_settings(models[PRESETS[0]])
+    models = {c.key: c.store(config, f"{name}-{c.title}") for c in PRESETS}
+    settings = memory_settings(models[USUAL])
     rows = []
     for device in load_devices():
         for gb in device.memory_gb_options:
             cells = {
-                p: predict_on(Candidate(m, {}), device, settings, memory_gb=gb)
-                for p, m in models.items()
+                key: predict_on(Candidate(m, {}), device, settings, memory_gb=gb)
+                for key, m in models.items()
             }
             rows.append(Row(device.id, device.name, device.family, gb, cells))
     return settings, rows
 
 
-def write_tables(folder: Path, *, overwrite: bool) -> list[Path]:
-    """Write TABLES.md, tables.csv and tables.json; returns their paths.
+def write_tables(
+    folder: Path,
+    *,
+    overwrite: bool,
+    measured: Sequence[Path] = (),
+    quality: Sequence[Path] = (),
+) -> list[Path]:
+    """Write TABLES.md, tables.csv and tables.json, all or none; returns their paths.
+
+    Args:
+        folder: for them.
+        overwrite: whether they may be replaced.
+        measured: files of `bench run -o`; none means `MEASURED` of the folder, if it is there.
+        quality: files of `dus-edge quality -o`; none means `QUALITY` of the folder, if it is there.
 
     Raises:
         OutputError: one exists and is not to be replaced, or the folder cannot be written.
+        UsageError: a file of what was measured is missing or damaged.
     """
     paths = [folder / name for name in ("TABLES.md", "tables.csv", "tables.json")]
     check_absent(paths, overwrite)
     check_writable(folder)
-    config = solar_config()
-    settings, rows = predict_all(config, "SOLAR-DUS-10.7B")
-    texts = (markdown(settings, rows), as_csv(rows), json.dumps(as_json(rows)) + "\n")
-    for path, text in zip(paths, texts, strict=True):
-        write_text(path, text)
+    lines = [line for path in measured or _there(folder / MEASURED) for line in read_lines(path)]
+    results = [read_quality(path) for path in quality or _there(folder / QUALITY)]
+    settings, rows = predict_all(solar_config(), MODEL.replace(" ", "-"))
+    found = as_json(rows, lines, results)
+    texts = (markdown(settings, rows, lines, results), as_csv(found), json.dumps(found) + "\n")
+    blobs = [text.encode() for text in texts]
+    sizes = [(path, len(blob)) for path, blob in zip(paths, blobs, strict=True)]
+    with output_files(sizes) as fds:
+        for fd, blob in zip(fds, blobs, strict=True):
+            pwrite_all(fd, blob, 0)
     return paths
 
 
-def markdown(settings: Settings, rows: Sequence[Row]) -> str:
-    """One table per family, then what public guides say beside ours."""
-    parts = [
-        "# What fits, and how fast: SOLAR-DUS 10.7B\n",
-        "**Predicted**, none of it measured: `dus-edge bench tables` wrote this page. "
-        f"Context {settings.context:,}, cache {settings.type_k}, flash attention "
-        f"{'on' if settings.flash_attn else 'off'}, llama.cpp of {settings.era}, nothing else on "
-        "the device but what its system takes (Windows for GeForce cards, macOS 26 for Macs).\n",
-        "A cell: memory in GiB of what is usable; then generation in tok/s with its 80 % interval. "
-        "*-ngl n* means that the whole does not fit and n layers do; **?** that the verdict is "
-        "within 3 % of the usable memory. Method, errors and limits: [README.md](README.md).\n",
-        f"Files: {', '.join(_file_size(p) for p in PRESETS)}.\n",
+def _there(path: Path) -> tuple[Path, ...]:
+    return (path,) if path.exists() else ()
+
+
+# For programs
+
+
+def as_json(
+    rows: Sequence[Row], lines: Iterable[Line] = (), results: Iterable[Mapping[str, Any]] = ()
+) -> dict[str, list[dict[str, Any]]]:
+    """The object of tables.json; see the module."""
+    predicted = [
+        {"source": "predicted", "preset": preset, **prediction_json(p)}
+        for row in rows
+        for preset, p in row.cells.items()
     ]
-    for family in dict.fromkeys(r.family for r in rows):
-        mine = [r for r in rows if r.family == family]
-        parts.append(f"## {_FAMILIES.get(family, family)}\n")
-        head = ["device", "GB", *(p.upper() for p in PRESETS)]
-        parts.append(_table(head, ([_short(r), f"{r.memory_gb:g}", *_cells(r)] for r in mine)))
-    parts.append(_guides(rows))
-    return "\n".join(parts)
+    return {
+        "predicted": predicted,
+        "measured": measured_rows(lines),
+        "quality": quality_rows(results),
+    }
 
 
-def as_csv(rows: Sequence[Row]) -> str:
-    """One line for each device, memory size and preset."""
+def as_csv(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The rows of `as_json`, flat."""
+    columns: dict[str, Mapping[str, str]] = {}
+    flat: list[dict[str, Any]] = []
+    for name, rows in tables.items():
+        for row in rows:
+            cells = {k: v for k, v in row.items() if k not in ("source", "memory")}
+            cells |= row.get("memory", {})
+            if name == "measured":
+                cells = {k: row[k] for k in CSV_KEYS}
+            prefix = "" if name == "predicted" else f"{name}_"
+            columns.setdefault(name, {k: prefix + k for k in cells})
+            flat.append(
+                {"source": row["source"], "table": name}
+                | {columns[name][k]: v for k, v in cells.items()}
+            )
+    head = ["source", "table", *(k for names in columns.values() for k in names.values())]
     out = io.StringIO()
-    lines = as_json(rows)
-    flat = [{**{k: v for k, v in x.items() if k != "memory"}, **x["memory"]} for x in lines]
-    writer = csv.DictWriter(out, list(flat[0]), lineterminator="\n")
+    writer = csv.DictWriter(out, head, lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
     return out.getvalue()
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One object for each device, memory size and preset; keys of `bench predict --json`."""
-    return [
-        {"preset": preset, **prediction_json(p)} for row in rows for preset, p in row.cells.items()
+# For people
+
+
+def markdown(
+    settings: Settings,
+    rows: Sequence[Row],
+    lines: Sequence[Line] = (),
+    results: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The page: in short, a table per family, public guides beside ours, then what was measured."""
+    families = sorted(dict.fromkeys(r.family for r in rows), key=_family_rank)
+    titles = [_FAMILIES.get(f, f) for f in families]
+    machines = f": {'; '.join(machine_names(lines))}" if lines else ""
+    links = ", ".join(f"[{t}](#{anchor(t)})" for t in titles)
+    parts = [
+        f"# What fits, and how fast: {MODEL}\n",
+        "`dus-edge bench tables` wrote this page; the same figures are in "
+        "[tables.csv](tables.csv) and [tables.json](tables.json). What is **predicted** and what "
+        "is **measured** stand apart. Method, errors and limits: [README.md](README.md).\n",
+        "- [In short](#in-short): the usual file by size of memory, predicted\n"
+        f"- [Predicted](#predicted), by family: {links}\n"
+        "- [Beside public guides](#beside-public-guides)\n"
+        f"- [Measured](#measured){machines}\n"
+        "- [Quality](#quality), measured\n",
+        _in_short(settings, rows),
+        "## Predicted\n",
+        f"**None of this is measured.** Context {settings.context:,}, cache {settings.type_k}, "
+        f"flash attention {'on' if settings.flash_attn else 'off'}, llama.cpp of {settings.era}, "
+        "nothing else on the device but what its system takes (Windows for GeForce cards, macOS 26 "
+        "for Macs). *Usable* is what that leaves in GiB; *takes* is what the model then needs.\n",
+        "A cell is generation in tok/s with its 80 % interval, **bold** where the whole model is "
+        "on the GPU. *-ngl n* means that the whole does not fit and n of its "
+        f"{_layers()} layers do, the rest running on the CPU; *?* that the verdict is within "
+        f"3 % of the usable memory.{_WHOLE_ONLY if not all(c.splits for c in PRESETS) else ''}\n",
+        f"Files: {', '.join(_file_size(c) for c in PRESETS)}.\n",
     ]
+    for family, title in zip(families, titles, strict=True):
+        parts.append(f"### {title}\n")
+        parts.append(_family_table([r for r in rows if r.family == family]))
+    parts.append(_guides(rows))
+    parts.append(measured_markdown(lines, MODEL, solar_parameters()))
+    parts.append(quality_markdown(results, MODEL, solar_parameters()))
+    return "\n".join(parts)
+
+
+def anchor(title: str) -> str:
+    """What GitHub links a heading by."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def solar_parameters() -> int:
+    """Weights of SOLAR 10.7B."""
+    return sum(math.prod(shape) for shape in tensor_shapes(solar_config()).values())
+
+
+def _in_short(settings: Settings, rows: Sequence[Row]) -> str:
+    """One line per size of memory: does the usual file fit, how fast, which is the largest."""
+    title = _column(USUAL).title
+    found = []
+    for what, family, kinds, sizes in _CLASSES:
+        for gb in sizes:
+            mine = [
+                r
+                for r in rows
+                if r.memory_gb == gb and r.family.startswith(family) and r.family.endswith(kinds)
+            ]
+            if mine:
+                found.append([f"{gb:g} GB {what}", *_short_cells(mine)])
+    return "\n".join(
+        [
+            "## In short\n",
+            f"{title} at {settings.context:,} tokens of context, **predicted**; *tok/s* of "
+            "generation, from the slowest device of the size to the fastest.\n",
+            table(
+                ["GPU memory", "devices", f"{title} on the GPU", "spare", "tok/s", "largest sure"],
+                found,
+                [True, False, True, False, False, True],
+            ),
+            "*Largest sure* is the largest of "
+            f"{', '.join(c.title for c in PRESETS if c.splits)} that is on the GPU whole with more "
+            "than 3 % to spare on all of them; *?* marks verdicts that are closer than that.\n",
+        ]
+    )
+
+
+def _short_cells(rows: Sequence[Row]) -> list[str]:
+    verdicts = [r.cells[USUAL].verdict for r in rows]
+    spare = min(v.usable_bytes - v.use.total_bytes for v in verdicts)
+    if all(v.fits for v in verdicts):
+        whole = "whole"
+    elif any(v.fits for v in verdicts):
+        whole = "whole on some"
+    else:
+        layers = {v.offloaded_layers for v in verdicts}
+        whole = f"{_span(layers, str)} of {_layers()} layers"
+    close = any(_unsure(r.cells[USUAL]) for r in rows)
+    speeds = [s.tg_tokens_per_s for r in rows if (s := r.cells[USUAL].speed)]
+    sure = next(
+        (
+            c.title
+            for c in sorted(PRESETS, key=lambda c: -rows[0].cells[c.key].verdict.use.total_bytes)
+            if c.splits
+            and all(r.cells[c.key].verdict.fits and not _unsure(r.cells[c.key]) for r in rows)
+        ),
+        "none",
+    )
+    return [
+        f"{len(rows)}",
+        whole + " ?" * close,
+        _spare(spare),
+        _span(speeds, _rate) if speeds else "–",
+        sure,
+    ]
+
+
+def _family_table(rows: Sequence[Row]) -> str:
+    """A line for each device; memory sizes that make no difference share one."""
+    needs = [
+        _span({r.cells[c.key].verdict.use.total_bytes / 2**30 for r in rows}, lambda x: f"{x:.1f}")
+        for c in PRESETS
+    ]
+    lines = [["*takes, GiB*", "", "", *(f"*{need}*" for need in needs)]]
+    merged: dict[tuple[str, ...], list[Row]] = {}
+    for row in sorted(rows, key=_row_rank):
+        merged.setdefault((row.device_id, *map(_cell(row), PRESETS)), []).append(row)
+    for (_, *cells), same in merged.items():
+        sizes = ", ".join(f"{r.memory_gb:g}" for r in same)
+        usable = ", ".join(f"{_usable(r) / 2**30:.1f}" for r in same)
+        lines.append([same[0].short_name, sizes, usable, *cells])
+    return table(["device", "GB", "usable", *(c.title for c in PRESETS)], lines)
+
+
+def _cell(row: Row) -> Callable[[Column], str]:
+    def cell(column: Column) -> str:
+        p = row.cells[column.key]
+        s, v = p.speed, p.verdict
+        mark = " ?" * _unsure(p)
+        if not v.fits and not (column.splits and v.offloaded_layers):
+            return f"no{mark}"
+        ngl = "" if v.fits else f"<br>-ngl {v.offloaded_layers}"
+        if s is None:
+            return f"{'fits' if v.fits else '–'}{ngl}{mark}"
+        rate = _rate(s.tg_tokens_per_s)
+        interval = f"{_rate(s.tg_tokens_per_s_low)}–{_rate(s.tg_tokens_per_s_high)}"
+        return f"{f'**{rate}**' if v.fits else rate} ({interval}){ngl}{mark}"
+
+    return cell
 
 
 def _guides(rows: Sequence[Row]) -> str:
     big = next(r for r in rows if r.device_id == "rtx-4090")
     lines = []
     for preset, (file_gb, vram_gb) in GUIDES.items():
-        use = big.cells[preset].verdict.use
-        file_bytes, total = _file_bytes(preset), use.total_bytes
+        total = big.cells[preset].verdict.use.total_bytes
         lines.append(
             [
-                preset.upper(),
+                _column(preset).title,
                 f"{file_gb:g} GB",
-                f"{file_bytes / 1e9:.1f} GB",
+                f"{_file_bytes(_column(preset)) / 1e9:.1f} GB",
                 f"{vram_gb:g} GB",
                 f"{total / 1e9:.1f} GB",
             ]
@@ -152,62 +398,93 @@ def _guides(rows: Sequence[Row]) -> str:
     text = [
         "## Beside public guides\n",
         "What guides to SOLAR 10.7B state, and ours at 4,096 tokens of context (decimal GB, on an "
-        "RTX 4090):\n",
-        _table(["preset", "file, guides", "file, ours", "VRAM, guides", "VRAM, ours"], lines),
+        "RTX 4090; VRAM is predicted):\n",
+        table(["preset", "file, guides", "file, ours", "VRAM, guides", "VRAM, ours"], lines),
         "They also say that Q4_K_M runs on these:\n",
     ]
     found = []
     for device, gb in GUIDED_DEVICES:
         row = next(r for r in rows if r.device_id == device and r.memory_gb == gb)
         v = row.cells["q4_k_m"].verdict
-        spare = (v.usable_bytes - v.use.total_bytes) / 2**20
         longest = f"{v.longest_context:,}" if v.longest_context else "none"
         found.append(
-            [_short(row), f"{gb:g}", "yes" if v.fits else "no", f"{spare:,.0f} MiB", longest]
+            [
+                row.short_name,
+                f"{gb:g}",
+                "yes" if v.fits else "no",
+                _spare(v.usable_bytes - v.use.total_bytes),
+                longest,
+            ]
         )
     head = ["device", "GB", "whole at 4,096", "to spare", "longest context whole"]
-    text.append(_table(head, found))
-    text.append(
-        "So at this context the guides are wrong about the 8 GB Mac, and about 8 GB cards they are "
-        "right by a hair, if at all. macOS lets the GPU use about three quarters of the memory: "
-        "some layers stay on the CPU, or the limit is raised with "
-        "`sudo sysctl iogpu.wired_limit_mb=…`.\n"
-    )
+    text.append(table(head, found))
+    text.append(_guides_verdict(rows))
     return "\n".join(text)
 
 
-def _cells(row: Row) -> Iterable[str]:
-    for p in row.cells.values():
-        v = p.verdict
-        total, usable = v.use.total_bytes / 2**30, v.usable_bytes / 2**30
-        unsure = " **?**" if abs(total - usable) < 0.03 * usable else ""
-        where = "" if v.fits else f", -ngl {v.offloaded_layers}"
-        speed = "–"
-        if p.speed is not None:
-            s = p.speed
-            speed = (
-                f"{_rate(s.tg_tokens_per_s)} "
-                f"({_rate(s.tg_tokens_per_s_low)}–{_rate(s.tg_tokens_per_s_high)})"
-            )
-        yield f"{total:.1f} of {usable:.1f}{where}{unsure}; {speed}"
+def _guides_verdict(rows: Sequence[Row]) -> str:
+    """What the tables say of the guides' claim about devices of 8 GB."""
+    said = []
+    for name, what in (("m1-8c", "the 8 GB Mac"), ("rtx-4060", "8 GB cards")):
+        row = next(r for r in rows if r.device_id == name and r.memory_gb == 8)
+        p = row.cells["q4_k_m"]
+        right = "right" if p.verdict.fits else "wrong"
+        said.append(f"{right} about {what}{' (by a hair, if at all)' * _unsure(p)}")
+    return (
+        f"So at this context the guides are {' and '.join(said)}. macOS lets the GPU use about "
+        "three quarters of the memory: of what does not fit some layers stay on the CPU, or the "
+        "limit is raised with `sudo sysctl iogpu.wired_limit_mb=…`.\n"
+    )
 
 
-def _file_bytes(preset: str) -> int:
-    return model_of_config(solar_config(), find_preset(preset)).weights_bytes
+def _column(key: str) -> Column:
+    return next(c for c in PRESETS if c.key == key)
 
 
-def _file_size(preset: str) -> str:
-    return f"{preset.upper()} {_file_bytes(preset) / 2**30:.2f} GiB"
+def _file_bytes(column: Column) -> int:
+    return column.store(solar_config(), MODEL).weights_bytes
 
 
-def _short(row: Row) -> str:
-    return row.name.removeprefix("NVIDIA ").removeprefix("GeForce ").removeprefix("Apple ")
+def _file_size(column: Column) -> str:
+    return f"{column.title} {_file_bytes(column) / 2**30:.2f} GiB"
+
+
+def _layers() -> int:
+    """Layers and the output, which `-ngl` counts too."""
+    return solar_config().n_layers + 1
+
+
+def _usable(row: Row) -> int:
+    return row.cells[USUAL].verdict.usable_bytes
+
+
+def _unsure(p: Prediction) -> bool:
+    v = p.verdict
+    return abs(v.use.total_bytes - v.usable_bytes) < _UNSURE * v.usable_bytes
+
+
+def _family_rank(family: str) -> int:
+    known = list(_FAMILIES)
+    return known.index(family) if family in known else len(known)
+
+
+def _row_rank(row: Row) -> tuple[Any, ...]:
+    """Cards by number; Macs as the database has them: Pro before Max."""
+    if row.family.startswith("apple-"):
+        return ()
+    parts = re.split(r"(\d+)", row.short_name)
+    return *(int(p) if p.isdigit() else p for p in parts), row.memory_gb
+
+
+def _span(values: Iterable[float], spell: Callable[[float], str]) -> str:
+    """One value, or the smallest and the largest, as they are spelled."""
+    ordered = sorted(values)
+    return "–".join(dict.fromkeys(map(spell, (ordered[0], ordered[-1]))))
+
+
+def _spare(n_bytes: int) -> str:
+    return f"{'−' if n_bytes < 0 else ''}{format_bytes(abs(n_bytes))}"
 
 
 def _rate(x: float) -> str:
     return f"{x:.0f}" if x >= 20 else f"{x:.1f}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    marks = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, marks, *rows)) + "\n"

@@ -81,16 +81,16 @@ def test_working_sets_that_were_not_read():
 
 
 def test_usable_memory_of_cards():
-    # Windows: 12,287 MiB reported, less the median 1,078 that a desktop and CUDA take
-    assert usable_bytes(find_device("rtx-3060-12gb"), "windows") == (12287 - 1078) * MIB
-    # Linux: 11,906 reported, less 84
-    assert usable_bytes(find_device("rtx-3060-12gb"), "linux-headless") == (11906 - 84) * MIB
+    # Windows: 12,287 MiB reported, less the median 1,009 that a desktop takes
+    assert usable_bytes(find_device("rtx-3060-12gb"), "windows") == (12287 - 1009) * MIB
+    # Linux: 11,906 reported, less 2
+    assert usable_bytes(find_device("rtx-3060-12gb"), "linux-headless") == (11906 - 2) * MIB
     # nothing read of an RTX 4070: 12,288 nominal
-    assert usable_bytes(find_device("rtx-4070"), "windows") == (12288 - 1078) * MIB
+    assert usable_bytes(find_device("rtx-4070"), "windows") == (12288 - 1009) * MIB
     # two sizes, and the report is of the larger one
     both = find_device("rtx-3080-laptop")
-    assert usable_bytes(both, "windows", 16) == (16383 - 1078) * MIB
-    assert usable_bytes(both, "windows", 8) == (8192 - 1078) * MIB
+    assert usable_bytes(both, "windows", 16) == (16383 - 1009) * MIB
+    assert usable_bytes(both, "windows", 8) == (8192 - 1009) * MIB
 
 
 def test_sizes_and_platforms_that_are_not_the_devices():

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from dus_edge import data
 from dus_edge.bench import memory
-from dus_edge.bench.memory import MIB, Settings, memory_use, model_of_config, read_gguf
+from dus_edge.bench.graph_memory import FreeSpace, graph_bytes, shape_only
+from dus_edge.bench.memory import memory_use, model_of_config, read_gguf
+from dus_edge.bench.stored_model import MIB, Settings, kv_types
 from dus_edge.checkpoint.config import parse_config
 from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
 from dus_edge.quant.recipe import find_preset
@@ -67,7 +69,7 @@ def test_pico_takes_what_llama_cpp_says(pico_gguf, llama):
     for context in (300, 512, 2048, 4096):
         for kind in types:
             for flash in (False, True):
-                k, v = memory.kv_types(kind, flash)
+                k, v = kv_types(kind, flash)
                 c = lib.llama_context_default_params()
                 c.n_ctx, c.n_batch, c.n_ubatch, c.n_threads = context, 2048, 512, 1
                 c.type_k, c.type_v, c.flash_attn_type = types[k], types[v], int(flash)
@@ -92,7 +94,7 @@ def test_a_file_and_its_configuration_are_the_same_model(pico_gguf, pico):
     planned = model_of_config(load_config(pico / "config.json"), find_preset("q8_0"))
     stored = read_gguf(pico_gguf)
     assert sorted(stored.tensors, key=str) == sorted(planned.tensors, key=str)
-    assert memory._shape_only(stored) == memory._shape_only(planned)
+    assert shape_only(stored) == shape_only(planned)
 
 
 ROWS = json.loads(data.read_text("published_memory.json"))["rows"]
@@ -193,7 +195,7 @@ def test_which_layers_are_offloaded():
 def test_no_less_than_what_must_live_at_once(context, ubatch, flash, kind):
     """Bounds from the shape alone: scores or logits below, all tensors of a layer above."""
     model = mistral()
-    k, v = memory.kv_types(kind, flash)
+    k, v = kv_types(kind, flash)
     use = memory_use(
         model, Settings(context=context, ubatch=ubatch, type_k=k, type_v=v, flash_attn=flash)
     )
@@ -211,7 +213,7 @@ def test_no_less_than_what_must_live_at_once(context, ubatch, flash, kind):
 
 
 def test_the_allocator_takes_the_best_hole_and_joins_neighbours():
-    space = memory._FreeSpace()
+    space = FreeSpace()
     a, b, c, d = (space.take(n) for n in (100, 20, 50, 10))
     space.give(a, 100)
     space.give(c, 50)
@@ -224,10 +226,10 @@ def test_the_allocator_takes_the_best_hole_and_joins_neighbours():
 
 
 def test_layers_beyond_the_fourth_change_nothing():
-    model = memory._shape_only(mistral())
+    model = shape_only(mistral())
     for flash in (False, True):
         s = Settings(flash_attn=flash)
-        assert memory._graph_bytes(model, 4, True, s) == memory._graph_bytes(model, 32, True, s)
+        assert graph_bytes(model, 4, True, s) == graph_bytes(model, 32, True, s)
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from dus_edge.bench.cuda_overhead import multiprocessors
 from dus_edge.bench.devices import Device, load_devices
 from dus_edge.bench.memory import (
-    BACKENDS,
-    MemoryUse,
-    Settings,
-    StoredModel,
     check_context,
     memory_use,
     model_of_config,
     usable_bytes,
     usual_platform,
 )
+from dus_edge.bench.stored_model import MemoryUse, Settings, StoredModel
+from dus_edge.bench.torch_memory import kernel_note
 from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.quant.recipe import PRESETS
 
@@ -36,10 +35,13 @@ class Verdict:
         memory_gb: which of its memory sizes.
         platform: which rule of usable memory; None for the present machine.
         fits: whether all of it is on the device.
-        offloaded_layers: largest `-ngl` that fits, at most the layers and the output.
+        offloaded_layers: largest `-ngl` that fits, at most the layers and the output; of a model
+            that transformers runs all or none.
         longest_context: longest context with all layers on the device; None if there is none.
         use: memory with all layers on the device.
         usable_bytes: memory that a model may take.
+        runtime: what runs the model: ``llama.cpp`` or ``transformers``.
+        note: one sentence where the device has no kernel of its own for the model.
     """
 
     device: Device
@@ -50,6 +52,18 @@ class Verdict:
     longest_context: int | None
     use: MemoryUse
     usable_bytes: int
+    runtime: str = "llama.cpp"
+    note: str | None = None
+
+
+def settings_on(device: Device, settings: Settings) -> Settings:
+    """The same settings with what memory depends on of a device."""
+    return replace(
+        settings,
+        backend=device.backend,
+        n_sm=multiprocessors(device.cuda_cores, device.compute_capability),
+        compute_capability=device.compute_capability,
+    )
 
 
 def judge(
@@ -71,11 +85,11 @@ def judge(
 
     Raises:
         UsageError: a context beyond the model's, a memory size or platform that is not the
-            device's.
+            device's, a type of cache that the model's runtime does not have.
     """
     check_context(model, settings.context)
     usable = usable_bytes(device, platform, memory_gb)
-    settings = replace(settings, backend=device.backend, n_gpu_layers=None)
+    settings = replace(settings_on(device, settings), n_gpu_layers=None)
     use = memory_use(model, settings)
     fits = use.total_bytes <= usable
     return Verdict(
@@ -87,17 +101,21 @@ def judge(
         longest_context=longest_context(model, settings, usable),
         use=use,
         usable_bytes=usable,
+        runtime=model.runtime,
+        note=kernel_note(model, device.backend),
     )
 
 
 def layers_that_fit(model: StoredModel, settings: Settings, usable: int) -> int:
     """The largest `-ngl` whose layers fit, from 0 to the layers and the output.
 
-    A CPU has no host to leave layers on: there it is all or none.
+    A CPU has no host to leave layers on, and what accelerate would leave there under transformers
+    is not predicted: in both it is all or none.
     """
     everything = model.n_layers + 1
-    if settings.backend == "CPU":
-        return everything if memory_use(model, settings).total_bytes <= usable else 0
+    if settings.backend == "CPU" or model.torch is not None:
+        whole = memory_use(model, replace(settings, n_gpu_layers=None))
+        return everything if whole.total_bytes <= usable else 0
 
     def fits(n: int) -> bool:
         use = memory_use(model, replace(settings, n_gpu_layers=n))
@@ -163,11 +181,14 @@ def devices_that_run(
     """
     check_context(model, settings.context)
     whole = replace(settings, n_gpu_layers=None)
-    needed = {b: memory_use(model, replace(whole, backend=b)).total_bytes for b in BACKENDS}
-    return [
-        judge(model, device, settings, platform=platform, memory_gb=gb)
-        for device in load_devices()
-        if platform is None or (device.backend == "Metal") == platform.startswith("macos")
-        for gb in device.memory_gb_options
-        if needed[device.backend] <= usable_bytes(device, platform, gb)
-    ]
+    found = []
+    for device in load_devices():
+        if platform is not None and (device.backend == "Metal") != platform.startswith("macos"):
+            continue
+        needed = memory_use(model, settings_on(device, whole)).total_bytes
+        found += [
+            judge(model, device, settings, platform=platform, memory_gb=gb)
+            for gb in device.memory_gb_options
+            if needed <= usable_bytes(device, platform, gb)
+        ]
+    return found

@@ -20,6 +20,9 @@ so one figure serves), the shader rate on Metal, four times that with the matrix
 `data/speed.toml`: a base by backend and deviations by type group, architecture, era, memory and
 flash attention, none by device. `benchmarks/fit_speed.py` fits them to published llama.cpp
 measurements, `data/published_runs.json`, and cross-validates.
+
+GPTQ weights (type names such as ``GPTQ4_128``) run on other kernels, see
+`dus_edge.bench.gptq_speed`; of them only generation on CUDA is predicted.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dus_edge import data
+from dus_edge.bench import gptq_speed as gptq
 from dus_edge.bench.devices import Device
 from dus_edge.errors import UsageError
 from dus_edge.quant import types
@@ -51,6 +55,8 @@ _GROUP_OF = {
     "Q4_0": "q4", "Q4_1": "q4", "Q5_0": "q4", "Q5_1": "q4",
     "Q4_K": "k", "Q5_K": "k", "Q6_K": "k", "Q3_K": "k_low", "Q2_K": "k_low",
 }  # fmt: skip
+#: GPTQ weights by the bits of a code.
+_GPTQ_GROUP_OF = {2: "k_low", 3: "k_low", 4: "q4", 8: "q8"}
 
 
 def group(type_name: str) -> str:
@@ -59,9 +65,18 @@ def group(type_name: str) -> str:
     Raises:
         UsageError: no speed is known for it.
     """
+    if gptq.is_gptq(type_name):
+        return _GPTQ_GROUP_OF[gptq.code_bits(type_name)]
     if type_name not in _GROUP_OF:
         raise UsageError(f"No speed is known for tensors of type {type_name}.")
     return _GROUP_OF[type_name]
+
+
+def bytes_per_weight(type_name: str) -> float:
+    """Bytes that a weight of a tensor type takes, its share of scales included."""
+    if gptq.is_gptq(type_name):
+        return gptq.bits_per_weight(type_name) / 8
+    return types.TYPES[type_name].bits_per_weight / 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +172,8 @@ class Work:
 
     Attributes:
         n_layers, n_heads, head_dim, n_kv_heads: of attention.
-        weights: type name (``Q4_K``, …) → weights that every token passes (active ones of a
-            mixture of experts), without an embedding table that is only looked up.
+        weights: type name (``Q4_K``, ``GPTQ4_128``, …) → weights that every token passes (active
+            ones of a mixture of experts), without an embedding table that is only looked up.
         kv_bytes_per_value: 2 for f16, 34/32 for q8_0, 18/32 for q4_0.
     """
 
@@ -183,7 +198,7 @@ class Work:
     @property
     def weight_bytes(self) -> float:
         """Bytes of weights that one token reads."""
-        return sum(n * types.TYPES[t].bits_per_weight / 8 for t, n in self.weights.items())
+        return sum(n * bytes_per_weight(t) for t, n in self.weights.items())
 
     @property
     def n_weights(self) -> float:
@@ -242,14 +257,20 @@ def dense_work(
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens per second, each with the ends of its 80 % interval."""
+    """Tokens per second, each with the ends of its 80 % interval.
+
+    Attributes:
+        pp_tokens_per_s, …: None where only generation is predicted.
+        engine: whose speed it is; another one's may be several times less.
+    """
 
     tg_tokens_per_s: float
     tg_tokens_per_s_low: float
     tg_tokens_per_s_high: float
-    pp_tokens_per_s: float
-    pp_tokens_per_s_low: float
-    pp_tokens_per_s_high: float
+    pp_tokens_per_s: float | None = None
+    pp_tokens_per_s_low: float | None = None
+    pp_tokens_per_s_high: float | None = None
+    engine: str = "llama.cpp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +280,7 @@ class Case:
     Attributes:
         depth: tokens in the cache before, for generation their mean over the run.
         n_prompt: tokens of the prompt that is timed.
+        kernel: of a GPTQ model, one of `dus_edge.bench.gptq_speed.KERNELS`; None is llama.cpp.
     """
 
     device: DeviceSpeed
@@ -267,6 +289,7 @@ class Case:
     flash_attn: bool = False
     depth: float = 0.0
     n_prompt: int = 512
+    kernel: str | None = None
 
 
 Term = str | tuple[str, float]
@@ -315,14 +338,17 @@ def tg_terms(case: Case) -> dict[str, list[list[Term]]]:
             names.append(("eta.metal.size", math.log(d.bandwidth_gbps / 200)))
         if d.hbm:
             names += ["eta.hbm", f"eta.hbm.{_coarse(g)}.{era}"]
+        if case.kernel and g != "f16":
+            names.append(f"eta.{case.kernel}")
         eta.append(names)
-    fa = case.flash_attn
+    fa, kernel = case.flash_attn, case.kernel
+    own = {part: [f"{part}.{kernel}"] if kernel else [] for part in ("layer", "token")}
     return {
         "eta": eta,
         "kv": [[f"kv.{b}", *(["kv.fa"] if fa else [])]],
         "latency": [[f"latency.{b}", *(["latency.fa"] if fa else [])]],
-        "layer": [[f"layer.{b}", f"layer.{b}.{era}", f"layer.arch.{arch}"]],
-        "token": [[f"token.{b}"]],
+        "layer": [[f"layer.{b}", f"layer.{b}.{era}", f"layer.arch.{arch}", *own["layer"]]],
+        "token": [[f"token.{b}", *own["token"]]],
     }
 
 
@@ -377,7 +403,7 @@ def features(cases: Sequence[Case], terms: Terms, which: str) -> Features:
         for name, n in case.work.weights.items():
             g = GROUPS.index(group(name))
             group_weights[i, g] += n
-            group_bytes[i, g] += n * types.TYPES[name].bits_per_weight / 8
+            group_bytes[i, g] += n * bytes_per_weight(name)
     column = {
         "bandwidth": [c.device.bandwidth_gbps * 1e9 for c in cases],
         "matmul": [c.device.matmul_tflops * 1e12 for c in cases],
@@ -489,8 +515,9 @@ def predict(
     era: str = ERAS[-1],
     flash_attn: bool = False,
     offloaded_layers: int | None = None,
+    kernel: str | None = None,
 ) -> Speed:
-    """Speed of a model on a device.
+    """Speed of a model on a device; of a GPTQ model only that of generation.
 
     Args:
         device: see `device_speed`.
@@ -503,9 +530,12 @@ def predict(
         offloaded_layers: layers on the device (llama.cpp's ``-ngl``, where the output matrix counts
             as one more); none: all. The others run on the CPU, and for a prompt their weights
             cross the bus. Those two rates come from few runs and depend on the host.
+        kernel: that runs a GPTQ model, one of `dus_edge.bench.gptq_speed.KERNELS`; none: the first,
+            ExLlamaV2. `era` and `flash_attn` are llama.cpp's and change nothing of it.
 
     Raises:
-        UsageError: a number is out of its range or the era unknown.
+        UsageError: a number is out of its range, the era or the kernel unknown, or nothing is
+            published of a GPTQ model like this.
     """
     if era not in (*ERAS, MIXED_ERA):
         raise UsageError(f"There is no era {era!r}; it is one of {', '.join(ERAS)}.")
@@ -518,6 +548,10 @@ def predict(
         if offloaded_layers < 0:
             raise UsageError(f"Offloaded layers are 0 or more, not {offloaded_layers}.")
         outside = 1 - min(offloaded_layers, work.n_layers + 1) / (work.n_layers + 1)
+    if any(map(gptq.is_gptq, work.weights)):
+        return _predict_gptq(device, work, depth, outside, kernel or gptq.KERNELS[0])
+    if kernel is not None:
+        raise UsageError(f"Kernel {kernel!r} is for GPTQ models, and this is none.")
     tg, pp, offload = constants()
     case = Case(device, work, era, flash_attn, depth, n_prompt)
     tg_s = float(tg_seconds(tg.theta, features([case], tg.terms, "tg"))[0])
@@ -542,6 +576,36 @@ def predict(
         *tg.spread.ends(tg_rate, device.family, tg_extra),
         pp_rate,
         *pp.spread.ends(pp_rate, device.family, pp_extra),
+    )
+
+
+def _predict_gptq(
+    device: DeviceSpeed, work: Work, depth: float, outside: float, kernel: str
+) -> Speed:
+    """Generation of a GPTQ model, whose interval is never narrower than llama.cpp's."""
+    if kernel not in gptq.KERNELS:
+        raise UsageError(
+            f"Nothing is known of GPTQ kernel {kernel!r}; it is one of {', '.join(gptq.KERNELS)}."
+        )
+    if device.backend != "cuda":
+        raise UsageError(f"No run of a GPTQ model on {device.backend.capitalize()} is published.")
+    if outside:
+        raise UsageError(
+            "ExLlamaV2 and Marlin run a GPTQ model only if all of it is on the device."
+        )
+    for name in filter(gptq.is_gptq, work.weights):
+        if gptq.code_bits(name) not in gptq.BITS:
+            raise UsageError(f"No run of a GPTQ model of {gptq.code_bits(name)} bits is published.")
+    tg, own = constants()[0], gptq.kernel_speeds()[kernel]
+    terms = Terms((*tg.terms.names, *own.terms))
+    theta = np.array([*tg.theta, *own.terms.values()])
+    # Both engines have flash attention; older eras of llama.cpp are 17 to 21 % off.
+    case = Case(device, work, ERAS[-1], flash_attn=True, depth=depth, kernel=kernel)
+    rate = 1 / float(tg_seconds(theta, features([case], terms, "tg"))[0])
+    low, high = tg.spread.ends(rate, device.family)
+    spread = math.exp(own.half_width)
+    return Speed(
+        rate, min(low, rate / spread), max(high, rate * spread), engine=gptq.ENGINES[kernel]
     )
 
 
