@@ -261,7 +261,7 @@ def run(
     default="benchmarks",
     show_default=True,
     metavar="DIR",
-    help="Folder for TABLES.md, tables.csv and tables.json.",
+    help="Folder for TABLES.md, tables.csv, tables.json and index.html.",
 )
 @click.option(
     "--measured",
@@ -283,9 +283,25 @@ def run(
 def tables(
     out: Path, measured: tuple[Path, ...], quality: tuple[Path, ...], overwrite: bool
 ) -> None:
-    """Predict SOLAR 10.7B on every known device; add what was measured."""
+    """Predict SOLAR 10.7B on every known device; add what was measured.
+
+    Writes tables for people (TABLES.md) and programs, and a page to pick from.
+    """
+    from dus_edge import page
+    from dus_edge.bench.devices import load_devices
+    from dus_edge.progress import progress
     from dus_edge.tables import write_tables
 
-    written = write_tables(out, overwrite=overwrite, measured=measured, quality=quality)
+    n_rows = sum(len(d.memory_gb_options) for d in load_devices())
+    with progress("Predicting", 2 * n_rows, unit="devices") as advance:
+        also = {page.FILE: functools.partial(page.render_page, advance=advance)}
+        written = write_tables(
+            out,
+            overwrite=overwrite,
+            measured=measured,
+            quality=quality,
+            also=also,
+            advance=advance,
+        )
     for path in written:
         click.echo(path)

@@ -12,21 +12,20 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from dus_edge import data
-from dus_edge.bench.devices import Device, load_devices
-from dus_edge.bench.fit import layers_that_fit, settings_on
+from dus_edge.bench.devices import Device, load_devices, load_rules
+from dus_edge.bench.fit import UNSURE, layers_that_fit, settings_on
 from dus_edge.bench.folder_memory import TorchPreset, model_of_preset
 from dus_edge.bench.memory import memory_use, model_of_config, usable_bytes, usual_platform
 from dus_edge.bench.speed import DeviceSpeed, Speed, Work, device_speed, predict
 from dus_edge.bench.stored_model import Settings, StoredModel
 from dus_edge.bench.torch_memory import kernel_note
 from dus_edge.errors import UsageError
-from dus_edge.files import check_absent, check_writable, write_text
 from dus_edge.prediction import Candidate, choose_preset, memory_settings, predict_on, work_of
+from dus_edge.progress import Advance
 from dus_edge.tables import solar_config
 
 #: A device in one of its memory sizes.
@@ -42,22 +41,6 @@ CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 MODEL = "mistralai/Mistral-7B-v0.1 --drop 8"
 #: What is chosen when the page is opened.
 FIRST = {"device": "rtx-3060-12gb", "memory": 12, "preset": "q4_k_m", "context": 4096}
-#: Share of the usable memory within which a verdict may be wrong either way.
-UNSURE = 0.03
-FAMILIES = {
-    "nvidia-30-desktop": "RTX 30, desktop",
-    "nvidia-40-desktop": "RTX 40, desktop",
-    "nvidia-50-desktop": "RTX 50, desktop",
-    "nvidia-20-desktop": "RTX 20, desktop",
-    "nvidia-laptop": "RTX, laptop",
-    "nvidia-pro": "RTX, workstation",
-    "nvidia-datacenter": "Datacenter",
-    "apple-m1": "Apple M1",
-    "apple-m2": "Apple M2",
-    "apple-m3": "Apple M3",
-    "apple-m4": "Apple M4",
-    "apple-m5": "Apple M5",
-}
 _SYSTEMS = {
     "windows": "Windows",
     "linux": "a Linux desktop",
@@ -102,29 +85,19 @@ def solar_choices() -> tuple[Choice, ...]:
     return tuple(sorted(choices, key=lambda c: (c.model.torch is not None, c.model.weights_bytes)))
 
 
-def write_page(folder: Path, *, overwrite: bool) -> Path:
-    """Write index.html; returns its path.
-
-    Raises:
-        OutputError: it exists and is not to be replaced, or the folder cannot be written.
-    """
-    path = folder / FILE
-    check_absent([path], overwrite)
-    check_writable(folder)
-    write_text(path, render_page())
-    return path
-
-
 def render_page(
-    choices: Sequence[Choice] | None = None, devices: Sequence[Device] | None = None
+    choices: Sequence[Choice] | None = None,
+    devices: Sequence[Device] | None = None,
+    advance: Advance = lambda n: None,
 ) -> str:
     """The page's HTML.
 
     Args:
         choices: what it offers; by default `solar_choices`.
         devices: what it knows; by default all of `load_devices`.
+        advance: is told of every device and size of memory that is done.
     """
-    grid = page_data(choices or solar_choices(), devices or load_devices())
+    grid = page_data(choices or solar_choices(), devices or load_devices(), advance)
     # "<" could end the script element that the data stands in.
     text = json.dumps(grid, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
     style, script = data.read_text("page/page.css"), data.read_text("page/page.js")
@@ -146,19 +119,22 @@ def render_page(
     return page
 
 
-def page_data(choices: Sequence[Choice], devices: Sequence[Device]) -> dict[str, Any]:
+def page_data(
+    choices: Sequence[Choice], devices: Sequence[Device], advance: Advance = lambda n: None
+) -> dict[str, Any]:
     """What the page looks up, as JSON types.
 
     `memory` has bytes by backend, choice and context: weights, cache, compute; the overhead is by
-    runtime in `devices`. `cells` is flat over rows of devices, choices and contexts, three numbers each: the largest `-ngl` that
-    fits and the places in `speeds` with an empty cache and with one as full as the context; a
-    negative place -n is the n-th of `reasons`. A speed is six rates of four digits: generation and
-    prompt, each with the ends of its interval, or null.
+    runtime in `devices`. `cells` is flat over rows of devices, choices and contexts, three numbers
+    each: the largest `-ngl` that fits and the places in `speeds` with an empty cache and with one
+    as full as the context; a negative place -n is the n-th of `reasons`. A speed is six rates of
+    four digits: generation and prompt, each with the ends of its interval, or null.
     """
-    order = {family: i for i, family in enumerate(FAMILIES)}
+    families = load_rules().families
+    order = {family: i for i, family in enumerate(families)}
     rows: list[Row] = [
         (device, gb)
-        for device in sorted(devices, key=lambda d: order.get(d.family, len(order)))
+        for device in sorted(devices, key=lambda d: order[d.family])
         for gb in device.memory_gb_options
     ]
     backends = list(dict.fromkeys(d.backend for d, _ in rows))
@@ -182,13 +158,14 @@ def page_data(choices: Sequence[Choice], devices: Sequence[Device]) -> dict[str,
                     for depth in (0, context)
                 ]
                 cells += [layers[key], *places]
+        advance(1)
     return {
         "model": MODEL,
         "layers": choices[0].model.n_layers,
         "trained_context": solar_config().context_length,
         "unsure": UNSURE,
         "first": FIRST,
-        "families": {f: FAMILIES.get(f, f) for f in dict.fromkeys(d.family for d, _ in rows)},
+        "families": {f: families[f] for f in dict.fromkeys(d.family for d, _ in rows)},
         "contexts": list(CONTEXTS),
         "presets": [
             {

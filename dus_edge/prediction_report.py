@@ -12,9 +12,6 @@ from dus_edge.bench.stored_model import MemoryUse, Settings
 from dus_edge.files import format_bytes
 from dus_edge.prediction import Prediction
 
-#: Share of the usable memory within which a verdict may be wrong either way.
-_UNSURE = 0.03
-
 
 def device_table(devices: Sequence[Device]) -> str:
     """Id, memory and bandwidth, at most 80 columns."""
@@ -85,8 +82,16 @@ def prediction_json(p: Prediction) -> dict[str, Any]:
 
 
 def answer_json(p: Prediction) -> dict[str, Any]:
-    """What `fit` and `bench predict` print with `--json`: a prediction, and what runs the model."""
-    return {**prediction_json(p), "runtime": p.verdict.runtime, "note": p.verdict.note}
+    """What `fit` and `bench predict` print with `--json`: a prediction, and what runs the model.
+
+    `runtime` is whose memory it is, `speed_engine` whose speed.
+    """
+    return {
+        **prediction_json(p),
+        "runtime": p.verdict.runtime,
+        "speed_engine": p.speed.engine if p.speed else None,
+        "note": p.verdict.note,
+    }
 
 
 def fit_text(p: Prediction) -> str:
@@ -116,6 +121,10 @@ def prediction_text(p: Prediction) -> str:
         for name, x, low, high in rows
         if x is not None
     ]
+    if s.engine != p.verdict.runtime:
+        lines.append(
+            f"That is {s.engine}'s; under {p.verdict.runtime} alone it is several times less."
+        )
     if s.pp_tokens_per_s is None:
         lines.append("No speed of the prompt is predicted for such a model.")
     return "\n".join([*lines, *_notes(p.verdict)])
@@ -175,7 +184,7 @@ def _sentence(p: Prediction) -> str:
         said = f"It does not fit whole, {format_bytes(-spare)} are missing; -ngl {n} fits."
     else:
         said = "It does not fit, not even one layer."
-    if abs(spare) < _UNSURE * v.usable_bytes:
+    if v.close:
         said += "\nThat is close: what the system itself takes is not known so well."
     return said
 

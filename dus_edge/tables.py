@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from dus_edge import data
-from dus_edge.bench.devices import load_devices
+from dus_edge.bench.devices import load_devices, load_rules
+from dus_edge.bench.folder_memory import model_of_gptq_config
 from dus_edge.bench.memory import model_of_config
 from dus_edge.bench.record import read_lines, read_quality
 from dus_edge.bench.stored_model import Settings, StoredModel
@@ -31,6 +32,7 @@ from dus_edge.checkpoint.config import ModelConfig, parse_config, tensor_shapes
 from dus_edge.files import check_absent, check_writable, format_bytes, output_files, pwrite_all
 from dus_edge.prediction import Candidate, Prediction, memory_settings, predict_on
 from dus_edge.prediction_report import prediction_json
+from dus_edge.progress import Advance
 from dus_edge.quant.recipe import find_preset
 from dus_edge.tables_measured import (
     CSV_KEYS,
@@ -74,7 +76,14 @@ def _gguf(preset: str) -> Column:
     return Column(preset, preset.upper(), store)
 
 
-PRESETS = tuple(map(_gguf, ("f16", "q8_0", "q4_k_m", "q4_0")))
+def _gptq(config: ModelConfig, name: str) -> StoredModel:
+    return model_of_gptq_config(config, name=name)
+
+
+PRESETS = (
+    *map(_gguf, ("f16", "q8_0", "q4_k_m", "q4_0")),
+    Column("gptq-int4", "GPTQ-int4", _gptq, splits=False),
+)
 #: What people ask for first.
 USUAL = "q4_k_m"
 #: What public guides say of SOLAR 10.7B: file and VRAM in GB, and where Q4_K_M runs.
@@ -85,31 +94,17 @@ GUIDES: Mapping[str, tuple[float, float]] = {
     "q4_0": (5.5, 6.5),
 }
 GUIDED_DEVICES = (("rtx-3060-12gb", 12.0), ("rtx-4060", 8.0), ("m1-8c", 8.0))
-_FAMILIES = {
-    "nvidia-20-desktop": "RTX 20, desktop",
-    "nvidia-30-desktop": "RTX 30, desktop",
-    "nvidia-40-desktop": "RTX 40, desktop",
-    "nvidia-50-desktop": "RTX 50, desktop",
-    "nvidia-laptop": "RTX, laptop",
-    "nvidia-pro": "RTX, workstation",
-    "nvidia-datacenter": "Datacenter",
-    "apple-m1": "Apple M1",
-    "apple-m2": "Apple M2",
-    "apple-m3": "Apple M3",
-    "apple-m4": "Apple M4",
-    "apple-m5": "Apple M5",
-}
 #: The classes of the table in short: what, backend, families that begin so, GB.
 _CLASSES = (
     ("cards", "nvidia-", ("desktop", "laptop"), (8, 12, 16, 24)),
     ("Macs", "apple-", ("",), (8, 16, 24, 32)),
 )
-_WHOLE_ONLY = (
-    " *no*: not whole, and what runs it leaves no layer to the CPU; *fits*: whole, and no speed is "
-    "predicted."
+_GPTQ = (
+    "GPTQ-int4 has groups of 128. Its memory is what transformers takes while it reads a prompt of "
+    "the whole context, its speed ExLlamaV2's (transformers' own is several times less). Nothing "
+    "of it goes to the CPU: *no* where it does not fit whole. Macs have no kernel for it: *slow*, "
+    "no speed is predicted.\n"
 )
-#: Share of the usable memory within which a verdict may be wrong either way.
-_UNSURE = 0.03
 
 
 @dataclass(frozen=True)
@@ -135,7 +130,9 @@ def solar_config() -> ModelConfig:
     return parse_config({k: v for k, v in raw.items() if not k.startswith("_")}, SOLAR)
 
 
-def predict_all(config: ModelConfig, name: str) -> tuple[Settings, list[Row]]:
+def predict_all(
+    config: ModelConfig, name: str, advance: Advance = lambda n: None
+) -> tuple[Settings, list[Row]]:
     """Every device with every memory size, at 4,096 tokens of context with flash attention."""
     models = {c.key: c.store(config, f"{name}-{c.title}") for c in PRESETS}
     settings = memory_settings(models[USUAL])
@@ -147,6 +144,7 @@ def predict_all(config: ModelConfig, name: str) -> tuple[Settings, list[Row]]:
                 for key, m in models.items()
             }
             rows.append(Row(device.id, device.name, device.family, gb, cells))
+            advance(1)
     return settings, rows
 
 
@@ -156,6 +154,8 @@ def write_tables(
     overwrite: bool,
     measured: Sequence[Path] = (),
     quality: Sequence[Path] = (),
+    also: Mapping[str, Callable[[], str]] | None = None,
+    advance: Advance = lambda n: None,
 ) -> list[Path]:
     """Write TABLES.md, tables.csv and tables.json, all or none; returns their paths.
 
@@ -164,19 +164,23 @@ def write_tables(
         overwrite: whether they may be replaced.
         measured: files of `bench run -o`; none means `MEASURED` of the folder, if it is there.
         quality: files of `dus-edge quality -o`; none means `QUALITY` of the folder, if it is there.
+        also: other files that are written with them, by name, and what makes their text.
+        advance: is told of every device and size of memory that is done.
 
     Raises:
         OutputError: one exists and is not to be replaced, or the folder cannot be written.
         UsageError: a file of what was measured is missing or damaged.
     """
-    paths = [folder / name for name in ("TABLES.md", "tables.csv", "tables.json")]
+    also = also or {}
+    paths = [folder / name for name in ("TABLES.md", "tables.csv", "tables.json", *also)]
     check_absent(paths, overwrite)
     check_writable(folder)
     lines = [line for path in measured or _there(folder / MEASURED) for line in read_lines(path)]
     results = [read_quality(path) for path in quality or _there(folder / QUALITY)]
-    settings, rows = predict_all(solar_config(), MODEL.replace(" ", "-"))
+    settings, rows = predict_all(solar_config(), MODEL.replace(" ", "-"), advance)
     found = as_json(rows, lines, results)
     texts = (markdown(settings, rows, lines, results), as_csv(found), json.dumps(found) + "\n")
+    texts += tuple(make() for make in also.values())
     blobs = [text.encode() for text in texts]
     sizes = [(path, len(blob)) for path, blob in zip(paths, blobs, strict=True)]
     with output_files(sizes) as fds:
@@ -242,8 +246,9 @@ def markdown(
     results: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The page: in short, a table per family, public guides beside ours, then what was measured."""
-    families = sorted(dict.fromkeys(r.family for r in rows), key=_family_rank)
-    titles = [_FAMILIES.get(f, f) for f in families]
+    here = {r.family for r in rows}
+    families = {f: title for f, title in load_rules().families.items() if f in here}
+    titles = families.values()
     machines = f": {'; '.join(machine_names(lines))}" if lines else ""
     links = ", ".join(f"[{t}](#{anchor(t)})" for t in titles)
     parts = [
@@ -265,10 +270,11 @@ def markdown(
         "A cell is generation in tok/s with its 80 % interval, **bold** where the whole model is "
         "on the GPU. *-ngl n* means that the whole does not fit and n of its "
         f"{_layers()} layers do, the rest running on the CPU; *?* that the verdict is within "
-        f"3 % of the usable memory.{_WHOLE_ONLY if not all(c.splits for c in PRESETS) else ''}\n",
+        "3 % of the usable memory.\n",
+        _GPTQ,
         f"Files: {', '.join(_file_size(c) for c in PRESETS)}.\n",
     ]
-    for family, title in zip(families, titles, strict=True):
+    for family, title in families.items():
         parts.append(f"### {title}\n")
         parts.append(_family_table([r for r in rows if r.family == family]))
     parts.append(_guides(rows))
@@ -327,14 +333,14 @@ def _short_cells(rows: Sequence[Row]) -> list[str]:
     else:
         layers = {v.offloaded_layers for v in verdicts}
         whole = f"{_span(layers, str)} of {_layers()} layers"
-    close = any(_unsure(r.cells[USUAL]) for r in rows)
+    close = any(r.cells[USUAL].verdict.close for r in rows)
     speeds = [s.tg_tokens_per_s for r in rows if (s := r.cells[USUAL].speed)]
     sure = next(
         (
             c.title
             for c in sorted(PRESETS, key=lambda c: -rows[0].cells[c.key].verdict.use.total_bytes)
             if c.splits
-            and all(r.cells[c.key].verdict.fits and not _unsure(r.cells[c.key]) for r in rows)
+            and all(r.cells[c.key].verdict.fits and not r.cells[c.key].verdict.close for r in rows)
         ),
         "none",
     )
@@ -368,12 +374,12 @@ def _cell(row: Row) -> Callable[[Column], str]:
     def cell(column: Column) -> str:
         p = row.cells[column.key]
         s, v = p.speed, p.verdict
-        mark = " ?" * _unsure(p)
+        mark = " ?" * p.verdict.close
         if not v.fits and not (column.splits and v.offloaded_layers):
             return f"no{mark}"
         ngl = "" if v.fits else f"<br>-ngl {v.offloaded_layers}"
         if s is None:
-            return f"{'fits' if v.fits else '–'}{ngl}{mark}"
+            return f"{'slow' if v.note else 'fits' if v.fits else '–'}{ngl}{mark}"
         rate = _rate(s.tg_tokens_per_s)
         interval = f"{_rate(s.tg_tokens_per_s_low)}–{_rate(s.tg_tokens_per_s_high)}"
         return f"{f'**{rate}**' if v.fits else rate} ({interval}){ngl}{mark}"
@@ -429,7 +435,7 @@ def _guides_verdict(rows: Sequence[Row]) -> str:
         row = next(r for r in rows if r.device_id == name and r.memory_gb == 8)
         p = row.cells["q4_k_m"]
         right = "right" if p.verdict.fits else "wrong"
-        said.append(f"{right} about {what}{' (by a hair, if at all)' * _unsure(p)}")
+        said.append(f"{right} about {what}{' (by a hair, if at all)' * p.verdict.close}")
     return (
         f"So at this context the guides are {' and '.join(said)}. macOS lets the GPU use about "
         "three quarters of the memory: of what does not fit some layers stay on the CPU, or the "
@@ -456,16 +462,6 @@ def _layers() -> int:
 
 def _usable(row: Row) -> int:
     return row.cells[USUAL].verdict.usable_bytes
-
-
-def _unsure(p: Prediction) -> bool:
-    v = p.verdict
-    return abs(v.use.total_bytes - v.usable_bytes) < _UNSURE * v.usable_bytes
-
-
-def _family_rank(family: str) -> int:
-    known = list(_FAMILIES)
-    return known.index(family) if family in known else len(known)
 
 
 def _row_rank(row: Row) -> tuple[Any, ...]:

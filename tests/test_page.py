@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 
 from dus_edge.bench.devices import find_device, load_devices
-from dus_edge.errors import OutputError
 from dus_edge.files import format_bytes
-from dus_edge.page import CONTEXTS, FIRST, MODEL, PRESETS, render_page, solar_choices, write_page
+from dus_edge.page import CONTEXTS, FIRST, MODEL, PRESETS, render_page, solar_choices
 from dus_edge.prediction import Candidate, memory_settings, predict_on
 from dus_edge.prediction_report import prediction_json
 
@@ -78,7 +77,9 @@ def cell(grid: dict[str, Any], row: int, preset: int, context: int) -> dict[str,
     layers, *places = grid["cells"][at : at + 3]
     speeds = [grid["speeds"][p * 6 : p * 6 + 6] if p >= 0 else None for p in places]
     why = [grid["reasons"][-p - 1] if p < 0 else None for p in places]
-    memory = grid["memory"][grid["devices"][row]["backend"]][preset][context]
+    device, runtime = grid["devices"][row], grid["presets"][preset]["runtime"]
+    parts = grid["memory"][device["backend"]][preset][context]
+    memory = [*parts, device["overhead"][runtime]]
     return {"layers": layers, "speeds": speeds, "why": why, "memory": memory}
 
 
@@ -187,14 +188,6 @@ def test_the_policy_allows_this_style_and_script_only(html):
 def test_without_scripts_the_page_points_to_the_tables(html):
     assert 'href="TABLES.md"' in re.search(r"<noscript>(.*?)</noscript>", html, re.DOTALL)[1]
     assert '<main id="app" hidden>' in html
-
-
-def test_write_page_keeps_what_is_there(tmp_path, html, monkeypatch):
-    monkeypatch.setattr("dus_edge.page.render_page", lambda: html)
-    assert write_page(tmp_path, overwrite=False) == tmp_path / "index.html"
-    with pytest.raises(OutputError, match=r"index\.html exists"):
-        write_page(tmp_path, overwrite=False)
-    assert write_page(tmp_path, overwrite=True).read_text(encoding="utf-8") == html
 
 
 # In a browser

@@ -39,6 +39,12 @@ def body(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line] for line in lines[2:]]
 
 
+@pytest.fixture(autouse=True)
+def quick_page(monkeypatch):
+    """The page takes seconds, and has tests of its own."""
+    monkeypatch.setattr("dus_edge.page.render_page", lambda advance: "a page")
+
+
 def test_the_tracked_tables_are_what_is_written(run, tmp_path):
     results = TRACKED / "results"
     found = ("--measured", results / "measured.jsonl", "--quality", results / "quality.json")
@@ -47,6 +53,7 @@ def test_the_tracked_tables_are_what_is_written(run, tmp_path):
     for name in ("TABLES.md", "tables.csv", "tables.json"):
         assert str(tmp_path / name) in out
         assert (tmp_path / name).read_text() == (TRACKED / name).read_text(), name
+    assert (tmp_path / "index.html").read_text() == "a page"
     code, _, err = run("bench", "tables", "-o", tmp_path)
     assert code == 4
     assert "TABLES.md" in err

@@ -118,11 +118,13 @@ class Rules:
         apple: by macOS, ``macos15`` (and older) or ``macos26``.
         nvidia_reserved_mib: by platform: taken before a model is loaded.
         nvidia_linux_share: of the nominal memory, where what CUDA reports was not read.
+        families: what families are called, in the order of tables.
     """
 
     apple: Mapping[str, WorkingSet]
     nvidia_reserved_mib: Mapping[str, float]
     nvidia_linux_share: float
+    families: Mapping[str, str]
 
 
 def load_devices() -> tuple[Device, ...]:
@@ -175,9 +177,12 @@ def parse_devices(text: str) -> tuple[tuple[Device, ...], Rules]:
             for name, rule in tables["nvidia_reserved"].items()
             if isinstance(rule, dict)
         }
-        rules = Rules(apple, reserved, tables["nvidia_total"]["linux"]["share"])
+        share = tables["nvidia_total"]["linux"]["share"]
+        rules = Rules(apple, reserved, share, tables["families"])
     except (tomllib.TOMLDecodeError, KeyError, TypeError) as e:
         raise DusEdgeError(f"{FILE} is damaged ({e!r}); install the package again.") from None
+    if nameless := {d.family for d in devices} - set(rules.families):
+        raise DusEdgeError(f"{FILE}: the family {min(nameless)} has no name in [families].")
     ids = [device.id for device in devices]
     if twice := {i for i in ids if ids.count(i) > 1}:
         raise DusEdgeError(f"{FILE}: the id {min(twice)} stands there twice.")

@@ -24,6 +24,8 @@ from dus_edge.quant.recipe import PRESETS
 
 #: Contexts are answered in these steps: llama.cpp rounds up to them.
 CONTEXT_STEP = 256
+#: Share of the usable memory within which a verdict may be wrong either way.
+UNSURE = 0.03
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Verdict:
     usable_bytes: int
     runtime: str = "llama.cpp"
     note: str | None = None
+
+    @property
+    def close(self) -> bool:
+        """Whether it may turn out the other way: what a system takes is not known so well."""
+        return abs(self.use.total_bytes - self.usable_bytes) < UNSURE * self.usable_bytes
 
 
 def settings_on(device: Device, settings: Settings) -> Settings:
