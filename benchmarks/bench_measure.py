@@ -12,11 +12,10 @@ tool its own for comparison.
 
 A round is one process of each side, one after the other, in an order that turns round; each
 measures one warm-up and `--repetitions` of each test. llama-bench takes part twice: how far it is
-from itself is what the machine's own noise makes of a figure. The difference is the median over
-rounds of the ratio to the mean of llama-bench's two averages of the same round, so a machine that
-slows down over a run does not count; its 95 % interval is bootstrapped over the rounds. Beside it
-the ratio of each side's fastest repetition, the one that other programs disturbed least. One line
-per file and test goes to `results/measure.jsonl`.
+from itself is what the machine's own noise makes of a figure. The difference is that of the medians
+of all repetitions, with a 95 % interval bootstrapped over the rounds. Beside it that of each side's
+fastest repetition, the one that nothing disturbed. One line per file and test goes to
+`results/measure.jsonl`.
 """
 
 from __future__ import annotations
@@ -85,37 +84,44 @@ def name(test: tuple[int, int, int]) -> str:
     return (f"pp{n_prompt}" if n_prompt else f"tg{n_gen}") + (f" @ d{depth}" if depth else "")
 
 
-def bootstrapped(ratios: np.ndarray) -> tuple[float, float, float]:
-    """The median and its 95 % interval."""
-    draws = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
-    low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975))
-    return float(np.median(ratios)), float(low), float(high)
+def ratio_of_medians(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
+    """Median over median of all repetitions, and its 95 % interval, bootstrapped over rounds.
+
+    Args:
+        ours, theirs: ``(rounds, repetitions)`` of each side.
+    """
+    ratio = np.median(ours) / np.median(theirs)
+    chosen = np.random.default_rng(0).integers(0, len(ours), (4_000, len(ours)))
+    draws = [np.median(ours[rows]) / np.median(theirs[rows]) for rows in chosen]
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return float(ratio), float(low), float(high)
 
 
-def summarize(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """Medians of the rates, tokens per second, ours over theirs, and theirs over theirs."""
-    rates = {side: np.array([r[side] for r in rounds]) for side in SIDES}
-    # The fastest repetition of all is the one that nothing disturbed.
-    best = {side: max(r[f"{side} best"] for r in rounds) for side in SIDES}
-    ratio, low, high = bootstrapped(rates[OURS] / ((rates[THEIRS] + rates[AGAIN]) / 2))
-    control, control_low, control_high = bootstrapped(rates[AGAIN] / rates[THEIRS])
+def summarize(rounds: list[dict[str, list[float]]]) -> dict[str, float]:
+    """Medians and bests of the rates, tokens per second; ours over theirs, theirs over theirs."""
+    first, ours, again = (np.array([r[side] for r in rounds]) for side in SIDES)
+    theirs = np.hstack([first, again])
+    ratio, low, high = ratio_of_medians(ours, theirs)
+    control, control_low, control_high = ratio_of_medians(again, first)
     return {
-        **{f"{side}_ts": float(np.median(rates[side])) for side in SIDES},
-        **{f"{side}_best_ts": best[side] for side in SIDES},
-        "best_ratio": best[OURS] / max(best[THEIRS], best[AGAIN]),
+        "llama-bench_ts": float(np.median(theirs)),
+        "ours_ts": float(np.median(ours)),
         "ratio": ratio,
         "ratio_low": low,
         "ratio_high": high,
         "control": control,
         "control_low": control_low,
         "control_high": control_high,
+        # The fastest repetition of all is the one that nothing disturbed.
+        "best_ratio": float(ours.max() / theirs.max()),
+        "best_control": float(again.max() / first.max()),
         "rounds": len(rounds),
     }
 
 
 def compare(tool: Path, model: Path, options: dict, n: int, own_libraries: bool) -> list[dict]:
     """One line per test of a file."""
-    found: dict[tuple, list[dict[str, float]]] = {}
+    found: dict[tuple, list[dict[str, list[float]]]] = {}
     model_type, n_params = "", 0
     for i in range(n):
         lines: dict[str, dict[tuple, dict]] = {}
@@ -131,12 +137,11 @@ def compare(tool: Path, model: Path, options: dict, n: int, own_libraries: bool)
             if different := [k for k in same if ours[k] != lines[THEIRS][test][k]]:
                 sys.exit(f"the two sides differ in {', '.join(different)}")
             model_type, n_params = ours["model_type"], ours["model_n_params"]
-            rates = {side: lines[side][test]["avg_ts"] for side in SIDES}
-            rates |= {f"{side} best": max(lines[side][test]["samples_ts"]) for side in SIDES}
+            rates = {side: lines[side][test]["samples_ts"] for side in SIDES}
             found.setdefault(test, []).append(rates)
             print(
                 f"  round {i + 1}/{n}  {name(test):>12}  "
-                + "  ".join(f"{side} {rates[side]:.2f}" for side in SIDES),
+                + "  ".join(f"{side} {np.mean(rates[side]):.2f}" for side in SIDES),
                 flush=True,
             )
     return [
@@ -154,22 +159,28 @@ def compare(tool: Path, model: Path, options: dict, n: int, own_libraries: bool)
 
 def render(lines: list[dict]) -> str:
     """The newest figures of each file and test."""
-    newest = {(line["file"], line["test"], line["own_libraries"]): line for line in lines}
-    head = ["file", "test", THEIRS, "bench run", "difference", "95 %", "control", "fastest"]
+    newest = {
+        (line["file"], line["test"], line["own_libraries"], line["settings"]["n_threads"]): line
+        for line in lines
+    }
+    head = ["file", "threads", "test", "llama-bench", "bench run", "difference", "95 %"]
+    head += ["of the fastest", "llama-bench from itself", "of the fastest"]
     rows = [
         [
             line["file"] + (" (tool's own libraries)" if line["own_libraries"] else ""),
+            str(line["settings"]["n_threads"]),
             line["test"],
-            f"{line[f'{THEIRS}_ts']:.2f}",
-            f"{line[f'{OURS}_ts']:.2f}",
+            f"{line['llama-bench_ts']:.2f}",
+            f"{line['ours_ts']:.2f}",
             percent(line["ratio"]),
             f"{percent(line['ratio_low'])} to {percent(line['ratio_high'])}",
-            percent(line["control"]),
             percent(line["best_ratio"]),
+            percent(line["control"]),
+            percent(line["best_control"]),
         ]
         for line in newest.values()
     ]
-    return markdown_table(head, rows, 2)
+    return markdown_table(head, rows, 3)
 
 
 def percent(ratio: float) -> str:
