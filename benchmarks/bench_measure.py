@@ -10,22 +10,27 @@ agree: a wheel is compiled with OpenMP where the default of today's llama.cpp is
 another set of CPU instructions. So what differs is the harness alone; `--own-libraries` leaves the
 tool its own for comparison.
 
-A round is one process of each side, one after the other, in an order that turns round; each
-measures one warm-up and `--repetitions` of each test. llama-bench takes part twice: how far it is
-from itself is what the machine's own noise makes of a figure. The difference is that of the medians
-of all repetitions, with a 95 % interval bootstrapped over the rounds. Beside it that of each side's
-fastest repetition, the one that nothing disturbed. One line per file and test goes to
-`results/measure.jsonl`.
+A round is one process of each side, all alive at once, of which one runs at a time: they take
+turns of `--slice` seconds, stopped and continued by signals, so that what else goes on in the
+machine meets all alike. Repetitions that a stop fell into are as long as the stop, and dropped.
+llama-bench takes part twice: how far it is from itself is what noise makes of a figure. The
+difference is that of the medians of all repetitions, with a 95 % interval bootstrapped over the
+rounds. Beside it that of each side's fastest repetition, the one that nothing disturbed. One line
+per file and test goes to `results/measure.jsonl`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +38,8 @@ from common import RESULTS, append, machine, markdown_table, read
 
 SIDES = ("llama-bench", "ours", "llama-bench again")
 THEIRS, OURS, AGAIN = SIDES
+#: Rates of each round.
+Samples = list[np.ndarray]
 
 RUN_OURS = """
 import json, pathlib, sys
@@ -51,32 +58,64 @@ def library_folder() -> Path:
     return Path(spec.origin).parent / "lib"
 
 
-def run_theirs(tool: Path, model: Path, options: dict, own_libraries: bool) -> list[dict]:
-    """llama-bench's own results."""
-    command = [tool, "-m", model, "-o", "json", "-r", options["repetitions"]]
-    command += ["-p", options["n_prompt"], "-n", options["n_gen"], "-t", options["n_threads"]]
-    command += ["-d", ",".join(map(str, options["depths"])), "-ngl", options["n_gpu_layers"]]
+def commands(
+    tool: Path, model: Path, test: tuple[int, int, int], options: dict, own_libraries: bool
+) -> dict[str, tuple[list[str], dict[str, str]]]:
+    """Command and environment of each side, for one test."""
+    n_prompt, n_gen, depth = test
+    theirs = [tool, "-m", model, "-o", "json", "-r", options["repetitions"]]
+    theirs += ["-p", n_prompt, "-n", n_gen, "-d", depth, "-t", options["n_threads"]]
+    theirs += ["-ngl", options["n_gpu_layers"]]
     env = dict(os.environ)
     if not own_libraries:
         env["LD_LIBRARY_PATH"] = str(library_folder())
-    out = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
-    if out.returncode:
-        sys.exit(f"{tool} failed: {out.stderr.strip()}")
-    return json.loads(out.stdout)
+    mine = options | {"n_prompt": n_prompt, "n_gen": n_gen, "depths": [depth]}
+    ours = [sys.executable, "-c", RUN_OURS, model, json.dumps(mine)]
+    found = {side: (list(map(str, theirs)), env) for side in (THEIRS, AGAIN)}
+    return {
+        THEIRS: found[THEIRS],
+        OURS: (list(map(str, ours)), dict(os.environ)),
+        AGAIN: found[AGAIN],
+    }
 
 
-def run_ours(model: Path, options: dict) -> list[dict]:
-    """Ours, in a process of its own as theirs is."""
-    command = [sys.executable, "-c", RUN_OURS, str(model), json.dumps(options)]
-    out = subprocess.run(command, capture_output=True, text=True)
-    if out.returncode:
-        sys.exit(f"measuring failed: {out.stderr.strip()}")
-    return [json.loads(line) for line in out.stdout.splitlines()]
+def take_turns(
+    sides: dict[str, tuple[list[str], dict[str, str]]], slice_s: float
+) -> dict[str, str]:
+    """Run all commands by turns, never two at a time; what each printed."""
+    with contextlib.ExitStack() as stack:
+        files = {side: stack.enter_context(tempfile.TemporaryFile("w+")) for side in sides}
+        running = {}
+        for side, (command, env) in sides.items():
+            process = subprocess.Popen(
+                command, env=env, stdout=files[side], stderr=subprocess.DEVNULL
+            )
+            stack.callback(process.kill)
+            process.send_signal(signal.SIGSTOP)
+            running[side] = process
+        while running:
+            for side, process in list(running.items()):
+                process.send_signal(signal.SIGCONT)
+                try:
+                    code = process.wait(slice_s)
+                except subprocess.TimeoutExpired:
+                    process.send_signal(signal.SIGSTOP)
+                    continue
+                if code:
+                    sys.exit(f"{side} failed (exit code {code})")
+                del running[side]
+        printed = {}
+        for side, file in files.items():
+            file.seek(0)
+            printed[side] = file.read()
+        return printed
 
 
-def key(line: dict) -> tuple[int, int, int]:
-    """What says which test a line is of."""
-    return line["n_prompt"], line["n_gen"], line["n_depth"]
+def undisturbed(line: dict, slice_s: float) -> list[float]:
+    """Rates of the repetitions that no stop fell into, tokens per second."""
+    times = line["samples_ns"]
+    longest = min(times) + 0.8e9 * slice_s
+    return [x for x, ns in zip(line["samples_ts"], times, strict=True) if ns < longest]
 
 
 def name(test: tuple[int, int, int]) -> str:
@@ -84,77 +123,76 @@ def name(test: tuple[int, int, int]) -> str:
     return (f"pp{n_prompt}" if n_prompt else f"tg{n_gen}") + (f" @ d{depth}" if depth else "")
 
 
-def ratio_of_medians(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
-    """Median over median of all repetitions, and its 95 % interval, bootstrapped over rounds.
+def ratio_of_medians(ours: Samples, theirs: Samples) -> tuple[float, float, float]:
+    """Median over median of all repetitions, and its 95 % interval, bootstrapped over rounds."""
 
-    Args:
-        ours, theirs: ``(rounds, repetitions)`` of each side.
-    """
-    ratio = np.median(ours) / np.median(theirs)
-    chosen = np.random.default_rng(0).integers(0, len(ours), (4_000, len(ours)))
-    draws = [np.median(ours[rows]) / np.median(theirs[rows]) for rows in chosen]
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return float(ratio), float(low), float(high)
+    def ratio(rounds: Iterable[int]) -> float:
+        chosen = list(rounds)
+        mine, others = (
+            np.median(np.concatenate([side[i] for i in chosen])) for side in (ours, theirs)
+        )
+        return float(mine / others)
+
+    n = len(ours)
+    draws = np.random.default_rng(0).integers(0, n, (2_000, n))
+    low, high = np.quantile([ratio(rows) for rows in draws], (0.025, 0.975))
+    return ratio(range(n)), float(low), float(high)
 
 
 def summarize(rounds: list[dict[str, list[float]]]) -> dict[str, float]:
-    """Medians and bests of the rates, tokens per second; ours over theirs, theirs over theirs."""
-    first, ours, again = (np.array([r[side] for r in rounds]) for side in SIDES)
-    theirs = np.hstack([first, again])
+    """Medians of the rates, tokens per second; ours over theirs, and theirs over theirs."""
+    first, ours, again = ([np.array(r[side]) for r in rounds] for side in SIDES)
+    theirs = [np.concatenate(pair) for pair in zip(first, again, strict=True)]
     ratio, low, high = ratio_of_medians(ours, theirs)
     control, control_low, control_high = ratio_of_medians(again, first)
+    best = {side: max(max(r[side]) for r in rounds) for side in SIDES}
     return {
-        "llama-bench_ts": float(np.median(theirs)),
-        "ours_ts": float(np.median(ours)),
+        "llama-bench_ts": float(np.median(np.concatenate(theirs))),
+        "ours_ts": float(np.median(np.concatenate(ours))),
         "ratio": ratio,
         "ratio_low": low,
         "ratio_high": high,
         "control": control,
         "control_low": control_low,
         "control_high": control_high,
-        # The fastest repetition of all is the one that nothing disturbed.
-        "best_ratio": float(ours.max() / theirs.max()),
-        "best_control": float(again.max() / first.max()),
+        "best_ratio": best[OURS] / max(best[THEIRS], best[AGAIN]),
+        "best_control": best[AGAIN] / best[THEIRS],
         "rounds": len(rounds),
+        "repetitions_kept": sum(map(len, ours)),
     }
 
 
-def compare(tool: Path, model: Path, options: dict, n: int, own_libraries: bool) -> list[dict]:
-    """One line per test of a file."""
-    found: dict[tuple, list[dict[str, list[float]]]] = {}
-    model_type, n_params = "", 0
-    for i in range(n):
-        lines: dict[str, dict[tuple, dict]] = {}
+def compare(
+    tool: Path, model: Path, test: tuple[int, int, int], options: dict, args: argparse.Namespace
+) -> dict:
+    """One test of a file."""
+    rounds: list[dict[str, list[float]]] = []
+    sides = commands(tool, model, test, options, args.own_libraries)
+    ours: dict = {}
+    for i in range(args.rounds):
         # The order turns round, so that a trend favours no side.
-        for side in SIDES if i % 2 == 0 else SIDES[::-1]:
-            if side == OURS:
-                run = run_ours(model, options)
-            else:
-                run = run_theirs(tool, model, options, own_libraries)
-            lines[side] = {key(line): line for line in run}
-        for test, ours in lines[OURS].items():
-            same = ("model_n_params", "model_size", "n_threads", "n_batch", "n_ubatch")
-            if different := [k for k in same if ours[k] != lines[THEIRS][test][k]]:
-                sys.exit(f"the two sides differ in {', '.join(different)}")
-            model_type, n_params = ours["model_type"], ours["model_n_params"]
-            rates = {side: lines[side][test]["samples_ts"] for side in SIDES}
-            found.setdefault(test, []).append(rates)
-            print(
-                f"  round {i + 1}/{n}  {name(test):>12}  "
-                + "  ".join(f"{side} {np.mean(rates[side]):.2f}" for side in SIDES),
-                flush=True,
-            )
-    return [
-        {
-            "file": model.name,
-            "model_type": model_type,
-            "model_n_params": n_params,
-            "test": name(test),
-            **summarize(rounds),
-            "samples": rounds,
-        }
-        for test, rounds in found.items()
-    ]
+        order = SIDES if i % 2 == 0 else SIDES[::-1]
+        printed = take_turns({side: sides[side] for side in order}, args.slice)
+        lines = {side: json.loads(text) for side, text in printed.items()}
+        lines = {side: x[0] if isinstance(x, list) else x for side, x in lines.items()}
+        ours = lines[OURS]
+        same = ("model_n_params", "model_size", "n_threads", "n_batch", "n_ubatch")
+        if different := [k for k in same if ours[k] != lines[THEIRS][k]]:
+            sys.exit(f"the two sides differ in {', '.join(different)}")
+        rounds.append({side: undisturbed(lines[side], args.slice) for side in SIDES})
+        print(
+            f"  round {i + 1}/{args.rounds}  {name(test):>8}  "
+            + "  ".join(f"{side} {np.median(rounds[-1][side]):.2f}" for side in SIDES),
+            flush=True,
+        )
+    return {
+        "file": model.name,
+        "model_type": ours["model_type"],
+        "model_n_params": ours["model_n_params"],
+        "test": name(test),
+        **summarize(rounds),
+        "samples": rounds,
+    }
 
 
 def render(lines: list[dict]) -> str:
@@ -192,8 +230,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, help="GGUF files")
     parser.add_argument("--llama-bench", type=Path, help="the tool")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=50, help="in each round")
+    parser.add_argument("--slice", type=float, default=1.0, help="seconds, several repetitions")
     parser.add_argument("-p", type=int, default=512)
     parser.add_argument("-n", type=int, default=128)
     parser.add_argument("--depth", default="0", help="comma-separated")
@@ -210,20 +249,24 @@ def main() -> None:
     if not args.files or args.llama_bench is None:
         parser.error("name GGUF files and --llama-bench")
     options = {
-        "n_prompt": args.p,
-        "n_gen": args.n,
         "repetitions": args.repetitions,
-        "depths": [int(depth) for depth in args.depth.split(",")],
         "n_threads": args.threads,
         "n_gpu_layers": args.gpu_layers,
     }
-    about = {"own_libraries": args.own_libraries, "settings": options, **machine()}
+    about = {"own_libraries": args.own_libraries, "slice_s": args.slice, "settings": options}
+    tests = [
+        (n_prompt, n_gen, int(depth))
+        for depth in args.depth.split(",")
+        for n_prompt, n_gen in ((args.p, 0), (0, args.n))
+        if n_prompt + n_gen
+    ]
     lines = []
     for file in args.files:
         print(file.name, flush=True)
-        found = compare(args.llama_bench, file, options, args.rounds, args.own_libraries)
-        append(args.out, [line | about for line in found])
-        lines += [line | about for line in found]
+        for test in tests:
+            found = compare(args.llama_bench, file, test, options, args) | about | machine()
+            append(args.out, [found])
+            lines.append(found)
     print(render(lines))
 
 

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from dus_edge import data
-from dus_edge.bench.devices import load_devices
+from dus_edge.bench.cuda_overhead import cuda_overhead_bytes, multiprocessors
+from dus_edge.bench.devices import find_device, load_devices
 from dus_edge.bench.memory import model_of_config
+from dus_edge.bench.stored_model import MIB
 from dus_edge.checkpoint.config import tensor_shapes
 from dus_edge.quant.recipe import PRESETS, find_preset
 from dus_edge.tables import solar_config
@@ -109,6 +111,31 @@ def test_the_least_certain_family_is_named(speed_lines):
     worst = max(errors, key=errors.__getitem__)
     assert worst == f"apple-{name.lower()}"
     agree(text, errors[worst])
+
+
+def test_the_table_in_short_is_that_of_the_tables():
+    rows = [x for x in README.splitlines() if re.match(r"\| \d+ GB (cards|Macs) \|", x)]
+    tables = (ROOT / "benchmarks" / "TABLES.md").read_text().splitlines()
+    assert len(rows) >= 8
+    assert [x for x in tables if re.match(r"\| \d+ GB (cards|Macs) \|", x)] == rows
+
+
+def test_cuda_takes_what_the_rule_says():
+    small, big, n = said(
+        "# MiB on an RTX 4060, # MiB on an RTX 4090, a rule from # published readings"
+    )
+    for text, name in ((small, "rtx-4060"), (big, "rtx-4090")):
+        card = find_device(name)
+        n_sm = multiprocessors(card.cuda_cores, card.compute_capability)
+        agree(text, cuda_overhead_bytes(n_sm, card.compute_capability) / MIB)
+    assert int(n) == len(json.loads(data.read_text("published_overhead.json"))["rows"])
+
+
+def test_gptq_is_as_certain_as_its_rows():
+    rate, n = said("constant of its own is off by # % on # published runs")
+    kernel = tomllib.loads(data.read_text("gptq_speed.toml"))["exllamav2"]
+    agree(rate, 100 * kernel["tried"]["none"])
+    assert int(n) == kernel["interval"]["rows"]
 
 
 # Presets
