@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dus_edge import data
-from dus_edge.bench.devices import load_devices, load_rules
+from dus_edge.bench.devices import find_device, load_devices, load_rules
 from dus_edge.bench.folder_memory import model_of_gptq_config
 from dus_edge.bench.memory import model_of_config
 from dus_edge.bench.record import read_lines, read_quality
@@ -437,10 +437,21 @@ def _guides_verdict(rows: Sequence[Row]) -> str:
         right = "right" if p.verdict.fits else "wrong"
         said.append(f"{right} about {what}{' (by a hair, if at all)' * p.verdict.close}")
     return (
-        f"So at this context the guides are {' and '.join(said)}. macOS lets the GPU use about "
+        f"So at this context the guides are {' and '.join(said)}. {_without_flash_attention()}"
+        "macOS lets the GPU use about "
         "three quarters of the memory: of what does not fit some layers stay on the CPU, or the "
         "limit is raised with `sudo sysctl iogpu.wired_limit_mb=…`.\n"
     )
+
+
+def _without_flash_attention() -> str:
+    """How the closest of these verdicts turns out otherwise."""
+    model = _column(USUAL).store(solar_config(), MODEL)
+    settings = memory_settings(model, flash_attn=False)
+    v = predict_on(Candidate(model, {}), find_device("rtx-4060"), settings).verdict
+    spare = v.usable_bytes - v.use.total_bytes
+    said = f"{format_bytes(spare)} are left" if v.fits else f"{format_bytes(-spare)} are missing"
+    return f"Without flash attention, {said} on an RTX 4060. "
 
 
 def _column(key: str) -> Column:

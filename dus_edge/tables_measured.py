@@ -115,7 +115,8 @@ def measured_markdown(lines: Iterable[Line], subject: str = "", parameters: int 
     if any(line["peak_memory_bytes"] is not None for line in kept):
         parts.append(
             "*Peak memory* is the process's with all that is in it, or the GPU's where it ran on "
-            "one.\n"
+            "one. On a CPU it counts the mapped file's pages beside those that llama.cpp lays out "
+            "anew.\n"
         )
     return "\n".join(parts)
 
