@@ -1,6 +1,6 @@
 """Compare `dus-edge bench run` with llama-bench: same file, threads, settings and libraries.
 
-    python benchmarks/bench_measure.py --llama-bench PATH FILE… [--rounds 7] [--threads 2]
+    python benchmarks/bench_measure.py --llama-bench PATH FILE… [--rounds 30] [--slice 0.5]
     python benchmarks/bench_measure.py --markdown
 
 llama-bench must be built from the llama.cpp of the installed llama-cpp-python (`llama.cpp` in its
@@ -13,10 +13,12 @@ tool its own for comparison.
 A round is one process of each side, all alive at once, of which one runs at a time: they take
 turns of `--slice` seconds, stopped and continued by signals, so that what else goes on in the
 machine meets all alike. Repetitions that a stop fell into are as long as the stop, and dropped.
-llama-bench takes part twice: how far it is from itself is what noise makes of a figure. The
-difference is that of the medians of all repetitions, with a 95 % interval bootstrapped over the
-rounds. Beside it that of each side's fastest repetition, the one that nothing disturbed. One line
-per file and test goes to `results/measure.jsonl`.
+llama-bench takes part twice: how far it is from itself is what noise makes of a figure. Of each
+round the medians are compared, ours with the geometric mean of theirs; the difference is the mean
+over the rounds, with a bootstrapped 95 % interval. Processes differ by where their memory happens
+to lie, so rounds are what counts, not repetitions. Beside it stands the difference of each side's
+fastest repetition, the one that nothing disturbed. One line per file and test goes to
+`results/measure.jsonl`.
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +40,6 @@ from common import RESULTS, append, machine, markdown_table, read
 
 SIDES = ("llama-bench", "ours", "llama-bench again")
 THEIRS, OURS, AGAIN = SIDES
-#: Rates of each round.
-Samples = list[np.ndarray]
 
 RUN_OURS = """
 import json, pathlib, sys
@@ -123,32 +123,22 @@ def name(test: tuple[int, int, int]) -> str:
     return (f"pp{n_prompt}" if n_prompt else f"tg{n_gen}") + (f" @ d{depth}" if depth else "")
 
 
-def ratio_of_medians(ours: Samples, theirs: Samples) -> tuple[float, float, float]:
-    """Median over median of all repetitions, and its 95 % interval, bootstrapped over rounds."""
-
-    def ratio(rounds: Iterable[int]) -> float:
-        chosen = list(rounds)
-        mine, others = (
-            np.median(np.concatenate([side[i] for i in chosen])) for side in (ours, theirs)
-        )
-        return float(mine / others)
-
-    n = len(ours)
-    draws = np.random.default_rng(0).integers(0, n, (2_000, n))
-    low, high = np.quantile([ratio(rows) for rows in draws], (0.025, 0.975))
-    return ratio(range(n)), float(low), float(high)
+def mean_ratio(logs: np.ndarray) -> tuple[float, float, float]:
+    """Mean of ratios by their logarithms, and its 95 % interval, bootstrapped over the rounds."""
+    draws = np.random.default_rng(0).choice(logs, (10_000, len(logs))).mean(axis=1)
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return math.exp(logs.mean()), math.exp(low), math.exp(high)
 
 
 def summarize(rounds: list[dict[str, list[float]]]) -> dict[str, float]:
-    """Medians of the rates, tokens per second; ours over theirs, and theirs over theirs."""
-    first, ours, again = ([np.array(r[side]) for r in rounds] for side in SIDES)
-    theirs = [np.concatenate(pair) for pair in zip(first, again, strict=True)]
-    ratio, low, high = ratio_of_medians(ours, theirs)
-    control, control_low, control_high = ratio_of_medians(again, first)
+    """Rates, tokens per second; ours over theirs, and theirs over theirs."""
+    first, ours, again = (np.log([np.median(r[side]) for r in rounds]) for side in SIDES)
+    ratio, low, high = mean_ratio(ours - (first + again) / 2)
+    control, control_low, control_high = mean_ratio(again - first)
     best = {side: max(max(r[side]) for r in rounds) for side in SIDES}
     return {
-        "llama-bench_ts": float(np.median(np.concatenate(theirs))),
-        "ours_ts": float(np.median(np.concatenate(ours))),
+        "llama-bench_ts": float(np.exp((first + again) / 2).mean()),
+        "ours_ts": float(np.exp(ours).mean()),
         "ratio": ratio,
         "ratio_low": low,
         "ratio_high": high,
@@ -158,7 +148,7 @@ def summarize(rounds: list[dict[str, list[float]]]) -> dict[str, float]:
         "best_ratio": best[OURS] / max(best[THEIRS], best[AGAIN]),
         "best_control": best[AGAIN] / best[THEIRS],
         "rounds": len(rounds),
-        "repetitions_kept": sum(map(len, ours)),
+        "repetitions_kept": sum(len(r[OURS]) for r in rounds),
     }
 
 
@@ -201,20 +191,21 @@ def render(lines: list[dict]) -> str:
         (line["file"], line["test"], line["own_libraries"], line["settings"]["n_threads"]): line
         for line in lines
     }
-    head = ["file", "threads", "test", "llama-bench", "bench run", "difference", "95 %"]
-    head += ["of the fastest", "llama-bench from itself", "of the fastest"]
+    head = ["file", "threads", "test", "rounds", "llama-bench", "bench run", "difference", "95 %"]
+    head += ["of the fastest", "llama-bench from itself", "95 %"]
     rows = [
         [
             line["file"] + (" (tool's own libraries)" if line["own_libraries"] else ""),
             str(line["settings"]["n_threads"]),
             line["test"],
+            str(line["rounds"]),
             f"{line['llama-bench_ts']:.2f}",
             f"{line['ours_ts']:.2f}",
             percent(line["ratio"]),
             f"{percent(line['ratio_low'])} to {percent(line['ratio_high'])}",
             percent(line["best_ratio"]),
             percent(line["control"]),
-            percent(line["best_control"]),
+            f"{percent(line['control_low'])} to {percent(line['control_high'])}",
         ]
         for line in newest.values()
     ]
@@ -230,8 +221,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, help="GGUF files")
     parser.add_argument("--llama-bench", type=Path, help="the tool")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repetitions", type=int, default=50, help="in each round")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--repetitions", type=int, default=20, help="in each round")
     parser.add_argument("--slice", type=float, default=1.0, help="seconds, several repetitions")
     parser.add_argument("-p", type=int, default=512)
     parser.add_argument("-n", type=int, default=128)
