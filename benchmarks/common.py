@@ -13,21 +13,19 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from dus_edge.bench.devices import processor
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 
 
 def machine() -> dict[str, object]:
     """What the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
     ).stdout.strip()
     return {
-        "cpu": cpu,
+        "cpu": processor() or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
         "python": platform.python_version(),
         "commit": commit,
@@ -46,6 +44,17 @@ def append(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
 def read(path: Path) -> list[dict]:
     """All lines of a JSONL file; none if there is no such file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def toml_text(about: Iterable[str], tables: Mapping[str, Mapping]) -> str:
+    """Tables of numbers as TOML below comments; rounded to five digits after the point."""
+    out = [f"# {line}" for line in about]
+    for name, table in tables.items():
+        out += ["", f"[{name}]"]
+        for key, value in table.items():
+            quoted = key if key.isidentifier() else json.dumps(key)
+            out.append(f"{quoted} = {round(value, 5)}")
+    return "\n".join(out) + "\n"
 
 
 def markdown_table(head: list[str], rows: Iterable[list[str]], n_left: int = 1) -> str:

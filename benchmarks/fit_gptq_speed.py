@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, markdown_table
+from common import RESULTS, markdown_table, toml_text
 from fit_speed import KNEE, NOISE, VARIANTS
 
 from dus_edge import data
@@ -46,6 +46,13 @@ PRIOR = 1.0
 T90 = (3.078, 1.886, 1.638, 1.533, 1.476, 1.440, 1.415, 1.397, 1.383, 1.372)
 #: Marks of rows that count for the interval.
 HELD = ("fit", "check")
+#: What stands above the constants.
+ABOUT = (
+    "What the kernels for GPTQ models change in the constants of speed.toml.",
+    "Written by benchmarks/fit_gptq_speed.py from published_gptq.json, whose rows name their",
+    "sources. terms: deviations of logarithms (layer, token) and logits (eta). interval: of",
+    "log(measured / predicted). tried: mean error of each set on sources it never saw.",
+)
 
 
 def work_of(row: Mapping) -> s.Work:
@@ -152,22 +159,6 @@ def interval(errors: np.ndarray, rows: Rows, n_fitted: int) -> dict[str, float]:
     }
 
 
-def render_toml(tables: Mapping[str, Mapping]) -> str:
-    """The deviations as TOML; numbers are rounded to five digits after the point."""
-    out = [
-        "# What the kernels for GPTQ models change in the constants of speed.toml.",
-        "# Written by benchmarks/fit_gptq_speed.py from published_gptq.json, whose rows name their",
-        "# sources. terms: deviations of logarithms (layer, token) and logits (eta). interval: of",
-        "# log(measured / predicted). tried: mean error of each set on sources it never saw.",
-    ]
-    for name, table in tables.items():
-        out += ["", f"[{name}]"]
-        for key, value in table.items():
-            quoted = key if key.isidentifier() else json.dumps(key)
-            out.append(f"{quoted} = {round(value, 5)}")
-    return "\n".join(out) + "\n"
-
-
 def lines_of(rows: Rows, errors: np.ndarray, half_width: float) -> list[dict]:
     """Rows with their predictions, as they are written to the results."""
     spread = s.constants()[0].spread
@@ -257,7 +248,7 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print the tables")
     args = parser.parse_args()
     tables, lines = run()
-    write_text(TOML, render_toml(tables))
+    write_text(TOML, toml_text(ABOUT, tables))
     write_text(RESULTS / "gptq_speed.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
     if args.markdown:
         print(markdown(lines))

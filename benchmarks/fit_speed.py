@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, markdown_table
+from common import RESULTS, markdown_table, toml_text
 
 from dus_edge import data
 from dus_edge.bench import speed as s
@@ -188,6 +188,14 @@ INNER_FOLDS = 5
 SHRINK_DEVICES = 3
 TARGETS = {"tg": (0.08, 0.18), "pp": (0.15, math.inf)}
 TOML = Path(data.__file__).parent / "speed.toml"
+#: What stands above the constants.
+ABOUT = (
+    "Constants of dus_edge/bench/speed.py: logarithms or logits of efficiencies and costs.",
+    "Written by benchmarks/fit_speed.py from published_runs.json, whose rows name their",
+    "sources; cross_validation is of fits without the device predicted.",
+    "offload is from one published run (24 of 33 layers on an RTX 4060 Laptop), its scale a",
+    "judgement of how far hosts differ.",
+)
 
 
 @dataclass(frozen=True)
@@ -514,23 +522,6 @@ def fit_all() -> tuple[dict[str, Problem], dict[str, np.ndarray]]:
     return problems, {k: p.fit(np.ones(len(p.rows), bool)) for k, p in problems.items()}
 
 
-def render_toml(tables: Mapping[str, Mapping]) -> str:
-    """The constants as TOML; numbers are rounded to five digits after the point."""
-    out = [
-        "# Constants of dus_edge/bench/speed.py: logarithms or logits of efficiencies and costs.",
-        "# Written by benchmarks/fit_speed.py from published_runs.json, whose rows name their",
-        "# sources; cross_validation is of fits without the device predicted.",
-        "# offload is from one published run (24 of 33 layers on an RTX 4060 Laptop), its scale a",
-        "# judgement of how far hosts differ.",
-    ]
-    for name, table in tables.items():
-        out += ["", f"[{name}]"]
-        for key, value in table.items():
-            quoted = key if key.isidentifier() else json.dumps(key)
-            out.append(f"{quoted} = {round(value, 5)}")
-    return "\n".join(out) + "\n"
-
-
 def markdown(lines: Sequence[Mapping]) -> str:
     """The cross-validation as tables, by family and in all, with both yardsticks for tg."""
     parts = []
@@ -650,7 +641,7 @@ def main() -> None:
         lines += checked
         for row, log in zip(others, outside.log_rates(there), strict=True):
             lines.append(line(row, which, math.exp(log), spread))
-    write_text(TOML, render_toml(tables))
+    write_text(TOML, toml_text(ABOUT, tables))
     write_text(RESULTS / "speed.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
     if not args.no_plot:
         plot(lines, RESULTS / "speed.png")

@@ -52,7 +52,7 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--platform",
             metavar="NAME",
-            help="windows, linux-headless, linux-desktop, macos15 or macos26 "
+            help="windows, linux, linux-headless, macos15 or macos26 "
             "[default: the device's usual one].",
         ),
     )

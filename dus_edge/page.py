@@ -20,11 +20,12 @@ from dus_edge.bench.devices import Device, load_devices, load_rules
 from dus_edge.bench.fit import UNSURE, layers_that_fit, settings_on
 from dus_edge.bench.folder_memory import TorchPreset, model_of_preset
 from dus_edge.bench.memory import memory_use, model_of_config, usable_bytes, usual_platform
-from dus_edge.bench.speed import DeviceSpeed, Speed, Work, device_speed, predict
+from dus_edge.bench.speed import DeviceSpeed, Work, device_speed, predict
 from dus_edge.bench.stored_model import Settings, StoredModel
 from dus_edge.bench.torch_memory import kernel_note
 from dus_edge.errors import UsageError
 from dus_edge.prediction import Candidate, choose_preset, memory_settings, predict_on, work_of
+from dus_edge.prediction_report import speed_json
 from dus_edge.progress import Advance
 from dus_edge.tables import solar_config
 
@@ -218,7 +219,7 @@ class _Speeds:
                     offloaded_layers=None if whole else layers,
                 )
                 self.engines[choice.key] = speed.engine
-                self._known[key] = self._rates(_six(speed))
+                self._known[key] = self._rates(tuple(speed_json(speed).values()))
             return self._known[key]
         except UsageError:
             return self._reason(row, choice, settings, whole, layers)
@@ -243,14 +244,6 @@ class _Speeds:
         return self._refused[key]
 
 
-def _six(speed: Speed) -> tuple[float | None, ...]:
-    """Generation and prompt with the ends of their intervals; None where nothing is predicted."""
-    kinds, ends = ("tg", "pp"), ("", "_low", "_high")
-    rates = (getattr(speed, f"{kind}_tokens_per_s{end}") for kind in kinds for end in ends)
-    # Four digits: no prediction knows more, and processors differ in the last ones.
-    return tuple(None if x is None else float(f"{x:.4g}") for x in rates)
-
-
 def _settings(choice: Choice, context: int) -> Settings:
     return memory_settings(choice.model, context=context)
 
@@ -270,7 +263,7 @@ def _overheads(device: Device, choices: Sequence[Choice]) -> dict[str, int]:
 
 
 def _row(device: Device, gb: float, choices: Sequence[Choice]) -> dict[str, Any]:
-    name = device.name.removeprefix("NVIDIA ").removeprefix("GeForce ").removeprefix("Apple ")
+    name = device.short_name
     return {
         "id": device.id,
         "name": name,

@@ -8,6 +8,7 @@ from typing import Any
 
 from dus_edge.bench.devices import Device
 from dus_edge.bench.fit import Verdict
+from dus_edge.bench.speed import Speed
 from dus_edge.bench.stored_model import MemoryUse, Settings
 from dus_edge.files import format_bytes
 from dus_edge.prediction import Prediction
@@ -65,18 +66,22 @@ def verdict_json(v: Verdict) -> dict[str, Any]:
     }
 
 
+def speed_json(speed: Speed | None) -> dict[str, float | None]:
+    """Rates of generation and prompt, each with the ends of its interval; null if not predicted."""
+    keys = [f"{kind}_tokens_per_s{end}" for kind in ("tg", "pp") for end in ("", "_low", "_high")]
+    rates = {key: getattr(speed, key, None) for key in keys}
+    # Four digits: no prediction knows more, and processors differ in the last ones.
+    return {key: None if x is None else float(f"{x:.4g}") for key, x in rates.items()}
+
+
 def prediction_json(p: Prediction) -> dict[str, Any]:
     """A prediction; every speed has the ends of its 80 % interval beside it."""
-    keys = [f"{kind}_tokens_per_s{end}" for kind in ("tg", "pp") for end in ("", "_low", "_high")]
-    # Four digits: no prediction knows more, and processors differ in the last ones.
-    rates = {key: getattr(p.speed, key, None) for key in keys}
-    speed = {key: None if x is None else float(f"{x:.4g}") for key, x in rates.items()}
     return {
         "model": p.name,
         "context": p.context,
         **verdict_json(p.verdict),
         "best_preset": p.best_preset,
-        **speed,
+        **speed_json(p.speed),
         "why_no_speed": p.why_no_speed,
     }
 

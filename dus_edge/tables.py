@@ -13,6 +13,7 @@ other column belongs to one of the three and is empty in the rest; those of the 
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import math
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dus_edge import data
-from dus_edge.bench.devices import find_device, load_devices, load_rules
+from dus_edge.bench.devices import Device, find_device, load_devices, load_rules
 from dus_edge.bench.folder_memory import model_of_gptq_config
 from dus_edge.bench.memory import model_of_config
 from dus_edge.bench.record import read_lines, read_quality
@@ -111,19 +112,12 @@ _GPTQ = (
 class Row:
     """One device in one memory size: a prediction for every column."""
 
-    device_id: str
-    name: str
-    family: str
+    device: Device
     memory_gb: float
     cells: Mapping[str, Prediction]
 
-    @property
-    def short_name(self) -> str:
-        """Without the maker."""
-        name = self.name.removeprefix("NVIDIA ").removeprefix("GeForce ")
-        return name.removeprefix("Apple ")
 
-
+@functools.cache
 def solar_config() -> ModelConfig:
     """The configuration of SOLAR 10.7B."""
     raw = json.loads(data.read_text(SOLAR))
@@ -143,7 +137,7 @@ def predict_all(
                 key: predict_on(Candidate(m, {}), device, settings, memory_gb=gb)
                 for key, m in models.items()
             }
-            rows.append(Row(device.id, device.name, device.family, gb, cells))
+            rows.append(Row(device, gb, cells))
             advance(1)
     return settings, rows
 
@@ -246,7 +240,7 @@ def markdown(
     results: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The page: in short, a table per family, public guides beside ours, then what was measured."""
-    here = {r.family for r in rows}
+    here = {r.device.family for r in rows}
     families = {f: title for f, title in load_rules().families.items() if f in here}
     titles = families.values()
     machines = f": {'; '.join(machine_names(lines))}" if lines else ""
@@ -276,7 +270,7 @@ def markdown(
     ]
     for family, title in families.items():
         parts.append(f"### {title}\n")
-        parts.append(_family_table([r for r in rows if r.family == family]))
+        parts.append(_family_table([r for r in rows if r.device.family == family]))
     parts.append(_guides(rows))
     parts.append(measured_markdown(lines, MODEL, solar_parameters()))
     parts.append(quality_markdown(results, MODEL, solar_parameters()))
@@ -302,7 +296,9 @@ def _in_short(settings: Settings, rows: Sequence[Row]) -> str:
             mine = [
                 r
                 for r in rows
-                if r.memory_gb == gb and r.family.startswith(family) and r.family.endswith(kinds)
+                if r.memory_gb == gb
+                and r.device.family.startswith(family)
+                and r.device.family.endswith(kinds)
             ]
             if mine:
                 found.append([f"{gb:g} GB {what}", *_short_cells(mine)])
@@ -362,11 +358,11 @@ def _family_table(rows: Sequence[Row]) -> str:
     lines = [["*takes, GiB*", "", "", *(f"*{need}*" for need in needs)]]
     merged: dict[tuple[str, ...], list[Row]] = {}
     for row in sorted(rows, key=_row_rank):
-        merged.setdefault((row.device_id, *map(_cell(row), PRESETS)), []).append(row)
+        merged.setdefault((row.device.id, *map(_cell(row), PRESETS)), []).append(row)
     for (_, *cells), same in merged.items():
         sizes = ", ".join(f"{r.memory_gb:g}" for r in same)
         usable = ", ".join(f"{_usable(r) / 2**30:.1f}" for r in same)
-        lines.append([same[0].short_name, sizes, usable, *cells])
+        lines.append([same[0].device.short_name, sizes, usable, *cells])
     return table(["device", "GB", "usable", *(c.title for c in PRESETS)], lines)
 
 
@@ -388,7 +384,7 @@ def _cell(row: Row) -> Callable[[Column], str]:
 
 
 def _guides(rows: Sequence[Row]) -> str:
-    big = next(r for r in rows if r.device_id == "rtx-4090")
+    big = next(r for r in rows if r.device.id == "rtx-4090")
     lines = []
     for preset, (file_gb, vram_gb) in GUIDES.items():
         total = big.cells[preset].verdict.use.total_bytes
@@ -410,12 +406,12 @@ def _guides(rows: Sequence[Row]) -> str:
     ]
     found = []
     for device, gb in GUIDED_DEVICES:
-        row = next(r for r in rows if r.device_id == device and r.memory_gb == gb)
+        row = next(r for r in rows if r.device.id == device and r.memory_gb == gb)
         v = row.cells["q4_k_m"].verdict
         longest = f"{v.longest_context:,}" if v.longest_context else "none"
         found.append(
             [
-                row.short_name,
+                row.device.short_name,
                 f"{gb:g}",
                 "yes" if v.fits else "no",
                 _spare(v.usable_bytes - v.use.total_bytes),
@@ -432,7 +428,7 @@ def _guides_verdict(rows: Sequence[Row]) -> str:
     """What the tables say of the guides' claim about devices of 8 GB."""
     said = []
     for name, what in (("m1-8c", "the 8 GB Mac"), ("rtx-4060", "8 GB cards")):
-        row = next(r for r in rows if r.device_id == name and r.memory_gb == 8)
+        row = next(r for r in rows if r.device.id == name and r.memory_gb == 8)
         p = row.cells["q4_k_m"]
         right = "right" if p.verdict.fits else "wrong"
         said.append(f"{right} about {what}{' (by a hair, if at all)' * p.verdict.close}")
@@ -477,9 +473,9 @@ def _usable(row: Row) -> int:
 
 def _row_rank(row: Row) -> tuple[Any, ...]:
     """Cards by number; Macs as the database has them: Pro before Max."""
-    if row.family.startswith("apple-"):
+    if row.device.family.startswith("apple-"):
         return ()
-    parts = re.split(r"(\d+)", row.short_name)
+    parts = re.split(r"(\d+)", row.device.short_name)
     return *(int(p) if p.isdigit() else p for p in parts), row.memory_gb
 
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 from hypothesis import given
@@ -17,27 +13,14 @@ from dus_edge.bench.devices import load_devices
 from dus_edge.bench.stored_model import MIB
 from dus_edge.errors import UsageError
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from .scripts import load_script
+
 #: What the module's text says: MiB between a reading of the process alone and the rule.
 STATED_MIB = 30
 #: Cards whose context is off by more, and by how much.
 APART = {"Tesla P100-PCIE-16GB": 264, "NVIDIA A100-SXM4-80GB": 57}
 
-
-def load_script() -> ModuleType:
-    """The script that fits, as a module."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        path = BENCHMARKS / "fit_overhead.py"
-        spec = importlib.util.spec_from_file_location("fit_overhead", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
-
-
-SCRIPT = load_script()
+SCRIPT = load_script("fit_overhead")
 ROWS, CARDS = SCRIPT.published()
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -23,7 +20,8 @@ from dus_edge.errors import UsageError
 from dus_edge.quant import gptq_format
 from dus_edge.quant.recipe import PRESETS
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from .scripts import BENCHMARKS, load_script
+
 CUDA = [d.id for d in load_devices() if d.backend == "CUDA"]
 SOLAR = {
     "n_layers": 48, "hidden": 4096, "ffn": 14336, "n_heads": 32, "n_kv_heads": 8, "vocab": 32000,
@@ -42,17 +40,7 @@ def device(name: str = "rtx-3060-12gb") -> s.DeviceSpeed:
 
 @pytest.fixture(scope="module")
 def fit_gptq_speed() -> ModuleType:
-    """The script that fits, as a module."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        path = BENCHMARKS / "fit_gptq_speed.py"
-        spec = importlib.util.spec_from_file_location("fit_gptq_speed", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["fit_gptq_speed"] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
+    return load_script("fit_gptq_speed")
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,9 @@
 """The benchmark's random checkpoints, read back with the safetensors package."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,21 +11,13 @@ from safetensors import safe_open
 
 from dus_edge.checkpoint.hub import indexed_shards
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "make_checkpoint.py"
+from .scripts import BENCHMARKS, load_script
+
+SCRIPT = BENCHMARKS / "make_checkpoint.py"
 SIZES = {"layers": 2, "hidden": 64, "intermediate": 176, "heads": 4, "kv-heads": 2, "vocab": 320}
 TINY = [word for name, size in SIZES.items() for word in (f"--{name}", str(size))]
 
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_checkpoint", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-make = load_script()
+make = load_script("make_checkpoint")
 
 
 def bits(folder: Path) -> dict[str, np.ndarray]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from pathlib import Path
 
 import pytest
 
 from dus_edge import jobs
+from dus_edge.bench.memory import PLATFORMS
 from dus_edge.quant.recipe import PRESETS
 from dus_edge.tables import solar_config
 
@@ -160,3 +162,10 @@ def test_ollama_that_does_not_run(run, monkeypatch):
     code, _, err = run("bench", "run", "--ollama", "solar-dus")
     assert code != 0
     assert "ollama serve" in err
+
+
+@pytest.mark.parametrize("command", [("fit",), ("bench", "predict")])
+def test_help_names_the_platforms_that_there_are(run, command):
+    _, out, _ = run(*command, "--help")
+    said = re.search(r"--platform NAME\s+(.*?)\[default", out, re.DOTALL)[1]
+    assert re.split(r",\s+|\s+or\s+", said.strip()) == list(PLATFORMS)

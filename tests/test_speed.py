@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -23,7 +20,8 @@ from dus_edge.bench.devices import find_device, load_devices
 from dus_edge.errors import UsageError
 from dus_edge.quant.recipe import PRESETS
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from .scripts import BENCHMARKS, load_script
+
 LLAMA3_8B = {
     "n_layers": 32,
     "hidden": 4096,
@@ -46,16 +44,7 @@ def device(name: str = "rtx-3060-12gb") -> s.DeviceSpeed:
 
 @pytest.fixture(scope="module")
 def fit_speed() -> ModuleType:
-    """The script that fits, as a module."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location("fit_speed", BENCHMARKS / "fit_speed.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["fit_speed"] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
+    return load_script("fit_speed")
 
 
 @pytest.fixture(scope="module")

@@ -69,6 +69,12 @@ class Device:
     source: str = ""
     usable_mib: float | None = None
 
+    @property
+    def short_name(self) -> str:
+        """Without the maker."""
+        name = self.name.removeprefix("NVIDIA ").removeprefix("GeForce ")
+        return name.removeprefix("Apple ")
+
     def memory(self, memory_gb: float | None = None) -> float:
         """GiB of memory: the smallest it is made with, or the one asked for.
 
@@ -224,6 +230,12 @@ def cpu_name(cpuinfo: str) -> str | None:
     return match[1].strip() if match else None
 
 
+def processor() -> str | None:
+    """The name of the processor that this runs on, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    return cpu_name(info.read_text(encoding="utf-8")) if info.exists() else None
+
+
 @functools.cache
 def _tables() -> tuple[tuple[Device, ...], Rules]:
     return parse_devices(data.read_text(FILE))
@@ -310,8 +322,7 @@ def _apple(run: Callable[[Sequence[str]], str] | None = None) -> Device | None:
 
 def _cpu() -> Device:
     """The processor, with the memory that is free now."""
-    info, memory = Path("/proc/cpuinfo"), Path("/proc/meminfo")
-    name = cpu_name(info.read_text()) if info.exists() else None
+    memory = Path("/proc/meminfo")
     sizes = memory.read_text() if memory.exists() else ""
     kib = {k: int(v) for k, v in re.findall(r"^(\w+):\s+(\d+) kB", sizes, re.MULTILINE)}
     total = kib.get("MemTotal", 0) / 2**20
@@ -319,7 +330,7 @@ def _cpu() -> Device:
         raise DusEdgeError("This machine's memory cannot be told; name a device with --device.")
     return Device(
         id="cpu",
-        name=name or platform.processor() or platform.machine(),
+        name=processor() or platform.processor() or platform.machine(),
         vendor="",
         family="cpu",
         architecture=platform.machine(),

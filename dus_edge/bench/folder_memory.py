@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dus_edge.bench.gptq_speed import kind_name
 from dus_edge.bench.logits import read_config, weight_files
 from dus_edge.bench.stored_model import StoredModel, TensorSize, TorchForm
 from dus_edge.bench.torch_memory import VALUE_BYTES
@@ -25,7 +26,7 @@ from dus_edge.checkpoint.spec import TensorSpec
 from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
 from dus_edge.export import bnb
 from dus_edge.export.gguf_tensors import gguf_name
-from dus_edge.export.gptq import is_quantized
+from dus_edge.export.gptq import code_specs, is_quantized
 from dus_edge.quant import gptq_format
 
 QUANTIZE_CONFIG = "quantize_config.json"
@@ -279,14 +280,11 @@ def _planned(config: ModelConfig, form: TorchForm) -> dict[str, TensorSpec]:
     settings = gptq_format.Settings(bits=form.bits, group_size=form.group_size)
     header: dict[str, TensorSpec] = {}
     for key, spec in specs.items():
-        if not is_quantized(key):
+        if is_quantized(key):
+            settings.check(key, spec.shape)
+            header |= {code.name: code for code in code_specs(spec, settings)}
+        else:
             header[key] = spec
-            continue
-        settings.check(key, spec.shape)
-        stem = key.removesuffix("weight")
-        for part, (dtype, size) in gptq_format.tensor_specs(spec.shape, settings).items():
-            spelled = {"int32": "I32", "float16": "F16"}[dtype]
-            header[stem + part] = TensorSpec(stem + part, spelled, size, stem + part)
     return header
 
 
@@ -301,19 +299,8 @@ def _headers(folder: Path, method: str) -> dict[str, StoredTensor]:
 def _model(
     config: ModelConfig, form: TorchForm, header: Header, name: str, where: str
 ) -> StoredModel:
-    return StoredModel(
-        name=name,
-        n_layers=config.n_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        vocab_size=config.vocab_size,
-        context_length=config.context_length,
-        tensors=tuple(_resident(config, form, dict(header), where)),
-        torch=replace(form, window=config.sliding_window),
-    )
+    tensors = _resident(config, form, dict(header), where)
+    return StoredModel.of_config(config, name, tensors, replace(form, window=config.sliding_window))
 
 
 def _resident(
@@ -371,8 +358,8 @@ def _matrix(
                 f"{where}: {name}: groups of {width} do not divide its {n_in} inputs."
             )
         groups = n_in // width
-        size = "ROW" if form.group_size == -1 else str(width)
-        kind, scales = f"GPTQ{form.bits}_{size}", {stem + "scales"}
+        kind = kind_name(form.bits, None if form.group_size == -1 else width)
+        scales = {stem + "scales"}
         expected = {
             stem + "qweight": n_codes * form.bits // 8,
             stem + "qzeros": groups * n_out * form.bits // 8,

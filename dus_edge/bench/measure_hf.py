@@ -7,16 +7,14 @@ float32 (on a GPU, float16), not of a GPTQ kernel; `model_type` says so.
 
 from __future__ import annotations
 
-import functools
 import gc
 import importlib.metadata
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dus_edge.bench.devices import processor
 from dus_edge.bench.hf_models import (
     check_packages,
     check_whole,
@@ -216,7 +214,7 @@ def _about(
     return About(
         engine=", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("transformers", "torch")),
         build_commit=None,
-        cpu_info=_processor(),
+        cpu_info=processor(),
         gpu_info=torch.cuda.get_device_name(device) if device.type == "cuda" else "",
         backends=device.type,
         model_filename=str(info.path),
@@ -241,17 +239,6 @@ def format_name(info: SourceInfo, arithmetic: str) -> str:
         kind = str(details.get("bnb_4bit_quant_type", "fp4")).upper()
         return f"{kind} in {details.get('bnb_4bit_compute_dtype') or 'float32'}"
     return arithmetic
-
-
-@functools.cache
-def _processor() -> str | None:
-    """The CPU's name, as Linux has it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
-    return found[1] if found else None
 
 
 def _synchronize(device: torch.device) -> None:

@@ -48,27 +48,17 @@ _CUDA_ROW = 512
 def model_of_config(config: ModelConfig, preset: Preset, name: str = "the model") -> StoredModel:
     """The model that an export of this configuration would be; no weight is needed."""
     infos = plan_tensors(config, tensor_shapes(config), preset)
-    return StoredModel(
-        name=name,
-        n_layers=config.n_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        vocab_size=config.vocab_size,
-        context_length=config.context_length,
-        tensors=tuple(
-            TensorSize(
-                i.name,
-                i.kind.name,
-                i.nbytes // i.kind.row_bytes(i.shape[-1]),
-                i.shape[-1],
-                i.nbytes,
-            )
-            for i in infos
-        ),
+    tensors = (
+        TensorSize(
+            i.name,
+            i.kind.name,
+            i.nbytes // i.kind.row_bytes(i.shape[-1]),
+            i.shape[-1],
+            i.nbytes,
+        )
+        for i in infos
     )
+    return StoredModel.of_config(config, name, tensors)
 
 
 def read_gguf(path: Path) -> StoredModel:

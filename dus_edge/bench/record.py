@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dus_edge import __version__
-from dus_edge.bench.devices import cpu_name
+from dus_edge.bench.devices import processor
 from dus_edge.bench.measure import Measurement, to_json
 from dus_edge.bench.ollama_api import host_url
 from dus_edge.errors import UsageError
@@ -257,8 +257,7 @@ def _cpu() -> str:
     if sys.platform == "darwin":
         name = _output("sysctl", "-n", "machdep.cpu.brand_string")
     else:
-        info = Path("/proc/cpuinfo")
-        name = cpu_name(info.read_text(encoding="utf-8")) if info.exists() else None
+        name = processor()
     return name or platform.processor() or platform.machine()
 
 

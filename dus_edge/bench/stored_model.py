@@ -6,8 +6,11 @@ Types only; `memory` predicts.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Self
 
+from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.errors import UsageError
 from dus_edge.quant import types as t
 
@@ -111,6 +114,29 @@ class StoredModel:
                 raise UsageError(
                     f"{self.name}: {key} is {getattr(self, key)}; at least 1 is needed."
                 )
+
+    @classmethod
+    def of_config(
+        cls,
+        config: ModelConfig,
+        name: str,
+        tensors: Iterable[TensorSize],
+        torch: TorchForm | None = None,
+    ) -> Self:
+        """A model of a configuration's shape, stored in these tensors."""
+        return cls(
+            name=name,
+            n_layers=config.n_layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            n_heads=config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            vocab_size=config.vocab_size,
+            context_length=config.context_length,
+            tensors=tuple(tensors),
+            torch=torch,
+        )
 
     @property
     def runtime(self) -> str:

@@ -35,6 +35,14 @@ def check_settings(checkpoint: Checkpoint, settings: Settings) -> None:
             settings.check(spec.name, spec.shape)
 
 
+def code_specs(spec: TensorSpec, settings: Settings) -> Iterator[TensorSpec]:
+    """What stands in the folder for a matrix that becomes codes."""
+    stem = spec.name.removesuffix(".weight")
+    for part, (dtype, shape) in gptq_format.tensor_specs(spec.shape, settings).items():
+        name = f"{stem}.{part}"
+        yield TensorSpec(name, _DTYPES[dtype], shape, name)
+
+
 def plan_tensors(checkpoint: Checkpoint, settings: Settings) -> list[TensorSpec]:
     """Every tensor of the folder; no weight is read.
 
@@ -43,13 +51,7 @@ def plan_tensors(checkpoint: Checkpoint, settings: Settings) -> list[TensorSpec]
     """
     planned = []
     for spec in checkpoint.specs().values():
-        if not is_quantized(spec.name):
-            planned.append(spec)
-            continue
-        stem = spec.name.removesuffix(".weight")
-        for part, (dtype, shape) in gptq_format.tensor_specs(spec.shape, settings).items():
-            name = f"{stem}.{part}"
-            planned.append(TensorSpec(name, _DTYPES[dtype], shape, name))
+        planned += code_specs(spec, settings) if is_quantized(spec.name) else [spec]
     if checkpoint.config.tied_head:
         planned.append(replace(checkpoint.specs()[_EMBEDDING], name=_HEAD))
     return planned
