@@ -198,8 +198,8 @@ def test_a_cache_of_another_type_takes_less(gguf):
     """`n_ctx` and the cache's type reach llama.cpp: its own account of the cache's size."""
     import llama_cpp
 
-    from dus_edge.bench.llama_library import library, load_model
     from dus_edge.bench.measure_gguf import _context, _Runner
+    from dus_edge.run.llama import library, load_model
 
     sizes = {}
     library()
@@ -216,8 +216,8 @@ def test_a_cache_of_another_type_takes_less(gguf):
 
 
 def test_threads_are_attached_as_llama_bench_attaches_them(gguf):
-    from dus_edge.bench.ggml_library import Ggml
-    from dus_edge.bench.llama_library import library
+    from dus_edge.run.ggml import Ggml
+    from dus_edge.run.llama import library
 
     library()
     params = Ggml()._params(3)
@@ -241,7 +241,7 @@ def test_what_cannot_be_measured_is_one_sentence(gguf, tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match=r"cut\.gguf") as e:
             bench_run([tmp_path / "cut.gguf"], SHORT)
         assert "\n" not in str(e.value)
-    from dus_edge.bench import llama_library
+    from dus_edge.run import llama as llama_library
 
     llama_library.library.cache_clear()
     monkeypatch.setitem(sys.modules, "llama_cpp", None)

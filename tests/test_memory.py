@@ -45,7 +45,7 @@ def llama():
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     yield llama_cpp, lines
-    from dus_edge.bench import llama_library
+    from dus_edge.run import llama as llama_library
 
     # Another callback before ours is gone: llama.cpp keeps the pointer.
     llama_library.library.cache_clear()

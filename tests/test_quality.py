@@ -23,7 +23,6 @@ from torch.nn import functional as F
 
 from dus_edge import jobs
 from dus_edge.bench.label_layout import place_labels
-from dus_edge.bench.logits import SourceInfo, inspect_source, log_softmax, open_source, split_files
 from dus_edge.bench.quality import (
     Estimate,
     PerToken,
@@ -48,6 +47,7 @@ from dus_edge.errors import (
 )
 from dus_edge.pico import model_dir
 from dus_edge.quant.recipe import find_preset
+from dus_edge.run.source import SourceInfo, inspect_source, log_softmax, open_source, split_files
 
 N_CTX, N_CHUNKS = 96, 4
 PRESETS = ("f32", "q8_0", "q4_k_m", "q2_k")

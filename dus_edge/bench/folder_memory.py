@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from dus_edge.bench.gptq_speed import kind_name
-from dus_edge.bench.logits import read_config, weight_files
 from dus_edge.bench.stored_model import StoredModel, TensorSize, TorchForm
 from dus_edge.bench.torch_memory import VALUE_BYTES
 from dus_edge.checkpoint.config import ModelConfig, parse_config, tensor_shapes
@@ -28,6 +27,7 @@ from dus_edge.export import bnb
 from dus_edge.export.gguf_tensors import gguf_name
 from dus_edge.export.gptq import code_specs, is_quantized
 from dus_edge.quant import gptq_format
+from dus_edge.run.source import read_config, weight_files
 
 QUANTIZE_CONFIG = "quantize_config.json"
 METHODS = ("gptq", "bitsandbytes")

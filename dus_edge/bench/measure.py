@@ -26,11 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dus_edge.bench.logits import SourceInfo, inspect_source
 from dus_edge.bench.resources import MemoryUse, Meter, joules_per_token
 from dus_edge.errors import UsageError
 from dus_edge.files import format_bytes
 from dus_edge.progress import Advance, progress
+from dus_edge.run.source import SourceInfo, inspect_source
 from dus_edge.stream import default_threads
 
 WIDTH = 80
@@ -321,7 +321,7 @@ def bench_run(models: Sequence[Path], settings: Settings | None = None) -> list[
     for info in infos:
         check_context(str(info.path), info.context_length, settings)
         if info.kind != "gguf":
-            from dus_edge.bench.hf_models import check_packages, find_device
+            from dus_edge.run.folders import check_packages, find_device
 
             check_packages(info)
             find_device(settings.device or "cpu")

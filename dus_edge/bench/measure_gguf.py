@@ -16,9 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from dus_edge.bench.ggml_library import Ggml
-from dus_edge.bench.llama_library import errors, library, load_model, why
-from dus_edge.bench.logits import SourceInfo
 from dus_edge.bench.measure import (
     FLASH_ATTN,
     About,
@@ -32,6 +29,9 @@ from dus_edge.bench.measure import (
 from dus_edge.bench.resources import Meter
 from dus_edge.errors import DusEdgeError
 from dus_edge.progress import Advance
+from dus_edge.run.ggml import Ggml
+from dus_edge.run.llama import errors, library, load_model, why
+from dus_edge.run.source import SourceInfo
 
 
 def measure_gguf(

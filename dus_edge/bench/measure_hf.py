@@ -15,15 +15,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dus_edge.bench.devices import processor
-from dus_edge.bench.hf_models import (
-    check_packages,
-    check_whole,
-    explained,
-    find_device,
-    load_gptq,
-    quiet,
-)
-from dus_edge.bench.logits import SourceInfo, read_config
 from dus_edge.bench.measure import (
     About,
     Measurement,
@@ -36,6 +27,15 @@ from dus_edge.bench.measure import (
 from dus_edge.bench.resources import Meter
 from dus_edge.errors import DusEdgeError
 from dus_edge.progress import Advance
+from dus_edge.run.folders import (
+    check_packages,
+    check_whole,
+    explained,
+    find_device,
+    load_gptq,
+    quiet,
+)
+from dus_edge.run.source import SourceInfo, read_config
 
 if TYPE_CHECKING:
     import torch

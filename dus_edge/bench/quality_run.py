@@ -15,7 +15,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from dus_edge.bench.logits import LogitSource, SourceInfo, inspect_source, open_source
 from dus_edge.bench.quality import PerToken, Scores, compare, first_scored, summarize
 from dus_edge.calibrate.text import builtin_documents, read_documents
 from dus_edge.calibrate.tokens import (
@@ -29,6 +28,7 @@ from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.errors import CheckpointError, OutputError, UsageError
 from dus_edge.files import check_free_space, check_writable
 from dus_edge.progress import progress
+from dus_edge.run.source import LogitSource, SourceInfo, inspect_source, open_source
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def check_runnable(infos: Sequence[SourceInfo], device: str) -> None:
     folders = [info for info in infos if info.kind != "gguf"]
     if not folders:
         return
-    from dus_edge.bench.hf_models import check_packages, find_device
+    from dus_edge.run.folders import check_packages, find_device
 
     for info in folders:
         check_packages(info)
@@ -220,7 +220,7 @@ def check_runnable(infos: Sequence[SourceInfo], device: str) -> None:
 @contextmanager
 def _tokenizer(reference: SourceInfo) -> Iterator[Tokenizer]:
     if reference.kind == "gguf":
-        from dus_edge.bench.gguf_logits import GGUFTokenizer
+        from dus_edge.run.llama_logits import GGUFTokenizer
 
         with GGUFTokenizer(reference.path) as tokenizer:
             yield tokenizer

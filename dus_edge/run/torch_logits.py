@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from dus_edge.bench.hf_models import (
+from dus_edge.errors import DusEdgeError
+from dus_edge.run.folders import (
     check_packages,
     check_whole,
     explained,
@@ -20,8 +21,7 @@ from dus_edge.bench.hf_models import (
     load_gptq,
     quiet,
 )
-from dus_edge.bench.logits import SourceInfo, log_softmax
-from dus_edge.errors import DusEdgeError
+from dus_edge.run.source import SourceInfo, log_softmax
 from dus_edge.stream import default_threads
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class FolderSource:
-    """A loaded folder; see `dus_edge.bench.logits.LogitSource`."""
+    """A loaded folder; see `dus_edge.run.source.LogitSource`."""
 
     def __init__(self, info: SourceInfo, device: str, n_threads: int | None) -> None:
         self.info = info

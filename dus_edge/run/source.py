@@ -105,7 +105,7 @@ def inspect_source(path: Path, name: str | None = None) -> SourceInfo:
         raise CheckpointError(f"{path} cannot be read ({e.strerror}).") from None
     if magic != _GGUF_MAGIC:
         raise UsageError(f"{path} is no GGUF file; name one, or a checkpoint's folder.")
-    from dus_edge.bench.gguf_logits import inspect_gguf
+    from dus_edge.run.llama_logits import inspect_gguf
 
     n_bytes = sum(file.stat().st_size for file in split_files(path))
     return inspect_gguf(path, name or path.stem, n_bytes)
@@ -126,10 +126,10 @@ def open_source(info: SourceInfo, device: str = "cpu", n_threads: int | None = N
         UsageError: there is no such device.
     """
     if info.kind == "gguf":
-        from dus_edge.bench.gguf_logits import GGUFSource
+        from dus_edge.run.llama_logits import GGUFSource
 
         return GGUFSource(info, device, n_threads)
-    from dus_edge.bench.hf_logits import FolderSource
+    from dus_edge.run.torch_logits import FolderSource
 
     return FolderSource(info, device, n_threads)
 

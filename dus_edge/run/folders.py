@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dus_edge.bench.logits import SourceInfo, read_config, weight_files
 from dus_edge.checkpoint.names import CONFIG
 from dus_edge.errors import (
     CheckpointError,
@@ -22,6 +21,7 @@ from dus_edge.errors import (
     UnsupportedError,
     UsageError,
 )
+from dus_edge.run.source import SourceInfo, read_config, weight_files
 
 if TYPE_CHECKING:
     import torch

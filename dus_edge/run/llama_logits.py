@@ -14,9 +14,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from dus_edge.bench.llama_library import errors, library, load_model, why
-from dus_edge.bench.logits import SourceInfo, log_softmax
 from dus_edge.errors import DusEdgeError, UsageError
+from dus_edge.run.llama import errors, library, load_model, why
+from dus_edge.run.source import SourceInfo, log_softmax
 from dus_edge.stream import default_threads
 
 _GGML_TYPE_F32 = 0
@@ -83,7 +83,7 @@ class GGUFTokenizer:
 
 
 class GGUFSource:
-    """A loaded GGUF file; see `dus_edge.bench.logits.LogitSource`."""
+    """A loaded GGUF file; see `dus_edge.run.source.LogitSource`."""
 
     def __init__(self, info: SourceInfo, device: str, n_threads: int | None) -> None:
         self.info = info
