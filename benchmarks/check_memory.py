@@ -23,9 +23,9 @@ from typing import Any
 from common import RESULTS, append, machine, markdown_table
 
 from dus_edge import data
-from dus_edge.bench import memory
-from dus_edge.bench.stored_model import BACKENDS, MIB, Settings, StoredModel, kv_types
 from dus_edge.checkpoint.config import parse_config
+from dus_edge.predict.memory import llama as memory
+from dus_edge.predict.stored_model import BACKENDS, MIB, Settings, StoredModel, kv_types
 from dus_edge.quant.recipe import find_preset
 
 LIMIT = 0.03

@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from dus_edge.bench.devices import processor
+from dus_edge.predict.devices import processor
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

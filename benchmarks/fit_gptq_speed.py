@@ -30,10 +30,10 @@ from common import RESULTS, markdown_table, toml_text
 from fit_speed import KNEE, NOISE, VARIANTS
 
 from dus_edge import data
-from dus_edge.bench import gptq_speed as g
-from dus_edge.bench import speed as s
-from dus_edge.bench.devices import Device, load_devices
 from dus_edge.files import write_text
+from dus_edge.predict.devices import Device, load_devices
+from dus_edge.predict.speed import gptq as g
+from dus_edge.predict.speed import roofline as s
 
 TOML = Path(data.__file__).parent / "gptq_speed.toml"
 #: Parts of the formula that may deviate by kernel, sets of them from small to large.

@@ -2,7 +2,7 @@
 
     python benchmarks/fit_overhead.py
 
-Prints the constants of `dus_edge/bench/cuda_overhead.py` and three tables: the context by card,
+Prints the constants of `dus_edge/predict/memory/cuda.py` and three tables: the context by card,
 loaded processes, and what Windows holds beside the context. Nothing is written.
 
 The context is the same at every start of a process on a card, and desktops and other processes
@@ -22,8 +22,8 @@ from typing import Any
 from common import markdown_table
 
 from dus_edge import data
-from dus_edge.bench.cuda_overhead import LOADED_MIB, THREADS, context_bytes, cuda_overhead_bytes
-from dus_edge.bench.stored_model import MIB
+from dus_edge.predict.memory.cuda import LOADED_MIB, THREADS, context_bytes, cuda_overhead_bytes
+from dus_edge.predict.stored_model import MIB
 
 #: The one constant that the rule replaced, MiB.
 BEFORE = 135

@@ -27,9 +27,9 @@ import numpy as np
 from common import RESULTS, markdown_table, toml_text
 
 from dus_edge import data
-from dus_edge.bench import speed as s
-from dus_edge.bench.devices import Device, load_devices
 from dus_edge.files import write_text
+from dus_edge.predict.devices import Device, load_devices
+from dus_edge.predict.speed import roofline as s
 from dus_edge.quant.recipe import PRESETS
 
 #: Layers, hidden, ffn (active experts together), heads, KV heads, head dimension, vocabulary, tied
@@ -190,7 +190,7 @@ TARGETS = {"tg": (0.08, 0.18), "pp": (0.15, math.inf)}
 TOML = Path(data.__file__).parent / "speed.toml"
 #: What stands above the constants.
 ABOUT = (
-    "Constants of dus_edge/bench/speed.py: logarithms or logits of efficiencies and costs.",
+    "Constants of dus_edge/predict/speed/roofline.py: logarithms or logits of efficiencies and costs.",
     "Written by benchmarks/fit_speed.py from published_runs.json, whose rows name their",
     "sources; cross_validation is of fits without the device predicted.",
     "offload is from one published run (24 of 33 layers on an RTX 4060 Laptop), its scale a",

@@ -97,8 +97,8 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead.")
 def devices(as_json: bool) -> None:
     """List the devices that are known, as --device takes them."""
-    from dus_edge.bench.devices import load_devices
-    from dus_edge.prediction_report import device_json, device_table
+    from dus_edge.predict.devices import load_devices
+    from dus_edge.predict.report import device_json, device_table
 
     known = load_devices()
     if as_json:
@@ -132,7 +132,7 @@ def fit(
     bitsandbytes'), a hub id or pico. Without --device: which devices run it.
     """
     from dus_edge import prediction
-    from dus_edge import prediction_report as report
+    from dus_edge.predict import report
 
     if device is None:
         found = prediction.where_it_runs(candidate, settings, platform)
@@ -182,7 +182,7 @@ def predict(
 ) -> None:
     """Predict memory and tokens per second of MODEL on a device."""
     from dus_edge import prediction
-    from dus_edge import prediction_report as report
+    from dus_edge.predict import report
 
     found = prediction.predict_on(
         candidate,
@@ -288,7 +288,7 @@ def tables(
     Writes tables for people (TABLES.md) and programs, and a page to pick from.
     """
     from dus_edge import page
-    from dus_edge.bench.devices import load_devices
+    from dus_edge.predict.devices import load_devices
     from dus_edge.progress import progress
     from dus_edge.tables import write_tables
 

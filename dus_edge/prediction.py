@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dus_edge.bench.devices import Device, find_device, recognise
-from dus_edge.bench.fit import (
+from dus_edge.checkpoint.config import load_config
+from dus_edge.checkpoint.names import CONFIG
+from dus_edge.checkpoint.resolve import resolve_base
+from dus_edge.errors import UsageError
+from dus_edge.jobs import ChoosePlan, Model, Say
+from dus_edge.predict.devices import Device, find_device, recognise
+from dus_edge.predict.fit import (
     Verdict,
     best_preset,
     devices_that_run,
@@ -14,7 +19,7 @@ from dus_edge.bench.fit import (
     models_of_presets,
     settings_on,
 )
-from dus_edge.bench.folder_memory import (
+from dus_edge.predict.memory.folder import (
     TorchPreset,
     find_torch_preset,
     is_quantized_folder,
@@ -23,15 +28,10 @@ from dus_edge.bench.folder_memory import (
     models_of_torch_presets,
     read_folder,
 )
-from dus_edge.bench.memory import model_of_config, read_gguf
-from dus_edge.bench.speed import Speed, Work, device_speed, predict
-from dus_edge.bench.stored_model import KV_TYPES, Settings, StoredModel, kv_types
-from dus_edge.bench.torch_memory import VALUE_BYTES
-from dus_edge.checkpoint.config import load_config
-from dus_edge.checkpoint.names import CONFIG
-from dus_edge.checkpoint.resolve import resolve_base
-from dus_edge.errors import UsageError
-from dus_edge.jobs import ChoosePlan, Model, Say
+from dus_edge.predict.memory.llama import model_of_config, read_gguf
+from dus_edge.predict.memory.torch import VALUE_BYTES
+from dus_edge.predict.speed.roofline import Speed, Work, device_speed, predict
+from dus_edge.predict.stored_model import KV_TYPES, Settings, StoredModel, kv_types
 from dus_edge.quant.recipe import Preset, find_preset
 
 #: Context that fit is judged at unless asked otherwise; or the model's own, if that is shorter.

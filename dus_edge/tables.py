@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from dus_edge import data
-from dus_edge.bench.devices import Device, find_device, load_devices, load_rules
-from dus_edge.bench.folder_memory import model_of_gptq_config
-from dus_edge.bench.memory import model_of_config
 from dus_edge.bench.record import read_lines, read_quality
-from dus_edge.bench.stored_model import Settings, StoredModel
 from dus_edge.checkpoint.config import ModelConfig, parse_config, tensor_shapes
 from dus_edge.files import check_absent, check_writable, format_bytes, output_files, pwrite_all
+from dus_edge.predict.devices import Device, find_device, load_devices, load_rules
+from dus_edge.predict.memory.folder import model_of_gptq_config
+from dus_edge.predict.memory.llama import model_of_config
+from dus_edge.predict.report import prediction_json
+from dus_edge.predict.stored_model import Settings, StoredModel
 from dus_edge.prediction import Candidate, Prediction, memory_settings, predict_on
-from dus_edge.prediction_report import prediction_json
 from dus_edge.progress import Advance
 from dus_edge.quant.recipe import find_preset
 from dus_edge.tables_measured import (

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dus_edge.bench import cuda_overhead as o
-from dus_edge.bench.devices import load_devices
-from dus_edge.bench.stored_model import MIB
 from dus_edge.errors import UsageError
+from dus_edge.predict.devices import load_devices
+from dus_edge.predict.memory import cuda as o
+from dus_edge.predict.stored_model import MIB
 
 from .scripts import load_script
 

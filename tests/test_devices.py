@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from dus_edge import data
-from dus_edge.bench import devices
-from dus_edge.bench.devices import find_device, load_devices, load_rules, parse_devices
-from dus_edge.bench.memory import MIB, usable_bytes
 from dus_edge.errors import DusEdgeError, UsageError
+from dus_edge.predict import devices
+from dus_edge.predict.devices import find_device, load_devices, load_rules, parse_devices
+from dus_edge.predict.memory.llama import MIB, usable_bytes
 
 TEXT = data.read_text("devices.toml")
 

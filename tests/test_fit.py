@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from dus_edge.bench import fit
-from dus_edge.bench.devices import find_device
-from dus_edge.bench.memory import memory_use, usable_bytes
-from dus_edge.bench.stored_model import MIB, Settings
 from dus_edge.checkpoint.config import parse_config
 from dus_edge.errors import UsageError
+from dus_edge.predict import fit
+from dus_edge.predict.devices import find_device
+from dus_edge.predict.memory.llama import memory_use, usable_bytes
+from dus_edge.predict.stored_model import MIB, Settings
 from dus_edge.tables import solar_config
 
 SOLAR = fit.models_of_presets(solar_config(), "SOLAR")

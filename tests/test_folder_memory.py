@@ -19,20 +19,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dus_edge import jobs, prediction
-from dus_edge.bench import fit, folder_memory, torch_memory
-from dus_edge.bench.devices import find_device
-from dus_edge.bench.folder_memory import (
+from dus_edge.checkpoint.config import load_config
+from dus_edge.errors import CheckpointError, DusEdgeError, UnsupportedError, UsageError
+from dus_edge.export import bnb
+from dus_edge.export import gptq as gptq_export
+from dus_edge.predict import fit
+from dus_edge.predict.devices import find_device
+from dus_edge.predict.memory import folder as folder_memory
+from dus_edge.predict.memory import torch as torch_memory
+from dus_edge.predict.memory.folder import (
     find_torch_preset,
     model_of_bnb_config,
     model_of_gptq_config,
     read_folder,
 )
-from dus_edge.bench.memory import memory_use
-from dus_edge.bench.stored_model import MIB, Settings, StoredModel, TorchForm
-from dus_edge.checkpoint.config import load_config
-from dus_edge.errors import CheckpointError, DusEdgeError, UnsupportedError, UsageError
-from dus_edge.export import bnb
-from dus_edge.export import gptq as gptq_export
+from dus_edge.predict.memory.llama import memory_use
+from dus_edge.predict.stored_model import MIB, Settings, StoredModel, TorchForm
 from dus_edge.quant import gptq_format
 from dus_edge.tables import solar_config
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dus_edge import data
-from dus_edge.bench import gptq_speed as g
-from dus_edge.bench import speed as s
-from dus_edge.bench.devices import find_device, load_devices
 from dus_edge.errors import UsageError
+from dus_edge.predict.devices import find_device, load_devices
+from dus_edge.predict.speed import gptq as g
+from dus_edge.predict.speed import roofline as s
 from dus_edge.quant import gptq_format
 from dus_edge.quant.recipe import PRESETS
 

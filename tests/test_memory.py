@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dus_edge import data
-from dus_edge.bench import memory
-from dus_edge.bench.graph_memory import FreeSpace, graph_bytes, shape_only
-from dus_edge.bench.memory import memory_use, model_of_config, read_gguf
-from dus_edge.bench.stored_model import MIB, Settings, kv_types
 from dus_edge.checkpoint.config import parse_config
 from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
+from dus_edge.predict.memory import llama as memory
+from dus_edge.predict.memory.graph import FreeSpace, graph_bytes, shape_only
+from dus_edge.predict.memory.llama import memory_use, model_of_config, read_gguf
+from dus_edge.predict.stored_model import MIB, Settings, kv_types
 from dus_edge.quant.recipe import find_preset
 
 LIMIT = 0.03

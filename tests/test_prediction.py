@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dus_edge import jobs
-from dus_edge.bench.memory import PLATFORMS
+from dus_edge.predict.memory.llama import PLATFORMS
 from dus_edge.quant.recipe import PRESETS
 from dus_edge.tables import solar_config
 

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from dus_edge import data
-from dus_edge.bench.cuda_overhead import cuda_overhead_bytes, multiprocessors
-from dus_edge.bench.devices import find_device, load_devices
-from dus_edge.bench.memory import model_of_config
-from dus_edge.bench.stored_model import MIB
 from dus_edge.checkpoint.config import tensor_shapes
+from dus_edge.predict.devices import find_device, load_devices
+from dus_edge.predict.memory.cuda import cuda_overhead_bytes, multiprocessors
+from dus_edge.predict.memory.llama import model_of_config
+from dus_edge.predict.stored_model import MIB
 from dus_edge.quant.recipe import PRESETS, find_preset
 from dus_edge.tables import solar_config
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dus_edge.bench.devices import load_devices
+from dus_edge.predict.devices import load_devices
 from dus_edge.tables import PRESETS, anchor
 
 TRACKED = Path(__file__).parent.parent / "benchmarks"

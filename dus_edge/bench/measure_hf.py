@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dus_edge.bench.devices import processor
 from dus_edge.bench.measure import (
     About,
     Measurement,
@@ -26,6 +25,7 @@ from dus_edge.bench.measure import (
 )
 from dus_edge.bench.resources import Meter
 from dus_edge.errors import DusEdgeError
+from dus_edge.predict.devices import processor
 from dus_edge.progress import Advance
 from dus_edge.run.folders import (
     check_packages,

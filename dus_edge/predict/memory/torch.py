@@ -14,8 +14,8 @@ which other loaders prefer, keeps room for the largest matrix in 16 bits beside 
 
 from __future__ import annotations
 
-from dus_edge.bench.stored_model import MIB, MemoryUse, Settings, StoredModel, TorchForm
 from dus_edge.errors import UsageError
+from dus_edge.predict.stored_model import MIB, MemoryUse, Settings, StoredModel, TorchForm
 
 #: What a CUDA process of torch takes beside its tensors, mostly the context; assumed, not measured
 #: here. "Around 400MB" since CUDA 11.7, says a developer of PyTorch in

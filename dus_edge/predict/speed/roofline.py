@@ -22,7 +22,7 @@ flash attention, none by device. `benchmarks/fit_speed.py` fits them to publishe
 measurements, `data/published_runs.json`, and cross-validates.
 
 GPTQ weights (type names such as ``GPTQ4_128``) run on other kernels, see
-`dus_edge.bench.gptq_speed`; of them only generation on CUDA is predicted.
+`dus_edge.predict.speed.gptq`; of them only generation on CUDA is predicted.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dus_edge import data
-from dus_edge.bench import gptq_speed as gptq
-from dus_edge.bench.devices import Device
 from dus_edge.errors import UsageError
+from dus_edge.predict.devices import Device
+from dus_edge.predict.speed import gptq
 from dus_edge.quant import types
 from dus_edge.quant.recipe import ModelShape, Preset, tensor_type
 
@@ -118,7 +118,7 @@ def device_speed(device: Device, backend: str | None = None) -> DeviceSpeed:
     """What the speed of an entry of `data/devices.toml` follows from.
 
     Args:
-        device: see `dus_edge.bench.devices.find_device`.
+        device: see `dus_edge.predict.devices.find_device`.
         backend: another one than the device's own, e.g. ``vulkan``.
 
     Raises:
@@ -280,7 +280,7 @@ class Case:
     Attributes:
         depth: tokens in the cache before, for generation their mean over the run.
         n_prompt: tokens of the prompt that is timed.
-        kernel: of a GPTQ model, one of `dus_edge.bench.gptq_speed.KERNELS`; None is llama.cpp.
+        kernel: of a GPTQ model, one of `dus_edge.predict.speed.gptq.KERNELS`; None is llama.cpp.
     """
 
     device: DeviceSpeed
@@ -530,7 +530,7 @@ def predict(
         offloaded_layers: layers on the device (llama.cpp's ``-ngl``, where the output matrix counts
             as one more); none: all. The others run on the CPU, and for a prompt their weights
             cross the bus. Those two rates come from few runs and depend on the host.
-        kernel: that runs a GPTQ model, one of `dus_edge.bench.gptq_speed.KERNELS`; none: the first,
+        kernel: that runs a GPTQ model, one of `dus_edge.predict.speed.gptq.KERNELS`; none: the first,
             ExLlamaV2. `era` and `flash_attn` are llama.cpp's and change nothing of it.
 
     Raises:

@@ -1,6 +1,6 @@
 """Does a model fit a device, and if not, what would: fewer layers, less context, another preset.
 
-Pure functions over `dus_edge.bench.memory`.
+Pure functions over `dus_edge.predict.memory.llama`.
 """
 
 from __future__ import annotations
@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from dus_edge.bench.cuda_overhead import multiprocessors
-from dus_edge.bench.devices import Device, load_devices
-from dus_edge.bench.memory import (
+from dus_edge.checkpoint.config import ModelConfig
+from dus_edge.predict.devices import Device, load_devices
+from dus_edge.predict.memory.cuda import multiprocessors
+from dus_edge.predict.memory.llama import (
     check_context,
     memory_use,
     model_of_config,
     usable_bytes,
     usual_platform,
 )
-from dus_edge.bench.stored_model import MemoryUse, Settings, StoredModel
-from dus_edge.bench.torch_memory import kernel_note
-from dus_edge.checkpoint.config import ModelConfig
+from dus_edge.predict.memory.torch import kernel_note
+from dus_edge.predict.stored_model import MemoryUse, Settings, StoredModel
 from dus_edge.quant.recipe import PRESETS
 
 #: Contexts are answered in these steps: llama.cpp rounds up to them.

@@ -12,10 +12,14 @@ import mmap
 from collections.abc import Iterable
 from pathlib import Path
 
-from dus_edge.bench import torch_memory
-from dus_edge.bench.cuda_overhead import cuda_overhead_bytes
-from dus_edge.bench.devices import Device, load_rules
-from dus_edge.bench.graph_memory import (
+from dus_edge.checkpoint.config import ModelConfig, tensor_shapes
+from dus_edge.checkpoint.gguf_header import GGUFTensor, read_header
+from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
+from dus_edge.export.gguf import plan_tensors
+from dus_edge.predict.devices import Device, load_rules
+from dus_edge.predict.memory import torch as torch_memory
+from dus_edge.predict.memory.cuda import cuda_overhead_bytes
+from dus_edge.predict.memory.graph import (
     ALIGNMENT,
     graph_bytes,
     padded_context,
@@ -23,7 +27,7 @@ from dus_edge.bench.graph_memory import (
     shape_only,
     tokens_at_once,
 )
-from dus_edge.bench.stored_model import (
+from dus_edge.predict.stored_model import (
     KV_TYPES,
     MIB,
     MemoryUse,
@@ -31,10 +35,6 @@ from dus_edge.bench.stored_model import (
     StoredModel,
     TensorSize,
 )
-from dus_edge.checkpoint.config import ModelConfig, tensor_shapes
-from dus_edge.checkpoint.gguf_header import GGUFTensor, read_header
-from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
-from dus_edge.export.gguf import plan_tensors
 from dus_edge.quant.recipe import Preset
 
 PLATFORMS = ("windows", "linux", "linux-headless", "macos15", "macos26")

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dus_edge.bench.stored_model import KV_TYPES, Settings, StoredModel
+from dus_edge.predict.stored_model import KV_TYPES, Settings, StoredModel
 
 #: Bytes that tensors start at a multiple of.
 ALIGNMENT = {"CUDA": 128, "Metal": 32, "CPU": 32}

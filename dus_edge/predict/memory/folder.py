@@ -15,9 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dus_edge.bench.gptq_speed import kind_name
-from dus_edge.bench.stored_model import StoredModel, TensorSize, TorchForm
-from dus_edge.bench.torch_memory import VALUE_BYTES
 from dus_edge.checkpoint.config import ModelConfig, parse_config, tensor_shapes
 from dus_edge.checkpoint.names import CONFIG
 from dus_edge.checkpoint.safetensors import StoredTensor, read_header
@@ -26,6 +23,9 @@ from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
 from dus_edge.export import bnb
 from dus_edge.export.gguf_tensors import gguf_name
 from dus_edge.export.gptq import code_specs, is_quantized
+from dus_edge.predict.memory.torch import VALUE_BYTES
+from dus_edge.predict.speed.gptq import kind_name
+from dus_edge.predict.stored_model import StoredModel, TensorSize, TorchForm
 from dus_edge.quant import gptq_format
 from dus_edge.run.source import read_config, weight_files
 

@@ -17,8 +17,8 @@ What Windows or a desktop holds is not counted here: that is the platform's (`me
 
 from __future__ import annotations
 
-from dus_edge.bench.stored_model import MIB
 from dus_edge.errors import UsageError
+from dus_edge.predict.stored_model import MIB
 
 #: Threads a multiprocessor can have resident, by compute capability: CUDA C++ Programming Guide,
 #: "Technical Specifications per Compute Capability".

@@ -6,11 +6,11 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from dus_edge.bench.devices import Device
-from dus_edge.bench.fit import Verdict
-from dus_edge.bench.speed import Speed
-from dus_edge.bench.stored_model import MemoryUse, Settings
 from dus_edge.files import format_bytes
+from dus_edge.predict.devices import Device
+from dus_edge.predict.fit import Verdict
+from dus_edge.predict.speed.roofline import Speed
+from dus_edge.predict.stored_model import MemoryUse, Settings
 from dus_edge.prediction import Prediction
 
 
