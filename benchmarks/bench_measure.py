@@ -43,7 +43,7 @@ THEIRS, OURS, AGAIN = SIDES
 
 RUN_OURS = """
 import json, pathlib, sys
-from dus_edge.bench.measure import Settings, bench_run, json_lines
+from dus_edge.measure.measure import Settings, bench_run, json_lines
 options = json.loads(sys.argv[2])
 options["depths"] = tuple(options["depths"])
 print(json_lines(bench_run([pathlib.Path(sys.argv[1])], Settings(**options))), end="")

@@ -231,8 +231,8 @@ def run(
 
     FILEs are GGUF files, or folders: plain, GPTQ or bitsandbytes.
     """
-    from dus_edge.bench import measure, record
     from dus_edge.errors import UsageError
+    from dus_edge.measure import measure, record
 
     try:
         at = tuple(int(d) for d in depths.split(","))
@@ -245,7 +245,7 @@ def run(
         record.check_record(out, ollama=bool(ollama))
     found = measure.bench_run([Path(m) for m in models], settings) if models else []
     for name in ollama:
-        from dus_edge.bench.ollama_api import measure_ollama
+        from dus_edge.measure.ollama import measure_ollama
 
         found += measure_ollama(name, settings)
     if out is not None:

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from dus_edge import data
-from dus_edge.bench.record import read_lines, read_quality
 from dus_edge.checkpoint.config import ModelConfig, parse_config, tensor_shapes
 from dus_edge.files import check_absent, check_writable, format_bytes, output_files, pwrite_all
+from dus_edge.measure.record import read_lines, read_quality
 from dus_edge.predict.devices import Device, find_device, load_devices, load_rules
 from dus_edge.predict.memory.folder import model_of_gptq_config
 from dus_edge.predict.memory.llama import model_of_config

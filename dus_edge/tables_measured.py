@@ -1,6 +1,6 @@
 """The measured half of the tables: kept lines and quality results to Markdown and rows.
 
-Pure functions; `dus_edge.bench.record` reads and checks the files. Nothing here is predicted.
+Pure functions; `dus_edge.measure.record` reads and checks the files. Nothing here is predicted.
 """
 
 from __future__ import annotations

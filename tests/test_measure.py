@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dus_edge import jobs
-from dus_edge.bench import measure as measuring
-from dus_edge.bench import resources
-from dus_edge.bench.measure import (
+from dus_edge.errors import CheckpointError, DependencyError, DusEdgeError, UsageError
+from dus_edge.measure import measure as measuring
+from dus_edge.measure import resources
+from dus_edge.measure.measure import (
     About,
     Measurement,
     Settings,
@@ -29,7 +30,7 @@ from dus_edge.bench.measure import (
     table,
     to_json,
 )
-from dus_edge.bench.resources import (
+from dus_edge.measure.resources import (
     MemoryUse,
     Meter,
     high_water_bytes,
@@ -37,7 +38,6 @@ from dus_edge.bench.resources import (
     joules_per_token,
     rapl_counters,
 )
-from dus_edge.errors import CheckpointError, DependencyError, DusEdgeError, UsageError
 from dus_edge.quant.recipe import find_preset
 
 from .test_quality import gptq_folder
@@ -198,7 +198,7 @@ def test_a_cache_of_another_type_takes_less(gguf):
     """`n_ctx` and the cache's type reach llama.cpp: its own account of the cache's size."""
     import llama_cpp
 
-    from dus_edge.bench.measure_gguf import _context, _Runner
+    from dus_edge.measure.gguf import _context, _Runner
     from dus_edge.run.llama import library, load_model
 
     sizes = {}
@@ -272,7 +272,7 @@ def test_the_cache_is_as_deep_before_each_repetition(make_checkpoint):
     import torch
     import transformers
 
-    from dus_edge.bench.measure_hf import _Runner
+    from dus_edge.measure.folder import _Runner
 
     model = transformers.AutoModelForCausalLM.from_pretrained(make_checkpoint()).eval()
     runner = _Runner(model, torch.device("cpu"), Workload(0, 3, 10), 4)

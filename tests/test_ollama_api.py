@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dus_edge.bench.measure import Settings, json_lines, table, to_json
-from dus_edge.bench.ollama_api import host_url, measure_ollama
 from dus_edge.errors import DusEdgeError, UsageError
+from dus_edge.measure.measure import Settings, json_lines, table, to_json
+from dus_edge.measure.ollama import host_url, measure_ollama
 
 NAME = "solar-dus:latest"
 PROMPT_NS, GEN_NS, LOAD_NS = 2_000_000, 50_000_000, 3_210_000_000

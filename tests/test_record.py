@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dus_edge import jobs
-from dus_edge.bench import record
-from dus_edge.bench.measure import About, Measurement, Workload, to_json
 from dus_edge.errors import UsageError
+from dus_edge.measure import record
+from dus_edge.measure.measure import About, Measurement, Workload, to_json
 from dus_edge.quant.recipe import PRESETS
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"

@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dus_edge.bench.record import read_lines, read_quality
+from dus_edge.measure.record import read_lines, read_quality
 from dus_edge.tables_measured import (
     machine_names,
     measured_markdown,

@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from dus_edge.bench.measure import About, Measurement, Settings, Workload, check_context, now
-from dus_edge.bench.resources import MemoryUse
 from dus_edge.errors import DusEdgeError, UsageError
+from dus_edge.measure.measure import About, Measurement, Settings, Workload, check_context, now
+from dus_edge.measure.resources import MemoryUse
 from dus_edge.progress import Advance
 
 _DEFAULT_PORT = 11434

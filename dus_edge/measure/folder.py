@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dus_edge.bench.measure import (
+from dus_edge.errors import DusEdgeError
+from dus_edge.measure.measure import (
     About,
     Measurement,
     Settings,
@@ -23,8 +24,7 @@ from dus_edge.bench.measure import (
     physical_cores,
     repeat,
 )
-from dus_edge.bench.resources import Meter
-from dus_edge.errors import DusEdgeError
+from dus_edge.measure.resources import Meter
 from dus_edge.predict.devices import processor
 from dus_edge.progress import Advance
 from dus_edge.run.folders import (

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from dus_edge.bench.measure import (
+from dus_edge.errors import DusEdgeError
+from dus_edge.measure.measure import (
     FLASH_ATTN,
     About,
     Measurement,
@@ -26,8 +27,7 @@ from dus_edge.bench.measure import (
     physical_cores,
     repeat,
 )
-from dus_edge.bench.resources import Meter
-from dus_edge.errors import DusEdgeError
+from dus_edge.measure.resources import Meter
 from dus_edge.progress import Advance
 from dus_edge.run.ggml import Ggml
 from dus_edge.run.llama import errors, library, load_model, why

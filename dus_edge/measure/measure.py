@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dus_edge.bench.resources import MemoryUse, Meter, joules_per_token
 from dus_edge.errors import UsageError
 from dus_edge.files import format_bytes
+from dus_edge.measure.resources import MemoryUse, Meter, joules_per_token
 from dus_edge.progress import Advance, progress
 from dus_edge.run.source import SourceInfo, inspect_source
 from dus_edge.stream import default_threads
@@ -343,10 +343,10 @@ def measure(
         DusEdgeError: the model cannot be run, most often for want of memory.
     """
     if info.kind == "gguf":
-        from dus_edge.bench.measure_gguf import measure_gguf
+        from dus_edge.measure.gguf import measure_gguf
 
         return measure_gguf(info, settings, advance)
-    from dus_edge.bench.measure_hf import measure_folder
+    from dus_edge.measure.folder import measure_folder
 
     return measure_folder(info, settings, advance)
 

@@ -18,10 +18,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dus_edge import __version__
-from dus_edge.bench.measure import Measurement, to_json
-from dus_edge.bench.ollama_api import host_url
 from dus_edge.errors import UsageError
 from dus_edge.files import check_writable, write_text
+from dus_edge.measure.measure import Measurement, to_json
+from dus_edge.measure.ollama import host_url
 from dus_edge.predict.devices import processor
 from dus_edge.stream import default_threads
 
