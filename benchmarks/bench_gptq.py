@@ -35,10 +35,10 @@ from bench_imatrix import held_out, python_sources
 from common import HERE, RESULTS, append, machine, markdown_table, read
 
 from dus_edge import calibration, jobs
-from dus_edge.bench import quality_run
 from dus_edge.calibration import TextChoice
 from dus_edge.checkpoint.resolve import BUILTIN
 from dus_edge.export import gptq as sink
+from dus_edge.quality import compare as quality_run
 from dus_edge.quant import gptq, gptq_format
 
 OUT = RESULTS / "gptq.jsonl"

@@ -21,10 +21,11 @@ from bench_perplexity import choose_text
 from common import HERE, RESULTS, append, machine, markdown_table, read
 
 from dus_edge import calibration, jobs
-from dus_edge.bench import quality_plot, quality_run
 from dus_edge.calibration import Machine, TextChoice
 from dus_edge.checkpoint.resolve import BUILTIN
 from dus_edge.pico.corpus import load_split
+from dus_edge.quality import compare as quality_run
+from dus_edge.quality import plot as quality_plot
 from dus_edge.quant.recipe import find_preset
 
 PRESETS = ("q4_k_m", "q3_k_m", "q2_k")

@@ -22,20 +22,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from dus_edge import jobs
-from dus_edge.bench.label_layout import place_labels
-from dus_edge.bench.quality import (
-    Estimate,
-    PerToken,
-    Scores,
-    compare,
-    estimate,
-    first_scored,
-    summarize,
-)
-from dus_edge.bench.quality_names import labels
-from dus_edge.bench.quality_plot import plot, render
-from dus_edge.bench.quality_report import markdown, output_paths, to_json, write
-from dus_edge.bench.quality_run import Candidate, Results, measure, quality
 from dus_edge.calibrate.tokens import Chunks
 from dus_edge.errors import (
     CheckpointError,
@@ -46,6 +32,20 @@ from dus_edge.errors import (
     UsageError,
 )
 from dus_edge.pico import model_dir
+from dus_edge.quality.compare import Candidate, Results, measure, quality
+from dus_edge.quality.label_layout import place_labels
+from dus_edge.quality.names import labels
+from dus_edge.quality.plot import plot, render
+from dus_edge.quality.report import markdown, output_paths, to_json, write
+from dus_edge.quality.scores import (
+    Estimate,
+    PerToken,
+    Scores,
+    compare,
+    estimate,
+    first_scored,
+    summarize,
+)
 from dus_edge.quant.recipe import find_preset
 from dus_edge.run.source import SourceInfo, inspect_source, log_softmax, open_source, split_files
 

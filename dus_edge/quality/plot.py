@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dus_edge.bench.label_layout import Box, place_labels
-from dus_edge.bench.quality_names import labels
-from dus_edge.bench.quality_run import Results
 from dus_edge.errors import DependencyError, UsageError
 from dus_edge.files import format_bytes, output_files, pwrite_all
+from dus_edge.quality.compare import Results
+from dus_edge.quality.label_layout import Box, place_labels
+from dus_edge.quality.names import labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from dus_edge.bench.quality_run import Results
+from dus_edge.quality.compare import Results
 
 
 def labels(results: Results) -> list[str]:

@@ -9,10 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dus_edge.bench.quality import Estimate, Scores
-from dus_edge.bench.quality_names import labels
-from dus_edge.bench.quality_plot import import_matplotlib, plot, render
-from dus_edge.bench.quality_run import Results
 from dus_edge.files import (
     check_absent,
     check_writable,
@@ -20,6 +16,10 @@ from dus_edge.files import (
     output_files,
     pwrite_all,
 )
+from dus_edge.quality.compare import Results
+from dus_edge.quality.names import labels
+from dus_edge.quality.plot import import_matplotlib, plot, render
+from dus_edge.quality.scores import Estimate, Scores
 from dus_edge.run.source import SourceInfo
 
 __all__ = ["check_outputs", "markdown", "output_paths", "plot", "to_json", "write"]
