@@ -287,10 +287,9 @@ def tables(
 
     Writes tables for people (TABLES.md) and programs, and a page to pick from.
     """
-    from dus_edge import page
     from dus_edge.predict.devices import load_devices
     from dus_edge.progress import progress
-    from dus_edge.tables import write_tables
+    from dus_edge.tables.predicted import page, write_tables
 
     n_rows = sum(len(d.memory_gb_options) for d in load_devices())
     with progress("Predicting", 2 * n_rows, unit="devices") as advance:

@@ -10,7 +10,7 @@ from dus_edge.predict import fit
 from dus_edge.predict.devices import find_device
 from dus_edge.predict.memory.llama import memory_use, usable_bytes
 from dus_edge.predict.stored_model import MIB, Settings
-from dus_edge.tables import solar_config
+from dus_edge.tables.predicted import solar_config
 
 SOLAR = fit.models_of_presets(solar_config(), "SOLAR")
 # What all cases share, at 4,096 tokens and ubatch 512, flash attention on:

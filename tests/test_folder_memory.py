@@ -36,7 +36,7 @@ from dus_edge.predict.memory.folder import (
 from dus_edge.predict.memory.llama import memory_use
 from dus_edge.predict.stored_model import MIB, Settings, StoredModel, TorchForm
 from dus_edge.quant import gptq_format
-from dus_edge.tables import solar_config
+from dus_edge.tables.predicted import solar_config
 
 CHOOSE = jobs.plan_chooser(None, None, (), False)
 #: Divided by GPTQ's groups of 32, and by bitsandbytes' blocks.

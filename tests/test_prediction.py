@@ -12,7 +12,7 @@ import pytest
 from dus_edge import jobs
 from dus_edge.predict.memory.llama import PLATFORMS
 from dus_edge.quant.recipe import PRESETS
-from dus_edge.tables import solar_config
+from dus_edge.tables.predicted import solar_config
 
 SOLAR = dict(solar_config().raw)
 SPEEDS = [f"{kind}_tokens_per_s{end}" for kind in ("tg", "pp") for end in ("", "_low", "_high")]

@@ -21,7 +21,7 @@ from dus_edge.predict.memory.cuda import cuda_overhead_bytes, multiprocessors
 from dus_edge.predict.memory.llama import model_of_config
 from dus_edge.predict.stored_model import MIB
 from dus_edge.quant.recipe import PRESETS, find_preset
-from dus_edge.tables import solar_config
+from dus_edge.tables.predicted import solar_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dus_edge.predict.devices import load_devices
-from dus_edge.tables import PRESETS, anchor
+from dus_edge.tables.predicted import PRESETS, anchor
 
 TRACKED = Path(__file__).parent.parent / "benchmarks"
 PRESET_KEYS = [c.key for c in PRESETS]
@@ -42,7 +42,7 @@ def body(text: str) -> list[list[str]]:
 @pytest.fixture(autouse=True)
 def quick_page(monkeypatch):
     """The page takes seconds, and has tests of its own."""
-    monkeypatch.setattr("dus_edge.page.render_page", lambda advance: "a page")
+    monkeypatch.setattr("dus_edge.tables.page.render_page", lambda advance: "a page")
 
 
 def test_the_tracked_tables_are_what_is_written(run, tmp_path):

@@ -8,11 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given
-from hypothesis import strategies as st
-
-from dus_edge.measure.record import read_lines, read_quality
-from dus_edge.tables_measured import (
+from dus_edge.tables.predicted.measured import (
     machine_names,
     measured_markdown,
     measured_rows,
@@ -21,6 +17,10 @@ from dus_edge.tables_measured import (
     quality_rows,
     table,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dus_edge.measure.record import read_lines, read_quality
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 LINE: dict[str, Any] = {

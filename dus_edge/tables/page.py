@@ -27,7 +27,7 @@ from dus_edge.predict.speed.roofline import DeviceSpeed, Work, device_speed, pre
 from dus_edge.predict.stored_model import Settings, StoredModel
 from dus_edge.prediction import Candidate, choose_preset, memory_settings, predict_on, work_of
 from dus_edge.progress import Advance
-from dus_edge.tables import solar_config
+from dus_edge.tables.predicted import solar_config
 
 #: A device in one of its memory sizes.
 Row = tuple[Device, float]

@@ -35,7 +35,7 @@ from dus_edge.predict.stored_model import Settings, StoredModel
 from dus_edge.prediction import Candidate, Prediction, memory_settings, predict_on
 from dus_edge.progress import Advance
 from dus_edge.quant.recipe import find_preset
-from dus_edge.tables_measured import (
+from dus_edge.tables.predicted.measured import (
     CSV_KEYS,
     Line,
     machine_names,
