@@ -30,10 +30,10 @@ from dus_edge.stream import default_threads
 if TYPE_CHECKING:
     from dus_edge.calibrate.engine import Settings as Compute
     from dus_edge.calibrate.engine import State
-    from dus_edge.calibrate.tokens import Chunks
     from dus_edge.checkpoint.spec import Checkpoint
     from dus_edge.quant.gptq_format import Settings
     from dus_edge.quant.imatrix import Importance
+    from dus_edge.text.chunks import Chunks
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def read_chunks(model: Model, text: TextChoice, split: Any = "calibration") -> C
     Raises:
         UsageError: the text is missing, empty or too short, or `n_ctx` beyond the model's context.
     """
-    from dus_edge.calibrate.text import builtin_documents, read_documents
-    from dus_edge.calibrate.tokens import DEFAULT_N_CTX, load_tokenizer, make_chunks
+    from dus_edge.text.chunks import DEFAULT_N_CTX, load_tokenizer, make_chunks
+    from dus_edge.text.documents import builtin_documents, read_documents
 
     config = model.config
     if text.n_ctx and text.n_ctx > config.context_length:

@@ -419,9 +419,9 @@ def quality(
     divergence (KL) of the next token, share of equal first choices, by
     language; bits per weight and file size.
     """
-    from dus_edge.calibrate.tokens import DEFAULT_N_CTX
     from dus_edge.quality import report as quality_report
     from dus_edge.quality.compare import quality as run
+    from dus_edge.text.chunks import DEFAULT_N_CTX
 
     if out is not None:
         quality_report.check_outputs(out, plots=plots, overwrite=overwrite)

@@ -20,17 +20,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dus_edge import jobs
-from dus_edge.calibrate.text import (
+from dus_edge.errors import CheckpointError, UsageError
+from dus_edge.export.gguf_vocab import read_vocab
+from dus_edge.pico import model_dir
+from dus_edge.quant.recipe import PRESETS
+from dus_edge.text.chunks import Chunks, cut_stream, load_tokenizer, make_chunks, shares
+from dus_edge.text.documents import (
     BUILTIN_LANGUAGES,
     Document,
     builtin_documents,
     read_documents,
 )
-from dus_edge.calibrate.tokens import Chunks, cut_stream, load_tokenizer, make_chunks, shares
-from dus_edge.errors import CheckpointError, UsageError
-from dus_edge.export.gguf_vocab import read_vocab
-from dus_edge.pico import model_dir
-from dus_edge.quant.recipe import PRESETS
 
 VOCAB_SIZE = 4096
 SPLITS = ("calibration", "evaluation")

@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from dus_edge import jobs
-from dus_edge.calibrate.tokens import Chunks
 from dus_edge.errors import (
     CheckpointError,
     DependencyError,
@@ -48,6 +47,7 @@ from dus_edge.quality.scores import (
 )
 from dus_edge.quant.recipe import find_preset
 from dus_edge.run.source import SourceInfo, inspect_source, log_softmax, open_source, split_files
+from dus_edge.text.chunks import Chunks
 
 N_CTX, N_CHUNKS = 96, 4
 PRESETS = ("f32", "q8_0", "q4_k_m", "q2_k")

@@ -15,20 +15,20 @@ from typing import BinaryIO
 
 import numpy as np
 
-from dus_edge.calibrate.text import builtin_documents, read_documents
-from dus_edge.calibrate.tokens import (
-    DEFAULT_N_CTX,
-    Chunks,
-    Tokenizer,
-    load_tokenizer,
-    make_chunks,
-)
 from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.errors import CheckpointError, OutputError, UsageError
 from dus_edge.files import check_free_space, check_writable
 from dus_edge.progress import progress
 from dus_edge.quality.scores import PerToken, Scores, compare, first_scored, summarize
 from dus_edge.run.source import LogitSource, SourceInfo, inspect_source, open_source
+from dus_edge.text.chunks import (
+    DEFAULT_N_CTX,
+    Chunks,
+    Tokenizer,
+    load_tokenizer,
+    make_chunks,
+)
+from dus_edge.text.documents import builtin_documents, read_documents
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def inspect_gguf(path: Path, name: str, n_bytes: int) -> SourceInfo:
 
 
 class GGUFTokenizer:
-    """A GGUF file's own tokenizer, as `dus_edge.calibrate.tokens.Tokenizer`.
+    """A GGUF file's own tokenizer, as `dus_edge.text.chunks.Tokenizer`.
 
     Attributes:
         bos_id: the token that is put before a text; None if none is.

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from dus_edge.calibrate.text import Document
 from dus_edge.errors import CheckpointError, DependencyError, UsageError
+from dus_edge.text.documents import Document
 
 if TYPE_CHECKING:
     import sentencepiece
