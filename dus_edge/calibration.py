@@ -148,7 +148,7 @@ def imatrix_source(
 
         read = read_imatrix(Path(choice))
         return ImatrixSource(choice, lambda model, checkpoint: read)
-    from dus_edge.calibrate.packages import require_packages
+    from dus_edge.packages import require_packages
 
     require_packages()
 
@@ -172,8 +172,8 @@ def export_imatrix(
     say: Say = lambda line: None,
 ) -> Result:
     """Base to the importance matrix of its up-scaled model, in llama.cpp's GGUF format."""
-    from dus_edge.calibrate.packages import require_packages
     from dus_edge.export.imatrix import write_imatrix
+    from dus_edge.packages import require_packages
 
     start = time.monotonic()
     require_packages()
@@ -202,7 +202,7 @@ def export_gptq(
     say: Say = lambda line: None,
 ) -> Result:
     """Base to a GPTQ checkpoint of its up-scaled model; no other copy of it is written."""
-    from dus_edge.calibrate.packages import require_packages
+    from dus_edge.packages import require_packages
 
     start = time.monotonic()
     require_packages()

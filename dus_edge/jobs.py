@@ -21,12 +21,12 @@ from dus_edge.checkpoint.names import CONFIG
 from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint
 from dus_edge.checkpoint.spec import Checkpoint, Source
-from dus_edge.export.naming import ModelName, name_model
 from dus_edge.progress import progress
 from dus_edge.quant import quantizer as quantizers
 from dus_edge.quant.recipe import PRESETS, Preset
 from dus_edge.stream import default_threads
 from dus_edge.upscale import plan as plans
+from dus_edge.upscale.naming import ModelName, name_model
 from dus_edge.upscale.plan import DepthPlan
 from dus_edge.upscale.view import UpscaledCheckpoint
 

@@ -8,7 +8,7 @@ from dus_edge import __version__
 from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.checkpoint.spec import Source
 from dus_edge.data import read_text
-from dus_edge.export.naming import ModelName
+from dus_edge.upscale.naming import ModelName
 from dus_edge.upscale.plan import DepthPlan
 
 

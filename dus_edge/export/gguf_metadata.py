@@ -20,8 +20,8 @@ from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.checkpoint.spec import Source
 from dus_edge.export.gguf_format import KeyValue
 from dus_edge.export.gguf_vocab import Vocab, vocab_metadata
-from dus_edge.export.naming import ModelName
 from dus_edge.quant.recipe import Preset
+from dus_edge.upscale.naming import ModelName
 from dus_edge.upscale.plan import DepthPlan
 
 ARCHITECTURE = "llama"
