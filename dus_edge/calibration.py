@@ -109,7 +109,7 @@ def calibrate_importance(
     """
     from dus_edge.calibrate import engine
     from dus_edge.calibrate.imatrix import ImatrixCollector
-    from dus_edge.export.gguf_tensors import gguf_name
+    from dus_edge.export.gguf.tensors import gguf_name
     from dus_edge.quant.imatrix import Importance
 
     chunks = read_chunks(model, text)
@@ -172,7 +172,7 @@ def export_imatrix(
     say: Say = lambda line: None,
 ) -> Result:
     """Base to the importance matrix of its up-scaled model, in llama.cpp's GGUF format."""
-    from dus_edge.export.imatrix import write_imatrix
+    from dus_edge.export.gguf.imatrix import write_imatrix
     from dus_edge.packages import require_packages
 
     start = time.monotonic()

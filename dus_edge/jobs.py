@@ -33,8 +33,8 @@ from dus_edge.upscale.view import UpscaledCheckpoint
 if TYPE_CHECKING:
     import numpy as np
 
-    from dus_edge.export.gguf import GGUFFile
-    from dus_edge.export.gguf_format import KeyValue
+    from dus_edge.export.gguf.format import KeyValue
+    from dus_edge.export.gguf.sink import GGUFFile
     from dus_edge.export.gguf_vocab import Vocab
     from dus_edge.quant.imatrix import Importance
 
@@ -204,8 +204,8 @@ def export_gguf(
         allow_nonfinite: go on although a weight is NaN or infinite.
         say: takes lines for the user.
     """
-    from dus_edge.export import gguf
-    from dus_edge.export.gguf_metadata import build_metadata
+    from dus_edge.export.gguf import sink as gguf
+    from dus_edge.export.gguf.metadata import build_metadata
     from dus_edge.export.gguf_vocab import read_vocab
     from dus_edge.files import check_absent, write_text
 
@@ -269,8 +269,8 @@ def _importance(
     model: Model, checkpoint: Checkpoint, imatrix: ImatrixSource
 ) -> tuple[Mapping[str, np.ndarray], list[KeyValue], list[str]]:
     """Importance by tensor, what the file says of it, and what the user should know."""
-    from dus_edge.export.gguf import gguf_shapes
-    from dus_edge.export.imatrix import quantize_metadata
+    from dus_edge.export.gguf.imatrix import quantize_metadata
+    from dus_edge.export.gguf.sink import gguf_shapes
     from dus_edge.quant.imatrix import match
 
     found = imatrix.get(model, checkpoint)
@@ -408,9 +408,9 @@ def preset_sizes(model: Model, presets: Mapping[str, Preset]) -> tuple[dict[str,
         size is unknown and left out.
     """
     from dus_edge.errors import CheckpointError
-    from dus_edge.export import gguf
-    from dus_edge.export.gguf_format import data_size
-    from dus_edge.export.gguf_metadata import build_metadata
+    from dus_edge.export.gguf import sink as gguf
+    from dus_edge.export.gguf.format import data_size
+    from dus_edge.export.gguf.metadata import build_metadata
     from dus_edge.export.gguf_vocab import read_vocab
 
     metadata: list[Any] = []

@@ -127,7 +127,7 @@ def test_statistics_are_llama_cpps(pico, tmp_path):
     theirs = llama_imatrix.collect(result.outputs[0].path, tokens)
     visitor = ImatrixCollector()
     engine.run(result.model.open(), tokens, visitor, CPU)
-    from dus_edge.export.gguf_tensors import gguf_name
+    from dus_edge.export.gguf.tensors import gguf_name
 
     ours = {gguf_name(name): value for name, value in visitor.results().items()}
     assert ours.keys() == theirs.keys()

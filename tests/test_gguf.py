@@ -15,8 +15,8 @@ import pytest
 
 from dus_edge import jobs
 from dus_edge.checkpoint.config import load_config, tensor_shapes, with_layers
-from dus_edge.export.gguf import conversions, model_shape, plan_file
-from dus_edge.export.gguf_tensors import gguf_name
+from dus_edge.export.gguf.sink import conversions, model_shape, plan_file
+from dus_edge.export.gguf.tensors import gguf_name
 from dus_edge.quant import types as t
 from dus_edge.quant.quantizer import DEFAULT, QUANTIZERS, find_quantizer
 from dus_edge.quant.recipe import PRESETS, tensor_type

@@ -30,7 +30,7 @@ from gguf import GGUFValueType as Kind
 
 from dus_edge.errors import CheckpointError, UnsupportedError
 from dus_edge.export import pretokenizers, vocab_bpe, vocab_special, vocab_spm
-from dus_edge.export.gguf_format import KeyValue
+from dus_edge.export.gguf.format import KeyValue
 from dus_edge.export.vocab_files import AddedToken, TokenizerFiles, read_files
 from dus_edge.export.vocab_table import TokenTable
 

@@ -21,7 +21,7 @@ from dus_edge.checkpoint.safetensors import StoredTensor, read_header
 from dus_edge.checkpoint.spec import TensorSpec
 from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
 from dus_edge.export import bnb
-from dus_edge.export.gguf_tensors import gguf_name
+from dus_edge.export.gguf.tensors import gguf_name
 from dus_edge.export.gptq import code_specs, is_quantized
 from dus_edge.predict.memory.torch import VALUE_BYTES
 from dus_edge.predict.speed.gptq import kind_name

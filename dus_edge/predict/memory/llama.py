@@ -15,7 +15,7 @@ from pathlib import Path
 from dus_edge.checkpoint.config import ModelConfig, tensor_shapes
 from dus_edge.checkpoint.gguf_header import GGUFTensor, read_header
 from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
-from dus_edge.export.gguf import plan_tensors
+from dus_edge.export.gguf.sink import plan_tensors
 from dus_edge.predict.devices import Device, load_rules
 from dus_edge.predict.memory import torch as torch_memory
 from dus_edge.predict.memory.cuda import cuda_overhead_bytes

@@ -18,7 +18,7 @@ from dus_edge import __version__
 from dus_edge.checkpoint.card import languages, read_base_models, tags
 from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.checkpoint.spec import Source
-from dus_edge.export.gguf_format import KeyValue
+from dus_edge.export.gguf.format import KeyValue
 from dus_edge.export.gguf_vocab import Vocab, vocab_metadata
 from dus_edge.quant.recipe import Preset
 from dus_edge.upscale.naming import ModelName

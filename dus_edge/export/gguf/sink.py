@@ -19,15 +19,15 @@ from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
 from dus_edge.errors import CheckpointError
 from dus_edge.export import finite
 from dus_edge.export.chunks import chunks
-from dus_edge.export.gguf_format import (
+from dus_edge.export.gguf.format import (
     KeyValue,
     TensorInfo,
     data_size,
     encode_header,
     lay_out,
 )
-from dus_edge.export.gguf_metadata import with_file_type
-from dus_edge.export.gguf_tensors import (
+from dus_edge.export.gguf.metadata import with_file_type
+from dus_edge.export.gguf.tensors import (
     ROPE_FREQS,
     file_order,
     gguf_name,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFValueType as Kind
 
-from dus_edge.export.gguf_format import KeyValue, data_size, encode_header, lay_out
+from dus_edge.export.gguf.format import KeyValue, data_size, encode_header, lay_out
 from dus_edge.files import output_files, pwrite_all
 from dus_edge.quant import types as t
 from dus_edge.quant.imatrix import (
