@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from dus_edge.export.gguf.format import KeyValue
     from dus_edge.export.gguf.sink import GGUFFile
-    from dus_edge.export.gguf_vocab import Vocab
+    from dus_edge.export.vocab.vocab import Vocab
     from dus_edge.quant.imatrix import Importance
 
 ChoosePlan = Callable[[int], DepthPlan]
@@ -206,7 +206,7 @@ def export_gguf(
     """
     from dus_edge.export.gguf import sink as gguf
     from dus_edge.export.gguf.metadata import build_metadata
-    from dus_edge.export.gguf_vocab import read_vocab
+    from dus_edge.export.vocab.vocab import read_vocab
     from dus_edge.files import check_absent, write_text
 
     start = time.monotonic()
@@ -411,7 +411,7 @@ def preset_sizes(model: Model, presets: Mapping[str, Preset]) -> tuple[dict[str,
     from dus_edge.export.gguf import sink as gguf
     from dus_edge.export.gguf.format import data_size
     from dus_edge.export.gguf.metadata import build_metadata
-    from dus_edge.export.gguf_vocab import read_vocab
+    from dus_edge.export.vocab.vocab import read_vocab
 
     metadata: list[Any] = []
     exact = True
@@ -470,7 +470,7 @@ def render_modelfile_of(
             f"{model} is a checkpoint; name the GGUF file that the Modelfile runs with --from."
         )
     found = find_model(model, plan_chooser(None, None, (), False), weights=False, say=say)
-    from dus_edge.export.gguf_vocab import read_vocab
+    from dus_edge.export.vocab.vocab import read_vocab
 
     vocab = read_vocab(found.source.folder, found.config.vocab_size)
     return render_facts(model_facts(found, vocab), from_path, num_ctx)

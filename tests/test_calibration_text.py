@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from dus_edge import jobs
 from dus_edge.errors import CheckpointError, UsageError
-from dus_edge.export.gguf_vocab import read_vocab
+from dus_edge.export.vocab.vocab import read_vocab
 from dus_edge.pico import model_dir
 from dus_edge.quant.recipe import PRESETS
 from dus_edge.text.chunks import Chunks, cut_stream, load_tokenizer, make_chunks, shares

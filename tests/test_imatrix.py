@@ -19,7 +19,7 @@ from dus_edge.errors import CheckpointError
 from dus_edge.export.gguf import sink as gguf
 from dus_edge.export.gguf.imatrix import quantize_metadata, write_imatrix
 from dus_edge.export.gguf.metadata import build_metadata
-from dus_edge.export.gguf_vocab import read_vocab
+from dus_edge.export.vocab.vocab import read_vocab
 from dus_edge.quant import ggml
 from dus_edge.quant import types as t
 from dus_edge.quant.imatrix import Importance, match, read_imatrix

@@ -39,8 +39,9 @@ from tokenizers import (
 )
 
 from dus_edge.errors import CheckpointError, UnsupportedError
-from dus_edge.export import vocab_special, vocab_spm
-from dus_edge.export.gguf_vocab import Vocab, read_vocab, vocab_metadata
+from dus_edge.export.vocab import special as vocab_special
+from dus_edge.export.vocab import spm as vocab_spm
+from dus_edge.export.vocab.vocab import Vocab, read_vocab, vocab_metadata
 
 VOCAB_SIZE = 1400  # of the SentencePiece models
 MULTILINGUAL = Path(__file__).parent / "data" / "multilingual.txt"

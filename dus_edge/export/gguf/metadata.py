@@ -19,7 +19,7 @@ from dus_edge.checkpoint.card import languages, read_base_models, tags
 from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.checkpoint.spec import Source
 from dus_edge.export.gguf.format import KeyValue
-from dus_edge.export.gguf_vocab import Vocab, vocab_metadata
+from dus_edge.export.vocab.vocab import Vocab, vocab_metadata
 from dus_edge.quant.recipe import Preset
 from dus_edge.upscale.naming import ModelName
 from dus_edge.upscale.plan import DepthPlan

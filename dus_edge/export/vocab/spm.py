@@ -16,8 +16,8 @@ from pathlib import Path
 from gguf import TokenType
 
 from dus_edge.errors import CheckpointError, UnsupportedError
-from dus_edge.export.vocab_files import AddedToken, TokenizerFiles
-from dus_edge.export.vocab_table import ADDED_SCORE, TokenTable
+from dus_edge.export.vocab.files import AddedToken, TokenizerFiles
+from dus_edge.export.vocab.table import ADDED_SCORE, TokenTable
 
 #: ``SentencePiece.Type``; the numbers are those of ``gguf.TokenType``.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

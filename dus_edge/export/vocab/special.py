@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dus_edge.errors import CheckpointError
-from dus_edge.export.vocab_files import TokenizerFiles, read_json, token_text
+from dus_edge.export.vocab.files import TokenizerFiles, read_json, token_text
 
 #: Kinds of special tokens, in the converter's order.
 KINDS = ("bos", "eos", "unk", "sep", "pad", "mask")

@@ -9,7 +9,7 @@ from pathlib import Path
 from gguf import TokenType
 
 from dus_edge.errors import CheckpointError
-from dus_edge.export.vocab_files import AddedToken
+from dus_edge.export.vocab.files import AddedToken
 
 #: Scores that llama.cpp's converter gives to added tokens and to rows without a token.
 ADDED_SCORE = -1000.0

@@ -29,10 +29,13 @@ from typing import Any
 from gguf import GGUFValueType as Kind
 
 from dus_edge.errors import CheckpointError, UnsupportedError
-from dus_edge.export import pretokenizers, vocab_bpe, vocab_special, vocab_spm
 from dus_edge.export.gguf.format import KeyValue
-from dus_edge.export.vocab_files import AddedToken, TokenizerFiles, read_files
-from dus_edge.export.vocab_table import TokenTable
+from dus_edge.export.vocab import bpe as vocab_bpe
+from dus_edge.export.vocab import pretokenizers
+from dus_edge.export.vocab import special as vocab_special
+from dus_edge.export.vocab import spm as vocab_spm
+from dus_edge.export.vocab.files import AddedToken, TokenizerFiles, read_files
+from dus_edge.export.vocab.table import TokenTable
 
 _ID_KEYS = {
     "bos": "bos",

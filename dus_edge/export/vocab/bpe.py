@@ -16,8 +16,8 @@ from typing import Any
 from gguf import TokenType
 
 from dus_edge.errors import CheckpointError, UnsupportedError
-from dus_edge.export.vocab_files import TokenizerFiles, check_id
-from dus_edge.export.vocab_table import TokenTable
+from dus_edge.export.vocab.files import TokenizerFiles, check_id
+from dus_edge.export.vocab.table import TokenTable
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
