@@ -23,10 +23,10 @@ from common import HERE, RESULTS, append, machine, markdown_table, read
 from dus_edge import calibration, jobs
 from dus_edge.calibration import Machine, TextChoice
 from dus_edge.checkpoint.resolve import BUILTIN
-from dus_edge.pico.corpus import load_split
 from dus_edge.quality import compare as quality_run
 from dus_edge.quality import plot as quality_plot
 from dus_edge.quant.recipe import find_preset
+from dus_edge.train.pico.corpus import load_split
 
 PRESETS = ("q4_k_m", "q3_k_m", "q2_k")
 KINDS = ("none", "built-in mix", "Python sources")

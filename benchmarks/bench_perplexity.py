@@ -36,9 +36,9 @@ from common import RESULTS, append, machine, markdown_table, read
 
 from dus_edge import jobs
 from dus_edge.checkpoint.resolve import BUILTIN
-from dus_edge.pico.corpus import SourceFile, load_split, total_bytes
 from dus_edge.quant import ggml
 from dus_edge.quant.recipe import find_preset
+from dus_edge.train.pico.corpus import SourceFile, load_split, total_bytes
 
 QUANTIZERS = ("ggml", "native")
 REFERENCE = "f16"

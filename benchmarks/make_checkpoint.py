@@ -284,9 +284,9 @@ def tokenizer_folder(choice: str) -> Path | None:
     if choice == "none":
         return None
     if choice == "pico":
-        from dus_edge import pico
+        from dus_edge.checkpoint import builtin
 
-        return pico.model_dir()
+        return builtin.model_dir()
     return Path(choice)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dus_edge.checkpoint.builtin import model_dir
 from dus_edge.checkpoint.config import parse_config, tensor_shapes
-from dus_edge.pico import model_dir
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 

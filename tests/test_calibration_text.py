@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dus_edge import jobs
+from dus_edge.checkpoint.builtin import model_dir
 from dus_edge.errors import CheckpointError, UsageError
 from dus_edge.export.vocab.vocab import read_vocab
-from dus_edge.pico import model_dir
 from dus_edge.quant.recipe import PRESETS
 from dus_edge.text.chunks import Chunks, cut_stream, load_tokenizer, make_chunks, shares
 from dus_edge.text.documents import (

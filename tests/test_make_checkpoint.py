@@ -136,12 +136,12 @@ def test_tokenizer_is_copied(tmp_path: Path) -> None:
 
 
 def test_the_built_in_tokenizer_is_the_default(tmp_path: Path) -> None:
-    from dus_edge import pico
+    from dus_edge.checkpoint import builtin
 
-    if not (pico.model_dir() / "tokenizer.model").is_file():
+    if not (builtin.model_dir() / "tokenizer.model").is_file():
         pytest.skip("the built-in base is not in this checkout")
     make.main([str(tmp_path / "m"), *TINY, "--vocab", "32000"])
-    source = pico.model_dir() / "tokenizer.model"
+    source = builtin.model_dir() / "tokenizer.model"
     assert (tmp_path / "m" / "tokenizer.model").read_bytes() == source.read_bytes()
 
 

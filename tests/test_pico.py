@@ -8,13 +8,13 @@ import re
 import numpy as np
 import pytest
 
-from dus_edge import pico
-from dus_edge.pico import corpus
+from dus_edge.checkpoint import builtin
+from dus_edge.train.pico import corpus
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sentencepiece")
 
-MODEL = pico.model_dir()
+MODEL = builtin.model_dir()
 MAX_BYTES = 11_900_000
 REQUIRED_BITS_PER_BYTE = 1.8
 MARGIN = 0.25  # a few files score further from the mean than all of them together
@@ -43,7 +43,7 @@ def config() -> dict:
 
 @pytest.fixture(scope="module")
 def processor():
-    from dus_edge.pico.tokenizer import load_sentencepiece
+    from dus_edge.train.pico.tokenizer import load_sentencepiece
 
     return load_sentencepiece((MODEL / "tokenizer.model").read_bytes())
 
@@ -52,7 +52,7 @@ def processor():
 def model(config):
     from safetensors.torch import load_file
 
-    from dus_edge.pico.model import Pico, PicoConfig
+    from dus_edge.train.pico.model import Pico, PicoConfig
 
     loaded = Pico(PicoConfig())
     weights = load_file(MODEL / "model.safetensors")
@@ -153,7 +153,7 @@ def test_transformers_computes_the_same_logits(model, processor):
 
 
 def test_windows_score_every_position_once():
-    from dus_edge.pico.evaluate import windows
+    from dus_edge.train.pico.evaluate import windows
 
     for length in (1, 2, 255, 256, 511, 512, 513, 768, 769, 2000):
         scored = [i for _, stop, first in windows(length) for i in range(first, stop)]
@@ -162,7 +162,7 @@ def test_windows_score_every_position_once():
 
 
 def test_muon_orthogonalises():
-    from dus_edge.pico.optim import orthogonalise
+    from dus_edge.train.pico.optim import orthogonalise
 
     torch.manual_seed(0)
     for shape in ((2, 24, 40), (2, 40, 24)):
@@ -172,7 +172,7 @@ def test_muon_orthogonalises():
 
 
 def test_heldout_bits_per_byte(model, processor, heldout):
-    from dus_edge.pico.evaluate import bits_per_byte
+    from dus_edge.train.pico.evaluate import bits_per_byte
 
     chosen = [source for source in heldout if source.path in SCORED_FILES]
     if not chosen:
@@ -185,8 +185,8 @@ def test_heldout_bits_per_byte(model, processor, heldout):
 
 @pytest.mark.parametrize("layers", [8, 12])
 def test_continues_a_line_of_python(model, layers):
-    from dus_edge.pico.model import upscaled_plan
-    from dus_edge.pico.package import continue_text
+    from dus_edge.train.pico.model import upscaled_plan
+    from dus_edge.train.pico.package import continue_text
 
     plan = None if layers == 8 else upscaled_plan(8, 2)
     prompt = "def __init__(self"

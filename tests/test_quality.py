@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from dus_edge import jobs
+from dus_edge.checkpoint.builtin import model_dir
 from dus_edge.errors import (
     CheckpointError,
     DependencyError,
@@ -30,7 +31,6 @@ from dus_edge.errors import (
     UnsupportedError,
     UsageError,
 )
-from dus_edge.pico import model_dir
 from dus_edge.quality.compare import Candidate, Results, measure, quality
 from dus_edge.quality.label_layout import place_labels
 from dus_edge.quality.names import labels

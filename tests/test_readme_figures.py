@@ -253,7 +253,7 @@ def test_quantizers_are_as_fast_as_was_measured():
 
 
 def test_the_built_in_base_is_what_its_card_says():
-    card = (ROOT / "dus_edge" / "pico" / "model" / "README.md").read_text()
+    card = (ROOT / "dus_edge" / "data" / "pico" / "README.md").read_text()
     base, upscaled, xz, tokens, order0 = re.findall(
         r"^\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README, re.MULTILINE
     )[0]

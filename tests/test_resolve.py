@@ -541,7 +541,7 @@ def test_cache_snapshot_given_as_a_folder(tmp_path: Path) -> None:
 
 
 def test_builtin_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dus_edge import pico
+    from dus_edge.checkpoint import builtin
 
     folder = make_folder(tmp_path / "model")
     monkeypatch.setattr(pico, "model_dir", lambda: folder)

@@ -115,9 +115,9 @@ def _exists(path: Path, test: Callable[[Path], bool] = Path.exists) -> bool:
 
 
 def _builtin() -> Source:
-    from dus_edge import pico
+    from dus_edge.checkpoint import builtin
 
-    folder = pico.model_dir()
+    folder = builtin.model_dir()
     if not (folder / CONFIG).is_file():
         raise CheckpointError(
             f"The built-in base is not in this installation ({folder}); reinstall dus-edge."

@@ -1,4 +1,4 @@
-"""The recipe that made ``pico``: ``python -m dus_edge.pico.train --out DIR --minutes 60``.
+"""The recipe that made ``pico``: ``python -m dus_edge.train.pico.train --out DIR --minutes 60``.
 
 Everything is measured by the wall clock: the learning rate warms up, stays, and falls
 linearly to zero when the minutes are over. A run that was interrupted goes on from its
@@ -19,20 +19,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dus_edge.pico import corpus, evaluate
-from dus_edge.pico.batches import Stream
-from dus_edge.pico.card import Run, model_card
-from dus_edge.pico.model import Pico, PicoConfig, initialise, upscaled_plan
-from dus_edge.pico.optim import Muon
-from dus_edge.pico.package import (
+from dus_edge.train.pico import corpus, evaluate
+from dus_edge.train.pico.batches import Stream
+from dus_edge.train.pico.card import Run, model_card
+from dus_edge.train.pico.model import Pico, PicoConfig, initialise, upscaled_plan
+from dus_edge.train.pico.optim import Muon
+from dus_edge.train.pico.package import (
     Scores,
     continue_text,
     round_to_bf16,
     score,
     write_checkpoint,
 )
-from dus_edge.pico.parallel import accumulate, make_pool, mean_loss
-from dus_edge.pico.tokenizer import (
+from dus_edge.train.pico.parallel import accumulate, make_pool, mean_loss
+from dus_edge.train.pico.tokenizer import (
     encode_documents,
     load_sentencepiece,
     split_some,
@@ -211,7 +211,7 @@ def quick_scores(model: Pico, data: Data, pool: ThreadPoolExecutor) -> tuple[flo
     """Return bits per byte (plain, up-scaled) on the first 1024 tokens of 16 held-out files.
 
     This follows a run cheaply; its byte count is taken from each file's mean bytes per token.
-    The card's figures come from :func:`dus_edge.pico.evaluate.bits_per_byte` on whole files.
+    The card's figures come from :func:`dus_edge.train.pico.evaluate.bits_per_byte` on whole files.
     """
     every = max(1, len(data.heldout) // 16)
     pairs = list(zip(data.heldout, data.heldout_sizes, strict=True))[::every]
@@ -374,7 +374,9 @@ def train(out: Path, recipe: Recipe) -> tuple[Pico, Progress]:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m dus_edge.pico.train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m dus_edge.train.pico.train", description=__doc__
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--history", default="", help="a sentence on the run, for the card")
     defaults = Recipe()
@@ -395,7 +397,7 @@ def main() -> None:
     history = arguments.pop("history")
     recipe = Recipe(**arguments)
     train(out, recipe)
-    command = f"python -m dus_edge.pico.train --out DIR --minutes {recipe.minutes:g}"
+    command = f"python -m dus_edge.train.pico.train --out DIR --minutes {recipe.minutes:g}"
     finish(out, recipe, command, history)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dus_edge.pico.model import Pico
+from dus_edge.train.pico.model import Pico
 
 Job = tuple[Tensor, list[int] | None]
 """Int64 ids (rows, length + 1) and the plan of layers through which to run them."""

@@ -3,7 +3,7 @@
 Every function is deterministic for one installed Python, so a reader can list the
 training files and the held-out files again from the interpreter alone::
 
-    python -m dus_edge.pico.corpus
+    python -m dus_edge.train.pico.corpus
 """
 
 from __future__ import annotations

@@ -8,4 +8,4 @@ NAME = "pico"
 
 def model_dir() -> Path:
     """Return the folder of the shipped checkpoint (config, weights, tokenizer, card)."""
-    return Path(__file__).resolve().parent / "model"
+    return Path(__file__).resolve().parents[1] / "data" / "pico"

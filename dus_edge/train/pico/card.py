@@ -6,8 +6,8 @@ import platform
 import sys
 from dataclasses import asdict, dataclass
 
-from dus_edge.pico import corpus
-from dus_edge.pico.package import Scores
+from dus_edge.train.pico import corpus
+from dus_edge.train.pico.package import Scores
 
 TEMPLATE = """\
 ---
@@ -102,7 +102,7 @@ small.
 
 ## Held-out files
 
-Relative to the standard library, in CPython {python}; `python -m dus_edge.pico.corpus` lists
+Relative to the standard library, in CPython {python}; `python -m dus_edge.train.pico.corpus` lists
 them with their hashes.
 
 {files}

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from dus_edge.pico import corpus, evaluate
-from dus_edge.pico.model import Pico, PicoConfig, upscaled_plan
-from dus_edge.pico.tokenizer import (
+from dus_edge.train.pico import corpus, evaluate
+from dus_edge.train.pico.model import Pico, PicoConfig, upscaled_plan
+from dus_edge.train.pico.tokenizer import (
     BOS,
     EOS,
     encode_documents,
