@@ -21,7 +21,7 @@ from pathlib import Path
 
 from common import HERE, RESULTS, append, machine
 
-CLI = [sys.executable, "-c", "from dus_edge.cli import main; main()"]
+CLI = [sys.executable, "-c", "from dus_edge.cli.main import main; main()"]
 LLAMA_QUANTIZE = """
 import ctypes, sys, llama_cpp
 log = llama_cpp.llama_log_callback(lambda *a: None)

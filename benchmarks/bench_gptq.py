@@ -34,17 +34,18 @@ import torch
 from bench_imatrix import held_out, python_sources
 from common import HERE, RESULTS, append, machine, markdown_table, read
 
-from dus_edge import calibration, jobs
-from dus_edge.calibration import TextChoice
 from dus_edge.checkpoint.resolve import BUILTIN
 from dus_edge.export import gptq as sink
+from dus_edge.jobs.calibration import TextChoice, read_chunks
+from dus_edge.jobs.checkpoint import export_checkpoint
 from dus_edge.quality import compare as quality_run
 from dus_edge.quant import gptq, gptq_format
+from dus_edge.upscale.model import find_model, plan_chooser
 
 OUT = RESULTS / "gptq.jsonl"
 SIDE = HERE / "gptqmodel_side.py"
-CLI = [sys.executable, "-c", "from dus_edge.cli import main; main()"]
-CHOOSE = jobs.plan_chooser(None, None, (), True)
+CLI = [sys.executable, "-c", "from dus_edge.cli.main import main; main()"]
+CHOOSE = plan_chooser(None, None, (), True)
 
 
 def timed(command: list[str], log: Path) -> tuple[float, int]:
@@ -61,7 +62,7 @@ def timed(command: list[str], log: Path) -> tuple[float, int]:
 
 def nearest(folder: Path, settings: gptq_format.Settings) -> None:
     """A folder of weights rounded to nearest."""
-    model = jobs.find_model(BUILTIN, CHOOSE, weights=True, say=print)
+    model = find_model(BUILTIN, CHOOSE, weights=True, say=print)
     checkpoint = model.open()
     arrays = {}
     for spec in checkpoint.specs().values():
@@ -120,12 +121,12 @@ def compare(args: argparse.Namespace, work: Path) -> None:
     base = args.speed or BUILTIN
     plain = Path(args.speed) if args.speed else work / "plain"
     if not args.speed:
-        jobs.export_checkpoint(BUILTIN, CHOOSE, plain)
+        export_checkpoint(BUILTIN, CHOOSE, plain)
     text = python_sources(work / "python")
     choice = TextChoice((text,), None, args.ctx, args.chunks)
-    choose = jobs.plan_chooser(None, None, (), not args.speed)
-    model = jobs.find_model(base, choose, weights=True, say=print)
-    chunks = calibration.read_chunks(model, choice)
+    choose = plan_chooser(None, None, (), not args.speed)
+    model = find_model(base, choose, weights=True, say=print)
+    chunks = read_chunks(model, choice)
     tokens = work / "tokens.npy"
     np.save(tokens, chunks.tokens)
     sizes = ["--bits", str(args.bits), "--group-size", str(args.group_size)]

@@ -20,13 +20,15 @@ from pathlib import Path
 from bench_perplexity import choose_text
 from common import HERE, RESULTS, append, machine, markdown_table, read
 
-from dus_edge import calibration, jobs
-from dus_edge.calibration import Machine, TextChoice
 from dus_edge.checkpoint.resolve import BUILTIN
+from dus_edge.jobs.calibration import Machine, TextChoice
+from dus_edge.jobs.gguf import export_gguf
+from dus_edge.jobs.imatrix import imatrix_source
 from dus_edge.quality import compare as quality_run
 from dus_edge.quality import plot as quality_plot
 from dus_edge.quant.recipe import find_preset
 from dus_edge.train.pico.corpus import load_split
+from dus_edge.upscale.model import plan_chooser
 
 PRESETS = ("q4_k_m", "q3_k_m", "q2_k")
 KINDS = ("none", "built-in mix", "Python sources")
@@ -56,7 +58,7 @@ def python_sources(folder: Path) -> Path:
 
 def export(presets: list[str], work: Path) -> dict[tuple[str, str], Path]:
     """All files by (preset, kind of importance matrix)."""
-    choose = jobs.plan_chooser(None, None, (), True)
+    choose = plan_chooser(None, None, (), True)
     texts = {"built-in mix": (), "Python sources": (python_sources(work / "python"),)}
     found = {}
     for kind in KINDS:
@@ -64,9 +66,9 @@ def export(presets: list[str], work: Path) -> dict[tuple[str, str], Path]:
         source = None
         if kind != "none":
             choice = TextChoice(texts[kind])
-            source = calibration.imatrix_source("auto", choice, Machine("cpu"), folder, print)
+            source = imatrix_source("auto", choice, Machine("cpu"), folder, print)
         wanted = [*presets, "f16"] if kind == "none" else presets
-        result = jobs.export_gguf(
+        result = export_gguf(
             BUILTIN, choose, [find_preset(p) for p in wanted], folder, imatrix=source
         )
         for output in result.outputs:

@@ -34,11 +34,12 @@ import llama_cpp
 import numpy as np
 from common import RESULTS, append, machine, markdown_table, read
 
-from dus_edge import jobs
 from dus_edge.checkpoint.resolve import BUILTIN
+from dus_edge.jobs.gguf import export_gguf
 from dus_edge.quant import ggml
 from dus_edge.quant.recipe import find_preset
 from dus_edge.train.pico.corpus import SourceFile, load_split, total_bytes
+from dus_edge.upscale.model import plan_chooser
 
 QUANTIZERS = ("ggml", "native")
 REFERENCE = "f16"
@@ -223,13 +224,13 @@ def score_all(
 def export(presets: Sequence[str], quantizer: str, folder: Path) -> dict[str, Path]:
     """The up-scaled base's GGUF files by preset, made by one quantizer."""
     options = {}
-    if "quantizer" in inspect.signature(jobs.export_gguf).parameters:
+    if "quantizer" in inspect.signature(export_gguf).parameters:
         options["quantizer"] = quantizer
     else:
         print(f"The export knows one quantizer only; {quantizer}: the same", file=sys.stderr)
-    result = jobs.export_gguf(
+    result = export_gguf(
         BUILTIN,
-        jobs.plan_chooser(None, None, (), True),
+        plan_chooser(None, None, (), True),
         [find_preset(name) for name in presets],
         folder / quantizer,
         overwrite=True,

@@ -14,17 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dus_edge.errors import OutputError
+from dus_edge.words import format_bytes
 
 PARTIAL = ".partial"
-
-
-def format_bytes(n: float) -> str:
-    """A size for people: ``4.07 GiB``, ``11.5 MiB``, ``512 B``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            break
-        n /= 1024
-    return f"{n:.0f} B" if unit == "B" else f"{n:.{2 if n < 10 else 1}f} {unit}"
 
 
 def check_writable(folder: Path) -> None:

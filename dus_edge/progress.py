@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from dus_edge.words import format_rate, format_time
+
 #: Seconds between plain lines, where there is no terminal.
 LINE_INTERVAL_S = 10.0
 
@@ -30,26 +32,6 @@ def progress(title: str, total: int, *, unit: str = "B") -> Iterator[Advance]:
             yield advance
     else:
         yield _Lines(title, total, unit).advance
-
-
-def format_rate(amount: float, seconds: float, unit: str) -> str:
-    """E.g. ``812 MB/s`` or ``7.4 M weights/s``; decimal prefixes."""
-    rate = amount / seconds if seconds > 0 else 0.0
-    prefix = ""
-    for prefix in ("", "k", "M", "G"):
-        if rate < 1000 or prefix == "G":
-            break
-        rate /= 1000
-    digits = 0 if rate >= 100 else 1
-    gap = "" if unit == "B" else " " if prefix else ""
-    return f"{rate:.{digits}f} {prefix}{gap}{unit}/s"
-
-
-def format_time(seconds: float) -> str:
-    """``m:ss`` or ``h:mm:ss``."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
 class _Lines:

@@ -117,7 +117,7 @@ def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*args: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-c", "from dus_edge.cli import main; main()", *map(str, args)],
+            [sys.executable, "-c", "from dus_edge.cli.main import main; main()", *map(str, args)],
             capture_output=True,
             text=True,
             timeout=300,
@@ -130,7 +130,7 @@ def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture
 def run(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
     """Run `dus-edge` in this process, where imports are paid for once: code, output, errors."""
-    from dus_edge.cli import main
+    from dus_edge.cli.main import main
 
     def run(*args: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["dus-edge", *map(str, args)])

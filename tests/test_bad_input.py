@@ -209,16 +209,18 @@ def test_spoiled_checkpoint(make_checkpoint, tmp_path, run_job, spoil, job):
 
 @pytest.fixture
 def run_job():
-    from dus_edge import jobs
+    from dus_edge.jobs.checkpoint import export_checkpoint
+    from dus_edge.jobs.gguf import export_gguf
     from dus_edge.quant.recipe import PRESETS
+    from dus_edge.upscale.model import plan_chooser
 
     def run(job, base, out, overwrite=False, **options):
-        choose = jobs.plan_chooser(None, None, (), True)
+        choose = plan_chooser(None, None, (), True)
         if job == "gguf":
             presets = [PRESETS["q8_0"]]
-            jobs.export_gguf(str(base), choose, presets, out, overwrite=overwrite, **options)
+            export_gguf(str(base), choose, presets, out, overwrite=overwrite, **options)
         else:
-            jobs.export_checkpoint(str(base), choose, out, overwrite=overwrite, **options)
+            export_checkpoint(str(base), choose, out, overwrite=overwrite, **options)
 
     return run
 
@@ -288,8 +290,9 @@ def test_nonfinite_weights_can_be_allowed(make_checkpoint, tmp_path, run_job):
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_values_too_large_for_f16(make_checkpoint, tmp_path, quantizer):
-    from dus_edge import jobs
+    from dus_edge.jobs.gguf import export_gguf
     from dus_edge.quant.recipe import PRESETS
+    from dus_edge.upscale.model import plan_chooser
 
     base = make_checkpoint()
     head, body = header(base / SINGLE)
@@ -297,14 +300,14 @@ def test_values_too_large_for_f16(make_checkpoint, tmp_path, quantizer):
     body = bytearray(body)
     body[a : a + 2] = np.array([0x4880], np.uint16).tobytes()  # bf16 2¹⁸, beyond f16's 65,504
     rewrite(base / SINGLE, head, bytes(body))
-    choose = jobs.plan_chooser(None, None, (), True)
+    choose = plan_chooser(None, None, (), True)
     message = r"lm_head\.weight has values too large for F16 \(the largest is 2\.62e\+05\).*bf16"
     for presets in (["f16"], ["q4_k_m", "f16"]):
         with pytest.raises(DusEdgeError, match=message):
-            jobs.export_gguf(
+            export_gguf(
                 str(base), choose, [PRESETS[p] for p in presets], tmp_path, quantizer=quantizer
             )
-    jobs.export_gguf(str(base), choose, [PRESETS["bf16"]], tmp_path, quantizer=quantizer)
+    export_gguf(str(base), choose, [PRESETS["bf16"]], tmp_path, quantizer=quantizer)
 
 
 def test_same_message_on_the_command_line(make_checkpoint, tmp_path, cli):
@@ -416,7 +419,7 @@ def test_interrupted(tmp_path):
         "def quantize(*a, **k): time.sleep(0.3); return slow(*a, **k)\n"
         "native.quantize = quantize\n"
         "sys.argv = ['dus-edge', 'gguf', 'pico', '-o', sys.argv[1]]\n"
-        "from dus_edge.cli import main; main()"
+        "from dus_edge.cli.main import main; main()"
     )
     run = subprocess.Popen(
         [sys.executable, "-c", code, str(out)], stderr=subprocess.PIPE, text=True

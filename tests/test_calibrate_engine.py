@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dus_edge import jobs
 from dus_edge.calibrate import engine
 from dus_edge.calibrate.imatrix import ImatrixCollector
 from dus_edge.calibrate.layer import LINEARS, SITES
 from dus_edge.errors import CheckpointError, UsageError
+from dus_edge.jobs.gguf import export_gguf
 from dus_edge.quant.recipe import PRESETS
+from dus_edge.upscale.model import find_model, plan_chooser
 
 from . import llama_imatrix
 from .forms import FORMS, deep_copied, load
@@ -41,8 +42,8 @@ class Replacer(ImatrixCollector):
 
 
 def opened(base: Path, plan: str = PLAN):
-    choose = jobs.plan_chooser(None, None, (plan,), True)
-    return jobs.find_model(str(base), choose, weights=True, say=lambda line: None).open()
+    choose = plan_chooser(None, None, (plan,), True)
+    return find_model(str(base), choose, weights=True, say=lambda line: None).open()
 
 
 def inputs_of(model) -> dict[str, torch.Tensor]:
@@ -121,8 +122,8 @@ def test_batches_do_not_change_the_result(make_checkpoint, step):
 
 def test_statistics_are_llama_cpps(pico, tmp_path):
     """Every entry within 1e-2 of what llama.cpp computes from the same F32 model and tokens."""
-    choose = jobs.plan_chooser(None, None, (), True)
-    result = jobs.export_gguf("pico", choose, [PRESETS["f32"]], tmp_path)
+    choose = plan_chooser(None, None, (), True)
+    result = export_gguf("pico", choose, [PRESETS["f32"]], tmp_path)
     tokens = np.random.default_rng(0).integers(3, 4000, (3, 64)).astype(np.int32)
     theirs = llama_imatrix.collect(result.outputs[0].path, tokens)
     visitor = ImatrixCollector()

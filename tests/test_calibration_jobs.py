@@ -13,21 +13,25 @@ import transformers
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
-from dus_edge import calibration, jobs
 from dus_edge.calibrate import engine
-from dus_edge.calibration import Machine, TextChoice
+from dus_edge.checkpoint import hub
+from dus_edge.jobs.calibration import Machine, TextChoice, read_chunks
+from dus_edge.jobs.checkpoint import export_checkpoint
+from dus_edge.jobs.gptq import export_gptq
+from dus_edge.jobs.job import Result
 from dus_edge.quant import gptq_format
 from dus_edge.quant.gptq_format import Settings
 from dus_edge.quant.imatrix import read_imatrix
+from dus_edge.upscale.model import plan_chooser
 
 CPU = Machine("cpu")
-CHOOSE = jobs.plan_chooser(None, None, (), True)
+CHOOSE = plan_chooser(None, None, (), True)
 
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.py"
-    path.write_text(Path(jobs.__file__).read_text() + Path(engine.__file__).read_text())
+    path.write_text(Path(hub.__file__).read_text() + Path(engine.__file__).read_text())
     return path
 
 
@@ -110,9 +114,9 @@ def test_a_file_that_is_no_imatrix(run, tmp_path):
 # GPTQ
 
 
-def gptq(folder: Path, text: Path, settings: Settings, base: str = "pico") -> jobs.Result:
+def gptq(folder: Path, text: Path, settings: Settings, base: str = "pico") -> Result:
     choice = TextChoice((text,), None, 64, 8)
-    return calibration.export_gptq(base, CHOOSE, folder, settings, choice, CPU)
+    return export_gptq(base, CHOOSE, folder, settings, choice, CPU)
 
 
 def dequantized(folder: Path) -> transformers.PreTrainedModel:
@@ -155,12 +159,12 @@ def nll(model, tokens: torch.Tensor) -> float:
 )
 def test_a_gptq_folder_computes_nearly_what_the_model_does(text, tmp_path, settings):
     result = gptq(tmp_path / "out", text, settings)
-    jobs.export_checkpoint("pico", CHOOSE, tmp_path / "plain")
+    export_checkpoint("pico", CHOOSE, tmp_path / "plain")
     plain = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "plain", dtype=torch.float32
     )
     model = result.model
-    chunks = calibration.read_chunks(model, TextChoice((text,), None, 64))
+    chunks = read_chunks(model, TextChoice((text,), None, 64))
     tokens = torch.from_numpy(chunks.tokens[8:16]).long()
     reference, ours = nll(plain.eval(), tokens), nll(dequantized(tmp_path / "out"), tokens)
     assert ours < reference + {8: 0.01, 4: 0.12, 3: 0.4}[settings.bits]

@@ -19,10 +19,10 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dus_edge import jobs
 from dus_edge.checkpoint.builtin import model_dir
 from dus_edge.errors import CheckpointError, UsageError
 from dus_edge.export.vocab.vocab import read_vocab
+from dus_edge.jobs.gguf import export_gguf
 from dus_edge.quant.recipe import PRESETS
 from dus_edge.text.chunks import Chunks, cut_stream, load_tokenizer, make_chunks, shares
 from dus_edge.text.documents import (
@@ -31,6 +31,7 @@ from dus_edge.text.documents import (
     builtin_documents,
     read_documents,
 )
+from dus_edge.upscale.model import plan_chooser
 
 VOCAB_SIZE = 4096
 SPLITS = ("calibration", "evaluation")
@@ -57,9 +58,9 @@ def document(text: str, language: str = "en") -> Document:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[llama_cpp.Llama]:
     """llama.cpp's tokenizer, by way of a GGUF file of pico."""
-    choose = jobs.plan_chooser(None, None, ("0:1",), True)
+    choose = plan_chooser(None, None, ("0:1",), True)
     out = tmp_path_factory.mktemp("pico")
-    result = jobs.export_gguf("pico", choose, [PRESETS["q4_0"]], out)
+    result = export_gguf("pico", choose, [PRESETS["q4_0"]], out)
     model = llama_cpp.Llama(str(result.outputs[0].path), vocab_only=True, verbose=False)
     yield model
     model.close()

@@ -44,7 +44,7 @@ def test_help_is_instant():
     """Nothing heavy is imported for it; the time itself is in benchmarks/README.md."""
     code = (
         "import sys\nsys.argv = ['dus-edge', '--help']\n"
-        "from dus_edge.cli import main\n"
+        "from dus_edge.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'numpy', 'numba', 'gguf', 'huggingface_hub', 'rich', 'torch', 'jinja2',\n"

@@ -13,13 +13,14 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from dus_edge import jobs
 from dus_edge.checkpoint.config import load_config, tensor_shapes, with_layers
 from dus_edge.export.gguf.sink import conversions, model_shape, plan_file
 from dus_edge.export.gguf.tensors import gguf_name
+from dus_edge.jobs.gguf import export_gguf
 from dus_edge.quant import types as t
 from dus_edge.quant.quantizer import DEFAULT, QUANTIZERS, find_quantizer
 from dus_edge.quant.recipe import PRESETS, tensor_type
+from dus_edge.upscale.model import find_model, plan_chooser
 from dus_edge.upscale.plan import from_drop
 from dus_edge.upscale.view import base_tensor_name
 
@@ -62,9 +63,9 @@ def export(
     base: Path | str, out: Path, *presets: str, plan: str | None = None, quantizer: str = DEFAULT
 ) -> dict[str, Path]:
     """Export as a user does and give the files by preset."""
-    choose = jobs.plan_chooser(None, None, (plan,) if plan else (), True)
+    choose = plan_chooser(None, None, (plan,) if plan else (), True)
     chosen = [PRESETS[p] for p in presets]
-    result = jobs.export_gguf(str(base), choose, chosen, out, quantizer=quantizer)
+    result = export_gguf(str(base), choose, chosen, out, quantizer=quantizer)
     for written in result.outputs:
         assert written.path.stat().st_size == written.nbytes
     return {w.preset: w.path for w in result.outputs}
@@ -168,9 +169,7 @@ def test_bf16_does_not_pass_through_f16(make_checkpoint, tmp_path):
 def test_what_passes_through_is_asked_of_no_quantizer(make_checkpoint, tmp_path, dtype):
     """A stored type that is the wanted one is copied; another float type is converted exactly."""
     base = make_checkpoint(dtype=dtype)
-    model = jobs.find_model(
-        str(base), jobs.plan_chooser(None, None, (), True), weights=True, say=print
-    )
+    model = find_model(str(base), plan_chooser(None, None, (), True), weights=True, say=print)
     checkpoint = model.open()
     preset = PRESETS[dtype.lower()]
     file = plan_file(model.config, model.shapes, [], preset, tmp_path / "x.gguf")
@@ -256,7 +255,7 @@ def test_an_export_imports_no_torch(pico, tmp_path, quantizer, unneeded):
     unneeded = {"torch", "transformers", "llama_cpp"} | unneeded
     code = (
         "import sys; sys.argv=['dus-edge','gguf',*sys.argv[1:]]\n"
-        "from dus_edge.cli import main\n"
+        "from dus_edge.cli.main import main\n"
         "try: main()\n"
         "except SystemExit as e: assert not e.code, e.code\n"
         f"bad = {unneeded} & set(sys.modules)\n"

@@ -230,7 +230,9 @@ def test_transformers_is_no_engine_to_compare_with(published):
 
 
 def test_stored_constants_are_those_of_the_fit(fit_gptq_speed, fresh):
-    assert fit_gptq_speed.render_toml(fresh[0]) == data.read_text("gptq_speed.toml")
+    assert fit_gptq_speed.toml_text(fit_gptq_speed.ABOUT, fresh[0]) == data.read_text(
+        "gptq_speed.toml"
+    )
 
 
 def test_stored_lines_are_those_of_the_fit(fresh, published):

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dus_edge import jobs
 from dus_edge.errors import CheckpointError
 from dus_edge.export.gguf import sink as gguf
 from dus_edge.export.gguf.imatrix import quantize_metadata, write_imatrix
@@ -25,6 +24,7 @@ from dus_edge.quant import types as t
 from dus_edge.quant.imatrix import Importance, match, read_imatrix
 from dus_edge.quant.quantizer import find_quantizer
 from dus_edge.quant.recipe import PRESETS
+from dus_edge.upscale.model import find_model, plan_chooser
 
 from . import llama_imatrix
 
@@ -266,8 +266,8 @@ def export(
     quantizer: str = "ggml",
 ) -> dict[str, Path]:
     """The up-scaled model's files by preset."""
-    choose = jobs.plan_chooser(None, None, (plan,), True)
-    model = jobs.find_model(str(base), choose, weights=True, say=print)
+    choose = plan_chooser(None, None, (plan,), True)
+    model = find_model(str(base), choose, weights=True, say=print)
     vocab = read_vocab(model.source.folder, model.config.vocab_size)
     metadata = build_metadata(model.config, model.source, model.name, model.plan, vocab)
     weights = said = None
@@ -389,8 +389,8 @@ def test_every_rule_with_importance_is_llama_cpps(make_checkpoint, tmp_path, sha
     overrides = dict(SHAPES[shape])
     plan = overrides.pop("plan", "0:3,1:4")
     base = make_checkpoint(vocab_size=4097, **overrides)
-    choose = jobs.plan_chooser(None, None, (plan,), True)
-    model = jobs.find_model(str(base), choose, weights=False, say=print)
+    choose = plan_chooser(None, None, (plan,), True)
+    model = find_model(str(base), choose, weights=False, say=print)
     importance = random_importance(model.shapes)
     for name in ("blk.0.ffn_down.weight", "blk.1.attn_v.weight"):
         del importance.sums[name]
@@ -441,8 +441,8 @@ def test_a_place_with_its_own_importance_is_quantized_for_itself(
 ):
     """Two places of a layer: one read; one or two quantized, as their importance is."""
     base = make_checkpoint(hidden_size=256, intermediate_size=256, num_hidden_layers=4)
-    choose = jobs.plan_chooser(None, None, ("0:4,2:4",), True)
-    model = jobs.find_model(str(base), choose, weights=True, say=print)
+    choose = plan_chooser(None, None, ("0:4,2:4",), True)
+    model = find_model(str(base), choose, weights=True, say=print)
     importance = random_importance(model.shapes).sums
     if not own:
         importance |= {

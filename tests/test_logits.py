@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from dus_edge import jobs
+from dus_edge.jobs.checkpoint import export_checkpoint
+from dus_edge.jobs.gguf import export_gguf
 from dus_edge.quant.recipe import PRESETS
+from dus_edge.upscale.model import plan_chooser
 
 from .forms import FORMS, deep_copied, load
 
@@ -43,16 +45,16 @@ def llama_log_probs(path: Path) -> np.ndarray:
 
 
 def test_upscaled_checkpoint_is_the_base_with_its_layers_copied(base, tmp_path):
-    choose = jobs.plan_chooser(None, None, (PLAN,), True)
-    jobs.export_checkpoint(str(base), choose, tmp_path / "up")
+    choose = plan_chooser(None, None, (PLAN,), True)
+    export_checkpoint(str(base), choose, tmp_path / "up")
     expected = log_probs(deep_copied(load(base), (0, 1, 2, 1, 2, 3)))
     np.testing.assert_array_equal(log_probs(load(tmp_path / "up")), expected)
 
 
 def test_gguf_computes_what_transformers_does(base, tmp_path):
-    choose = jobs.plan_chooser(None, None, (PLAN,), True)
-    jobs.export_checkpoint(str(base), choose, tmp_path / "up")
-    jobs.export_gguf(str(base), choose, [PRESETS["f32"]], tmp_path)
+    choose = plan_chooser(None, None, (PLAN,), True)
+    export_checkpoint(str(base), choose, tmp_path / "up")
+    export_gguf(str(base), choose, [PRESETS["f32"]], tmp_path)
     theirs = llama_log_probs(next(tmp_path.glob("*.gguf")))
     assert np.abs(theirs - log_probs(load(tmp_path / "up"))).max() < 1e-3
 
@@ -60,11 +62,11 @@ def test_gguf_computes_what_transformers_does(base, tmp_path):
 def test_an_upscaled_base_is_a_base_like_any_other(make_checkpoint, tmp_path):
     """View of a view on disk: 4 → 6 → 10 layers equals the composed plan at once."""
     base = make_checkpoint(dtype="F32")
-    once = jobs.plan_chooser(1, None, (), True)
-    jobs.export_checkpoint(str(base), once, tmp_path / "six")
-    jobs.export_checkpoint(str(tmp_path / "six"), once, tmp_path / "ten")
-    both = jobs.plan_chooser(None, None, ("0:3,1:4", "0:5,1:6"), True)
-    jobs.export_checkpoint(str(base), both, tmp_path / "composed")
+    once = plan_chooser(1, None, (), True)
+    export_checkpoint(str(base), once, tmp_path / "six")
+    export_checkpoint(str(tmp_path / "six"), once, tmp_path / "ten")
+    both = plan_chooser(None, None, ("0:3,1:4", "0:5,1:6"), True)
+    export_checkpoint(str(base), both, tmp_path / "composed")
     weights = "model.safetensors"
     assert (tmp_path / "ten" / weights).read_bytes() == (
         tmp_path / "composed" / weights

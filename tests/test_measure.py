@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dus_edge import jobs
 from dus_edge.errors import CheckpointError, DependencyError, DusEdgeError, UsageError
+from dus_edge.jobs.gguf import export_gguf
 from dus_edge.measure import measure as measuring
 from dus_edge.measure import resources
 from dus_edge.measure.measure import (
@@ -39,6 +39,7 @@ from dus_edge.measure.resources import (
     rapl_counters,
 )
 from dus_edge.quant.recipe import find_preset
+from dus_edge.upscale.model import plan_chooser
 
 from .test_quality import gptq_folder
 
@@ -76,8 +77,8 @@ LLAMA_BENCH_KEYS = {
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("measured")
-    choose = jobs.plan_chooser(None, None, (), False)
-    return jobs.export_gguf("pico", choose, [find_preset("q4_k_m")], folder).outputs[0].path
+    choose = plan_chooser(None, None, (), False)
+    return export_gguf("pico", choose, [find_preset("q4_k_m")], folder).outputs[0].path
 
 
 # Sums

@@ -25,11 +25,12 @@ LIMIT = 0.03
 
 @pytest.fixture(scope="module")
 def pico_gguf(tmp_path_factory, pico):
-    from dus_edge import jobs
+    from dus_edge.jobs.gguf import export_gguf
+    from dus_edge.upscale.model import plan_chooser
 
     folder = tmp_path_factory.mktemp("gguf")
-    plan = jobs.plan_chooser(None, None, (), False)
-    result = jobs.export_gguf(str(pico), plan, [find_preset("q8_0")], folder)
+    plan = plan_chooser(None, None, (), False)
+    result = export_gguf(str(pico), plan, [find_preset("q8_0")], folder)
     return result.outputs[0].path
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dus_edge.errors import DusEdgeError
-from dus_edge.jobs import render_tracked
+from dus_edge.jobs.modelfile import render_tracked
 from dus_edge.ollama import chat
 from dus_edge.ollama.grammar import (
     Command,

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from dus_edge.files import format_bytes
 from dus_edge.predict.devices import find_device, load_devices
+from dus_edge.predict.prediction import Candidate, memory_settings, predict_on
 from dus_edge.predict.report import prediction_json
-from dus_edge.prediction import Candidate, memory_settings, predict_on
 from dus_edge.tables.page import CONTEXTS, FIRST, MODEL, PRESETS, render_page, solar_choices
+from dus_edge.words import format_bytes
 
 TRACKED = Path(__file__).parent.parent / "benchmarks" / "index.html"
 KEYS = [f"{kind}_tokens_per_s{end}" for kind in ("tg", "pp") for end in ("", "_low", "_high")]

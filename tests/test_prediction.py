@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from dus_edge import jobs
+from dus_edge.jobs.gguf import export_gguf
 from dus_edge.predict.memory.llama import PLATFORMS
 from dus_edge.quant.recipe import PRESETS
 from dus_edge.tables.predicted import solar_config
+from dus_edge.upscale.model import plan_chooser
 
 SOLAR = dict(solar_config().raw)
 SPEEDS = [f"{kind}_tokens_per_s{end}" for kind in ("tg", "pp") for end in ("", "_low", "_high")]
@@ -68,8 +69,8 @@ def test_depth_era_and_flash_attention_count(run, solar):
 
 
 def test_a_file_is_what_its_config_and_preset_are(run, tmp_path):
-    choose = jobs.plan_chooser(None, None, (), False)
-    result = jobs.export_gguf("pico", choose, [PRESETS["q4_k_m"]], tmp_path)
+    choose = plan_chooser(None, None, (), False)
+    result = export_gguf("pico", choose, [PRESETS["q4_k_m"]], tmp_path)
     file = predicted(run, result.outputs[0].path, "--device", "m1-8c")
     config = predicted(run, "pico", "--device", "m1-8c")
     for key in ("memory", "fits", "context", *SPEEDS):
@@ -145,8 +146,8 @@ def test_damaged_models_are_one_sentence(run, solar, tmp_path):
 
 
 def test_measuring_here(run, tmp_path):
-    choose = jobs.plan_chooser(None, None, (), False)
-    path = jobs.export_gguf("pico", choose, [PRESETS["q4_0"]], tmp_path).outputs[0].path
+    choose = plan_chooser(None, None, (), False)
+    path = export_gguf("pico", choose, [PRESETS["q4_0"]], tmp_path).outputs[0].path
     code, out, err = run("bench", "run", path, "-p", "16", "-n", "8", "-r", "2", "--json")
     assert code == 0, err
     lines = [json.loads(line) for line in out.splitlines()]

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from dus_edge import jobs
 from dus_edge.checkpoint.builtin import model_dir
 from dus_edge.errors import (
     CheckpointError,
@@ -31,6 +30,7 @@ from dus_edge.errors import (
     UnsupportedError,
     UsageError,
 )
+from dus_edge.jobs.gguf import export_gguf
 from dus_edge.quality.compare import Candidate, Results, measure, quality
 from dus_edge.quality.label_layout import place_labels
 from dus_edge.quality.names import labels
@@ -48,6 +48,7 @@ from dus_edge.quality.scores import (
 from dus_edge.quant.recipe import find_preset
 from dus_edge.run.source import SourceInfo, inspect_source, log_softmax, open_source, split_files
 from dus_edge.text.chunks import Chunks
+from dus_edge.upscale.model import plan_chooser
 
 N_CTX, N_CHUNKS = 96, 4
 PRESETS = ("f32", "q8_0", "q4_k_m", "q2_k")
@@ -58,8 +59,8 @@ TEXT = Path(__file__)
 def ggufs(tmp_path_factory) -> dict[str, Path]:
     """pico in several presets."""
     folder = tmp_path_factory.mktemp("ggufs")
-    choose = jobs.plan_chooser(None, None, (), False)
-    result = jobs.export_gguf("pico", choose, [find_preset(p) for p in PRESETS], folder)
+    choose = plan_chooser(None, None, (), False)
+    result = export_gguf("pico", choose, [find_preset(p) for p in PRESETS], folder)
     return {str(written.preset): written.path for written in result.outputs}
 
 

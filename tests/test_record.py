@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dus_edge import jobs
 from dus_edge.errors import UsageError
+from dus_edge.jobs.gguf import export_gguf
 from dus_edge.measure import record
 from dus_edge.measure.measure import About, Measurement, Workload, to_json
 from dus_edge.quant.recipe import PRESETS
+from dus_edge.upscale.model import plan_chooser
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 ABOUT = About(
@@ -108,8 +109,8 @@ def test_somebodys_file_is_not_added_to(tmp_path, run):
 
 
 def test_bench_run_keeps_what_it_shows(run, tmp_path):
-    choose = jobs.plan_chooser(None, None, (), False)
-    model = jobs.export_gguf("pico", choose, [PRESETS["q4_0"]], tmp_path).outputs[0].path
+    choose = plan_chooser(None, None, (), False)
+    model = export_gguf("pico", choose, [PRESETS["q4_0"]], tmp_path).outputs[0].path
     path = tmp_path / "measured.jsonl"
     args = ("bench", "run", model, "-p", "16", "-n", "4", "-r", "1", "-t", "1", "-o", path)
     code, out, err = run(*args)
@@ -198,7 +199,7 @@ QUALITY = json.loads((RESULTS / "quality.json").read_text())
 
 @given(st.sampled_from(places(QUALITY)), st.sampled_from(["gone", 3, -1, "x", None, [], {}, True]))
 def test_quality_of_another_shape_is_an_error_or_can_be_shown(place, junk):
-    from dus_edge.tables.predicted.measured import quality_markdown
+    from dus_edge.tables.measured import quality_markdown
 
     from dus_edge.tables.predicted import as_csv, as_json
 
@@ -221,7 +222,7 @@ def test_quality_of_another_shape_is_an_error_or_can_be_shown(place, junk):
 
 @given(st.sampled_from(sorted(GOOD)), st.sampled_from(["gone", 3, -1, "x", None, [], {}, True]))
 def test_measured_lines_of_another_shape_are_an_error_or_can_be_shown(key, junk):
-    from dus_edge.tables.predicted.measured import measured_markdown
+    from dus_edge.tables.measured import measured_markdown
 
     from dus_edge.tables.predicted import as_csv, as_json
 

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from dus_edge.tables.predicted.measured import (
+from dus_edge.tables.measured import (
     machine_names,
     measured_markdown,
     measured_rows,

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from dus_edge import jobs
 from dus_edge.checkpoint.config import load_config
 from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint
 from dus_edge.checkpoint.spec import Source
 from dus_edge.export import hf
+from dus_edge.jobs.checkpoint import export_checkpoint
+from dus_edge.upscale.model import plan_chooser
 from dus_edge.upscale.plan import from_drop
 from dus_edge.upscale.view import UpscaledCheckpoint, base_tensor_name
 
-DEFAULT = jobs.plan_chooser(None, None, (), True)
+DEFAULT = plan_chooser(None, None, (), True)
 
 
 def tensors(folder):
@@ -34,7 +35,7 @@ def tensors(folder):
 def test_bytes_are_the_bases(make_checkpoint, tmp_path, monkeypatch, shards, limit):
     base = make_checkpoint(shards=shards)
     monkeypatch.setattr(hf.plan_shards, "__defaults__", (limit,))
-    jobs.export_checkpoint(str(base), DEFAULT, tmp_path / "up")
+    export_checkpoint(str(base), DEFAULT, tmp_path / "up")
     before, after = tensors(base), tensors(tmp_path / "up")
     plan = from_drop(4)
     assert len(after) == 3 + 9 * 6
@@ -52,7 +53,7 @@ def test_bytes_are_the_bases(make_checkpoint, tmp_path, monkeypatch, shards, lim
 
 def test_config_is_the_bases_but_for_the_depth(make_checkpoint, tmp_path):
     base = make_checkpoint(layer_types=["a", "b", "c", "d"], something_of_their_own={"x": 1})
-    jobs.export_checkpoint(str(base), DEFAULT, tmp_path / "up")
+    export_checkpoint(str(base), DEFAULT, tmp_path / "up")
     old = json.loads((base / "config.json").read_text())
     new = json.loads((tmp_path / "up" / "config.json").read_text())
     assert new.pop("num_hidden_layers") == 6
@@ -82,7 +83,7 @@ def test_transformers_5_configs_are_written_for_4_too():
 def test_licence_is_carried_over(make_checkpoint, tmp_path, front, said):
     base = make_checkpoint()
     (base / "README.md").write_text(f"---\n{front}\n---\n# Base\n")
-    jobs.export_checkpoint(str(base), DEFAULT, tmp_path / "up")
+    export_checkpoint(str(base), DEFAULT, tmp_path / "up")
     card = (tmp_path / "up" / "README.md").read_text()
     assert said in " ".join(card.split())
     assert "`0:3,1:4` (m = 1)" in card
@@ -109,7 +110,7 @@ def test_view_reads_any_rows(make_checkpoint):
 
 def test_pico_loads_with_nothing_special(tmp_path):
     transformers = pytest.importorskip("transformers")
-    jobs.export_checkpoint("pico", DEFAULT, tmp_path / "up")
+    export_checkpoint("pico", DEFAULT, tmp_path / "up")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "up")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "up")
     assert model.config.num_hidden_layers == 12

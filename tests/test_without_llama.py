@@ -20,7 +20,7 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 #: What stands behind the extra `hf`, and the modules that are imported only by those who have it.
 HF = {"torch", "transformers", "safetensors", "sentencepiece"}
 NEED_HF = (
-    "dus_edge.pico.",
+    "dus_edge.train.",
     "dus_edge.calibrate.engine",
     "dus_edge.calibrate.gptq",
     "dus_edge.calibrate.imatrix",
@@ -88,7 +88,7 @@ def bare(tmp_path_factory) -> Run:
 @pytest.fixture
 def bare_cli(bare: Run) -> Run:
     """`dus-edge` in that environment."""
-    return lambda *args: bare("from dus_edge.cli import main; main()", *args)
+    return lambda *args: bare("from dus_edge.cli.main import main; main()", *args)
 
 
 def test_the_environment_has_no_llama(bare):

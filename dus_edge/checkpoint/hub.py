@@ -18,9 +18,9 @@ from dus_edge.checkpoint.card import read_licence
 from dus_edge.checkpoint.names import CONFIG, GENERATION_CONFIG, INDEX, SINGLE, TOKENIZER_FILES
 from dus_edge.checkpoint.spec import Source
 from dus_edge.errors import CheckpointError, DusEdgeError, OutputError, UnsupportedError, UsageError
-from dus_edge.files import format_bytes
 from dus_edge.progress import Advance
 from dus_edge.progress import progress as show_progress
+from dus_edge.words import format_bytes
 
 _SMALL = frozenset((CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, "README.md", INDEX))
 _SMALL_PATTERN = re.compile(r"LICENSE[\w.-]*|additional_chat_templates/[\w-][\w.-]*")

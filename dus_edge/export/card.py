@@ -5,21 +5,17 @@ from __future__ import annotations
 from string import Template
 
 from dus_edge import __version__
-from dus_edge.checkpoint.config import ModelConfig
-from dus_edge.checkpoint.spec import Source
 from dus_edge.data import read_text
-from dus_edge.upscale.naming import ModelName
-from dus_edge.upscale.plan import DepthPlan
+from dus_edge.upscale.model import Model
 
 
-def model_card(
-    source: Source, config: ModelConfig, plan: DepthPlan, name: ModelName, n_parameters: int
-) -> str:
+def model_card(model: Model) -> str:
     """Markdown with the hub's front matter.
 
     The licence is the base's own: copying layers gives no new rights. One that is not known is
     said to be unknown.
     """
+    source, plan = model.source, model.plan
     licence = source.licence
     base = source.repo_id or source.name
     seams = "; ".join(
@@ -29,7 +25,7 @@ def model_card(
     return Template(read_text("model_card.md")).substitute(
         front_licence=licence or "unknown",
         front_base=f"base_model: {source.repo_id}\n" if source.repo_id else "",
-        title=name.title,
+        title=model.name.title,
         base=base + (f" at revision `{source.revision}`" if source.revision else ""),
         licence=(
             f"The weights are copies of the base's, so its licence holds: `{licence}`."
@@ -42,7 +38,7 @@ def model_card(
         spelled=plan.spelled,
         drop=f" (m = {plan.drop})" if plan.drop is not None else "",
         seams=f"Seams: {seams}." if seams else "There is no seam.",
-        parameters=f"{n_parameters:,}",
-        architecture=config.architecture,
+        parameters=f"{model.n_parameters:,}",
+        architecture=model.config.architecture,
         version=__version__,
     )

@@ -34,6 +34,7 @@ from dus_edge.run.folders import (
     find_device,
     load_gptq,
     quiet,
+    without_packed_4bit,
 )
 from dus_edge.run.source import SourceInfo, read_config
 
@@ -202,7 +203,10 @@ def _load(info: SourceInfo, device: torch.device) -> tuple[Any, dict[str, Any]]:
         output_loading_info=True,
         **({"device_map": {"": device}} if info.kind == "bitsandbytes" else {}),
     )
-    return (model if info.kind == "bitsandbytes" else model.to(device)), found
+    if info.kind == "bitsandbytes":
+        without_packed_4bit(model, always=False)
+        return model, found
+    return model.to(device), found
 
 
 def _about(

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from dus_edge.errors import UsageError
-from dus_edge.files import format_bytes
 from dus_edge.measure.resources import MemoryUse, Meter, joules_per_token
 from dus_edge.progress import Advance, progress
 from dus_edge.run.source import SourceInfo, inspect_source
 from dus_edge.stream import default_threads
+from dus_edge.words import format_bytes
 
 WIDTH = 80
 ALL_LAYERS = -1

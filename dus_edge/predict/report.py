@@ -6,12 +6,12 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from dus_edge.files import format_bytes
 from dus_edge.predict.devices import Device
 from dus_edge.predict.fit import Verdict
+from dus_edge.predict.prediction import Prediction
 from dus_edge.predict.speed.roofline import Speed
 from dus_edge.predict.stored_model import MemoryUse, Settings
-from dus_edge.prediction import Prediction
+from dus_edge.words import format_bytes
 
 
 def device_table(devices: Sequence[Device]) -> str:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dus_edge.errors import DependencyError, UsageError
-from dus_edge.files import format_bytes, output_files, pwrite_all
+from dus_edge.files import output_files, pwrite_all
 from dus_edge.quality.compare import Results
 from dus_edge.quality.label_layout import Box, place_labels
 from dus_edge.quality.names import labels
+from dus_edge.words import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,6 @@ from typing import Any
 from dus_edge.files import (
     check_absent,
     check_writable,
-    format_bytes,
     output_files,
     pwrite_all,
 )
@@ -21,6 +20,7 @@ from dus_edge.quality.names import labels
 from dus_edge.quality.plot import import_matplotlib, plot, render
 from dus_edge.quality.scores import Estimate, Scores
 from dus_edge.run.source import SourceInfo
+from dus_edge.words import format_bytes
 
 __all__ = ["check_outputs", "markdown", "output_paths", "plot", "to_json", "write"]
 

@@ -119,6 +119,24 @@ def check_whole(info: SourceInfo, found: dict[str, Any]) -> None:
         )
 
 
+def without_packed_4bit(model: Any, *, always: bool) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew for processors with AVX512-BF16.
+
+    Its kernel for them (`Linear4bit.forward` in 0.50) multiplies in bfloat16 whatever
+    `compute_dtype` says, and fails where a row is no multiple of a block.
+
+    Args:
+        model: with weights loaded, not run yet; other models are left alone.
+        always: also where it would run, for results that are the same on every machine.
+    """
+    for module in model.modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        state = module.weight.quant_state
+        if always or state is None or state.shape[-1] % state.blocksize:
+            module.support_avx512bf16_for_cpu = False
+
+
 def find_device(name: str) -> torch.device:
     """torch's device of that name.
 

@@ -12,8 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 from dus_edge.checkpoint.resolve import BUILTIN
-from dus_edge.files import format_bytes
-from dus_edge.jobs import format_count
+from dus_edge.words import format_bytes, format_count
 
 Line = Mapping[str, Any]
 #: What makes two lines of one machine comparable, beside the engine's release.

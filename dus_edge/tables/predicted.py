@@ -25,17 +25,17 @@ from typing import Any
 
 from dus_edge import data
 from dus_edge.checkpoint.config import ModelConfig, parse_config, tensor_shapes
-from dus_edge.files import check_absent, check_writable, format_bytes, output_files, pwrite_all
+from dus_edge.files import check_absent, check_writable, output_files, pwrite_all
 from dus_edge.measure.record import read_lines, read_quality
 from dus_edge.predict.devices import Device, find_device, load_devices, load_rules
 from dus_edge.predict.memory.folder import model_of_gptq_config
 from dus_edge.predict.memory.llama import model_of_config
+from dus_edge.predict.prediction import Candidate, Prediction, memory_settings, predict_on
 from dus_edge.predict.report import prediction_json
 from dus_edge.predict.stored_model import Settings, StoredModel
-from dus_edge.prediction import Candidate, Prediction, memory_settings, predict_on
 from dus_edge.progress import Advance
 from dus_edge.quant.recipe import find_preset
-from dus_edge.tables.predicted.measured import (
+from dus_edge.tables.measured import (
     CSV_KEYS,
     Line,
     machine_names,
@@ -45,6 +45,7 @@ from dus_edge.tables.predicted.measured import (
     quality_rows,
     table,
 )
+from dus_edge.words import format_bytes
 
 SOLAR = "solar-10.7b.json"
 MODEL = "SOLAR-DUS 10.7B"

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead.")
+
 
 def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Which layers; the command gets `choose`, see `jobs.plan_chooser`."""
@@ -50,7 +52,7 @@ def _plan_options(command: Callable[..., Any], default: str, *, always: bool) ->
         no_upscale: bool = False,
         **rest: Any,
     ) -> Any:
-        from dus_edge.jobs import plan_chooser
+        from dus_edge.upscale.model import plan_chooser
 
         asked = drop is not None or layers is not None or bool(plans)
         upscale = not no_upscale and (always or asked)
@@ -73,7 +75,7 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--allow-nonfinite", is_flag=True, help="Go on although a weight is NaN or infinite."
         ),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead."),
+        json_option,
         click.option("-v", "--verbose", is_flag=True, help="Say more, errors in full."),
     )
     for option in reversed(options):
@@ -157,7 +159,7 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         dtype: str | None,
         **rest: Any,
     ) -> Any:
-        from dus_edge.calibration import Machine, TextChoice
+        from dus_edge.jobs.calibration import Machine, TextChoice
 
         text = TextChoice(paths, field, n_ctx, n_chunks, seed)
         return command(text=text, machine=Machine(device, dtype), **rest)

@@ -1,38 +1,15 @@
-"""The jobs that predict: memory and speed of a model on a device that is not here."""
+"""Memory and speed of a model on a device that is not here: both predictions as one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from dus_edge.checkpoint.config import load_config
-from dus_edge.checkpoint.names import CONFIG
-from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.errors import UsageError
-from dus_edge.jobs import ChoosePlan, Model, Say
 from dus_edge.predict.devices import Device, find_device, recognise
-from dus_edge.predict.fit import (
-    Verdict,
-    best_preset,
-    devices_that_run,
-    judge,
-    models_of_presets,
-    settings_on,
-)
-from dus_edge.predict.memory.folder import (
-    TorchPreset,
-    find_torch_preset,
-    is_quantized_folder,
-    is_torch_preset,
-    model_of_preset,
-    models_of_torch_presets,
-    read_folder,
-)
-from dus_edge.predict.memory.llama import model_of_config, read_gguf
+from dus_edge.predict.fit import Verdict, best_preset, devices_that_run, judge, settings_on
 from dus_edge.predict.memory.torch import VALUE_BYTES
 from dus_edge.predict.speed.roofline import Speed, Work, device_speed, predict
 from dus_edge.predict.stored_model import KV_TYPES, Settings, StoredModel, kv_types
-from dus_edge.quant.recipe import Preset, find_preset
 
 #: Context that fit is judged at unless asked otherwise; or the model's own, if that is shorter.
 CONTEXT = 4096
@@ -66,66 +43,6 @@ class Candidate:
 
     model: StoredModel
     presets: dict[str, StoredModel]
-
-
-def choose_preset(name: str) -> Preset | TorchPreset:
-    """The preset of that name: one of GGUF's, or of those for transformers.
-
-    Raises:
-        UsageError: no such preset; the nearest one is suggested.
-    """
-    return find_torch_preset(name) if is_torch_preset(name) else find_preset(name)
-
-
-def find_candidate(
-    model: str, choose: ChoosePlan, preset: Preset | TorchPreset | None, say: Say
-) -> Candidate:
-    """A GGUF file or quantized folder by its headers, or a checkpoint by config and preset.
-
-    Args:
-        model: a `.gguf` file, folder (`config.json` is enough), hub id or the built-in base.
-        choose: gives the plan for a checkpoint's depth.
-        preset: of a checkpoint.
-        say: takes lines for the user.
-
-    Raises:
-        UsageError: a preset or another depth for what is quantized already.
-    """
-    if model.endswith(".gguf"):
-        _refuse_preset(model, preset)
-        return Candidate(read_gguf(Path(model)), {})
-
-    def check(folder: Path) -> None:
-        if not is_quantized_folder(folder):
-            choose(load_config(folder / CONFIG).n_layers)
-
-    source = resolve_base(model, weights=False, on_config=check, progress=say)
-    if is_quantized_folder(source.folder):
-        _refuse_preset(model, preset)
-        stored = read_folder(source.folder, source.name)
-        if not choose(stored.n_layers).is_identity:
-            raise UsageError(
-                f"{model} is quantized already; layers are dropped and repeated before that."
-            )
-        return Candidate(stored, {})
-    config = load_config(source.folder / CONFIG)
-    found = Model(source, config, choose(config.n_layers))
-    chosen = preset or find_preset("q4_k_m")
-    name = f"{found.name.stem}-{chosen.label}"
-    if isinstance(chosen, TorchPreset):
-        return Candidate(
-            model_of_preset(found.config, chosen, name),
-            models_of_torch_presets(found.config, found.name.stem),
-        )
-    return Candidate(
-        model_of_config(found.config, chosen, name),
-        models_of_presets(found.config, found.name.stem),
-    )
-
-
-def _refuse_preset(model: str, preset: Preset | TorchPreset | None) -> None:
-    if preset is not None:
-        raise UsageError(f"{model} is quantized already; --quant is for checkpoints.")
 
 
 def choose_device(name: str) -> Device:

@@ -1,12 +1,46 @@
-"""What a person, or a program, is told of a model and of a finished job."""
+"""The job that shows a model: shape, plan and the size of every preset, without a weight."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from dus_edge.files import format_bytes
-from dus_edge.jobs import Model, Result, format_count, preset_sizes
-from dus_edge.quant.recipe import PRESETS
+from dus_edge.errors import CheckpointError
+from dus_edge.export.gguf import sink
+from dus_edge.export.gguf.format import data_size
+from dus_edge.export.gguf.metadata import build_metadata
+from dus_edge.export.vocab.vocab import read_vocab
+from dus_edge.jobs.job import model_json
+from dus_edge.quant.recipe import PRESETS, Preset
+from dus_edge.upscale.model import Model
+from dus_edge.words import format_bytes, format_count
+
+
+def preset_sizes(model: Model, presets: Mapping[str, Preset]) -> tuple[dict[str, int], bool]:
+    """File size in bytes of every preset, without reading a weight.
+
+    Returns:
+        sizes by preset, and whether they are exact: without the tokenizer's files the header's
+        size is unknown and left out.
+    """
+    metadata: list[Any] = []
+    exact = True
+    try:
+        vocab = read_vocab(model.source.folder, model.config.vocab_size)
+        metadata = build_metadata(model.config, model.source, model.name, model.plan, vocab)
+    except CheckpointError:
+        exact = False
+    # The header names every type by a number of one width, so its length is the same for all
+    # presets; a vocabulary of 128,000 tokens is encoded once, not fifteen times.
+    header = len(
+        sink.plan_file(model.config, model.shapes, metadata, PRESETS["f32"], Path()).header
+    )
+    sizes = {
+        name: header + data_size(sink.plan_tensors(model.config, model.shapes, preset))
+        for name, preset in presets.items()
+    }
+    return sizes, exact
 
 
 def inspection(model: Model) -> str:
@@ -53,7 +87,7 @@ def inspection_json(model: Model) -> dict[str, Any]:
     c, plan = model.config, model.plan
     sizes, exact = preset_sizes(model, PRESETS)
     return {
-        **_model_json(model),
+        **model_json(model),
         "architecture": c.architecture,
         "hidden_size": c.hidden_size,
         "intermediate_size": c.intermediate_size,
@@ -70,39 +104,6 @@ def inspection_json(model: Model) -> dict[str, Any]:
         "layer_sources": list(plan.sources),
         "file_bytes": sizes,
         "file_bytes_exact": exact,
-    }
-
-
-def result_json(result: Result) -> dict[str, Any]:
-    """What a finished job wrote."""
-    return {
-        **_model_json(result.model),
-        "outputs": [
-            {
-                "path": str(o.path),
-                "bytes": o.nbytes,
-                "preset": o.preset,
-                "tensor_types": dict(o.types),
-                "modelfile": str(o.modelfile) if o.modelfile else None,
-            }
-            for o in result.outputs
-        ],
-        "notes": list(result.notes),
-        "seconds": round(result.seconds, 3),
-    }
-
-
-def _model_json(model: Model) -> dict[str, Any]:
-    return {
-        "model": model.source.label,
-        "name": model.name.stem,
-        "revision": model.source.revision,
-        "licence": model.source.licence,
-        "n_base_layers": model.plan.n_base,
-        "n_layers": model.plan.depth,
-        "n_parameters": model.n_parameters,
-        "plan": model.plan.spelled,
-        "drop": model.plan.drop,
     }
 
 

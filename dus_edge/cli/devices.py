@@ -1,0 +1,157 @@
+"""The commands about devices: devices, fit; and the options of everything that predicts."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from dus_edge.cli.options import asked_plan_options, json_option
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How the model is stored and run; the command gets `candidate` and `settings`."""
+    options = (
+        click.option(
+            "-q",
+            "--quant",
+            "preset",
+            metavar="PRESET",
+            help="Of a checkpoint: a GGUF preset, gptq-int4 (-int8, -int3, -int2), bnb-nf4 or "
+            "bnb-int8 [default: q4_k_m].",
+        ),
+        click.option(
+            "--ctx",
+            type=int,
+            metavar="N",
+            help="Tokens of the context [default: 4096, or the model's own].",
+        ),
+        click.option("--batch", type=int, default=2048, show_default=True, metavar="N"),
+        click.option("--ubatch", type=int, default=512, show_default=True, metavar="N"),
+        click.option(
+            "--kv-type",
+            default="f16",
+            show_default=True,
+            metavar="TYPE",
+            help="Of the cache: f16, q8_0 or q4_0.",
+        ),
+        click.option(
+            "--flash-attn/--no-flash-attn", default=True, show_default=True, help="llama.cpp's -fa."
+        ),
+        click.option(
+            "--era",
+            type=click.Choice(("2023", "2024", "2025+")),
+            default="2025+",
+            show_default=True,
+            help="When llama.cpp was built.",
+        ),
+        click.option(
+            "--platform",
+            metavar="NAME",
+            help="windows, linux, linux-headless, macos15 or macos26 "
+            "[default: the device's usual one].",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    command = click.argument("model")(command)
+
+    @asked_plan_options
+    @functools.wraps(command)
+    def wrapped(
+        model: str,
+        choose: Any,
+        preset: str | None,
+        ctx: int | None,
+        batch: int,
+        ubatch: int,
+        kv_type: str,
+        flash_attn: bool,
+        era: str,
+        **rest: Any,
+    ) -> Any:
+        from dus_edge.jobs.predict import choose_preset, find_candidate
+        from dus_edge.predict.prediction import (
+            memory_settings,
+        )
+
+        quiet = functools.partial(click.echo, err=True)
+        chosen = choose_preset(preset) if preset else None
+        candidate = find_candidate(model, choose, chosen, quiet)
+        settings = memory_settings(
+            candidate.model,
+            context=ctx,
+            batch=batch,
+            ubatch=ubatch,
+            kv_type=kv_type,
+            flash_attn=flash_attn,
+            era=era,
+        )
+        return command(candidate=candidate, settings=settings, **rest)
+
+    return wrapped
+
+
+@click.command("devices")
+@json_option
+def devices_command(as_json: bool) -> None:
+    """List the devices that are known, as --device takes them."""
+    from dus_edge.predict.devices import load_devices
+    from dus_edge.predict.report import device_json, device_table
+
+    known = load_devices()
+    if as_json:
+        click.echo(json.dumps([device_json(d) for d in known]))
+        return
+    click.echo(device_table(known))
+
+
+@click.command("fit")
+@model_options
+@click.option(
+    "--device",
+    metavar="ID",
+    help="One of `dus-edge devices`, or auto [default: every device that runs it].",
+)
+@click.option(
+    "--memory", "memory_gb", type=float, metavar="GB", help="Of a device made with several."
+)
+@json_option
+def fit_command(
+    candidate: Any,
+    settings: Any,
+    device: str | None,
+    memory_gb: float | None,
+    platform: str | None,
+    as_json: bool,
+) -> None:
+    """Does MODEL fit a device, and if not, what would?
+
+    MODEL is a GGUF file, a folder (config.json is enough; also GPTQ's and
+    bitsandbytes'), a hub id or pico. Without --device: which devices run it.
+    """
+    from dus_edge.predict import report
+    from dus_edge.predict.prediction import (
+        choose_device,
+        predict_on,
+        where_it_runs,
+    )
+
+    if device is None:
+        found = where_it_runs(candidate, settings, platform)
+        if as_json:
+            click.echo(json.dumps([report.verdict_json(v) for v in found]))
+            return
+        click.echo(report.runs_table(candidate.model.name, settings, found))
+        return
+    found = predict_on(
+        candidate,
+        choose_device(device),
+        settings,
+        platform=platform,
+        memory_gb=memory_gb,
+    )
+    click.echo(json.dumps(report.answer_json(found)) if as_json else report.fit_text(found))

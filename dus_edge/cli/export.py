@@ -1,0 +1,303 @@
+"""The commands that write models: gguf, upscale, imatrix, gptq, bnb."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dus_edge.cli.options import (
+    calibration_options,
+    folder_option,
+    json_option,
+    output_options,
+    plan_options,
+)
+from dus_edge.cli.say import print_folder, print_json, say_to
+from dus_edge.quant.quantizer import DEFAULT, QUANTIZERS
+from dus_edge.words import counts_text, duration, format_bytes
+
+
+@click.command("gguf")
+@click.argument("base")
+@plan_options
+@click.option(
+    "-q",
+    "--quant",
+    "presets",
+    multiple=True,
+    metavar="PRESET",
+    default=("q4_k_m",),
+    show_default=True,
+    help="Preset; may be given several times.",
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default="build",
+    show_default=True,
+    metavar="DIR",
+    help="Folder for the files.",
+)
+@click.option(
+    "--quantizer",
+    type=click.Choice(QUANTIZERS),
+    default=DEFAULT,
+    show_default=True,
+    help="Who makes the blocks: this program, or llama.cpp's ggml (needs dus-edge[llama]).",
+)
+@click.option(
+    "--imatrix",
+    metavar="FILE|auto",
+    help="Importance matrix: a file in one of llama.cpp's formats, or auto to collect it now.",
+)
+@calibration_options
+@click.option(
+    "--alias",
+    metavar="NAME",
+    help="Also link NAME.gguf and NAME-PRESET.gguf to the "
+    "files, for Modelfiles that are the same for every base.",
+)
+@output_options
+def gguf_command(
+    base: str,
+    choose: Any,
+    presets: tuple[str, ...],
+    out: Path,
+    quantizer: str,
+    imatrix: str | None,
+    text: Any,
+    machine: Any,
+    alias: str | None,
+    as_json: bool,
+    verbose: bool,
+    **writing: Any,
+) -> None:
+    """Up-scale BASE into GGUF files and their Modelfiles."""
+    from dus_edge.jobs.gguf import export_gguf
+    from dus_edge.quant.recipe import find_preset
+
+    chosen = list({p.name: p for p in map(find_preset, presets)}.values())
+    source = None
+    if imatrix is not None:
+        from dus_edge.jobs.imatrix import imatrix_source
+
+        source = imatrix_source(imatrix, text, machine, out, say_to(as_json))
+    result = export_gguf(
+        base,
+        choose,
+        chosen,
+        out,
+        quantizer=quantizer,
+        imatrix=source,
+        alias=alias,
+        say=say_to(as_json),
+        **writing,
+    )
+    model = alias or result.model.name.stem.lower()
+    if as_json:
+        command = f"ollama create {model} -f {result.outputs[0].modelfile}"
+        print_json(result, quantizer=quantizer, command=command)
+        return
+    for output in result.outputs:
+        bits = 8 * output.nbytes / result.model.n_parameters
+        click.echo(f"{output.path}")
+        click.echo(f"  {format_bytes(output.nbytes)}, {bits:.2f} bits per weight")
+        if verbose:
+            click.echo(f"  tensors: {counts_text(output.types)}")
+    for note in result.notes:
+        click.echo(click.wrap_text(f"note: {note}", 80, subsequent_indent="  "))
+    click.echo(f"Done in {duration(result.seconds)}. Now run it:")
+    for i, output in enumerate(result.outputs):
+        tag = f":{output.preset}" if i else ""
+        click.echo(f"  ollama create {model}{tag} -f {output.modelfile}")
+
+
+@click.command("upscale")
+@click.argument("base")
+@plan_options
+@folder_option
+@output_options
+def upscale_command(
+    base: str,
+    choose: Any,
+    out: Path,
+    as_json: bool,
+    verbose: bool,
+    **writing: Any,
+) -> None:
+    """Up-scale BASE into a checkpoint that transformers loads."""
+    from dus_edge.jobs.checkpoint import export_checkpoint
+
+    result = export_checkpoint(
+        base,
+        choose,
+        out,
+        say=say_to(as_json),
+        **writing,
+    )
+    print_folder(result, out, as_json, verbose)
+
+
+@click.command("imatrix")
+@click.argument("base")
+@plan_options
+@calibration_options
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="The importance matrix, e.g. imatrix.gguf.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
+@json_option
+def imatrix_command(
+    base: str, choose: Any, text: Any, machine: Any, out: Path, overwrite: bool, as_json: bool
+) -> None:
+    """Collect the importance matrix of BASE, up-scaled, from text.
+
+    Layers run one after the other, so the model need not fit into memory. For
+    `dus-edge gguf --imatrix FILE`, and for llama.cpp's own tools.
+    """
+    from dus_edge.jobs.imatrix import export_imatrix
+
+    result = export_imatrix(
+        base, choose, out, text, machine, overwrite=overwrite, say=say_to(as_json)
+    )
+    if as_json:
+        print_json(result)
+        return
+    output = result.outputs[0]
+    click.echo(f"{out}\n  {format_bytes(output.nbytes)}, {output.types['matrices']} matrices")
+    click.echo(f"Done in {duration(result.seconds)}.")
+
+
+@click.command("gptq")
+@click.argument("base")
+@plan_options
+@click.option(
+    "--bits",
+    type=click.Choice(("2", "3", "4", "8")),
+    default="4",
+    show_default=True,
+    help="Bits of a code.",
+)
+@click.option(
+    "--group-size",
+    type=int,
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Columns that share a scale: 32, 64, 128, or -1 for a whole row.",
+)
+@click.option(
+    "--desc-act",
+    is_flag=True,
+    help="Columns in order of their activations, groups too: better, slower to run.",
+)
+@click.option(
+    "--sym/--asym",
+    default=True,
+    show_default=True,
+    help="Without or with a zero point for each group.",
+)
+@click.option(
+    "--damp",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.01,
+    show_default=True,
+    metavar="X",
+    help="Share of the mean diagonal added to the Hessian.",
+)
+@calibration_options
+@folder_option
+@click.option(
+    "--threads",
+    "n_threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads that write [default: all].",
+)
+@click.option("--overwrite", is_flag=True, help="Replace DIR if it exists.")
+@json_option
+def gptq_command(
+    base: str,
+    choose: Any,
+    bits: str,
+    group_size: int,
+    desc_act: bool,
+    sym: bool,
+    damp: float,
+    text: Any,
+    machine: Any,
+    out: Path,
+    as_json: bool,
+    **writing: Any,
+) -> None:
+    """Up-scale BASE into a GPTQ checkpoint.
+
+    Layers are quantized one after the other, so the model need not fit into
+    memory; a run that is cut short goes on where it was.
+    """
+    from dus_edge.jobs.gptq import export_gptq
+    from dus_edge.quant.gptq_format import Settings
+
+    settings = Settings(
+        bits=int(bits), group_size=group_size, sym=sym, desc_act=desc_act, damp=damp
+    )
+    result = export_gptq(
+        base,
+        choose,
+        out,
+        settings,
+        text,
+        machine,
+        say=say_to(as_json),
+        **writing,
+    )
+    print_folder(result, out, as_json)
+
+
+@click.command("bnb")
+@click.argument("base")
+@plan_options
+@click.option(
+    "--nf4", "scheme", flag_value="nf4", default="nf4", help="4-bit normal float, the default."
+)
+@click.option("--int8", "scheme", flag_value="int8", help="LLM.int8().")
+@click.option(
+    "--double-quant/--no-double-quant", default=True, help="Of nf4: quantize the scales too."
+)
+@folder_option
+@output_options
+def bnb_command(
+    base: str,
+    choose: Any,
+    scheme: str,
+    double_quant: bool,
+    out: Path,
+    as_json: bool,
+    verbose: bool,
+    **writing: Any,
+) -> None:
+    """Up-scale BASE into a bitsandbytes checkpoint.
+
+    transformers loads it, and QLoRA trains on it. Weights stream through: the
+    model need not fit into memory.
+    """
+    from dus_edge.jobs.bnb import export_bnb
+
+    result = export_bnb(
+        base,
+        choose,
+        out,
+        scheme,
+        double_quant=double_quant,
+        say=say_to(as_json),
+        **writing,
+    )
+    print_folder(result, out, as_json, verbose)

@@ -1,0 +1,83 @@
+"""The command quality."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dus_edge.cli.options import json_option, text_options
+
+
+def _quality_text(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(text_options("built-in English, Korean and code", 48)):
+        command = option(command)
+    return command
+
+
+@click.command("quality")
+@click.argument("reference")
+@click.argument("candidates", nargs=-1, required=True, metavar="CANDIDATE...")
+@_quality_text
+@click.option("--all-positions", is_flag=True, help="Score the first half of every chunk too.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="DEVICE",
+    help="Where folders run: cpu, cuda or mps.",
+)
+@click.option(
+    "--threads",
+    "n_threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="CPU threads [default: all cores].",
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Also write quality.md, .json, .png and .svg there.",
+)
+@click.option("--plots/--no-plots", default=True, help="Draw divergence against size.")
+@click.option("--overwrite", is_flag=True, help="Replace these files.")
+@json_option
+def quality_command(
+    reference: str,
+    candidates: tuple[str, ...],
+    paths: tuple[Path, ...],
+    out: Path | None,
+    plots: bool,
+    overwrite: bool,
+    as_json: bool,
+    device: str,
+    **measure: Any,
+) -> None:
+    """Measure how far each CANDIDATE is from REFERENCE on text.
+
+    Both are GGUF files, or folders: plain, GPTQ or bitsandbytes. Perplexity,
+    divergence (KL) of the next token, share of equal first choices, by
+    language; bits per weight and file size.
+    """
+    from dus_edge.quality import report as quality_report
+    from dus_edge.quality.compare import quality as run
+    from dus_edge.text.chunks import DEFAULT_N_CTX
+
+    if out is not None:
+        quality_report.check_outputs(out, plots=plots, overwrite=overwrite)
+    measure["n_ctx"] = measure["n_ctx"] or DEFAULT_N_CTX
+    results = run(reference, candidates, texts=paths, device=device, work=out, **measure)
+    written = []
+    if out is not None:
+        written = quality_report.write(results, out, plots=plots, overwrite=overwrite)
+    if as_json:
+        click.echo(json.dumps(quality_report.to_json(results)))
+        return
+    click.echo(quality_report.markdown(results))
+    for path in written:
+        click.echo(path)

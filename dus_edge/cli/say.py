@@ -1,0 +1,38 @@
+"""What commands print: lines for people, one JSON line for programs."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dus_edge.words import counts_text, duration, format_bytes
+
+
+def say_to(as_json: bool) -> Callable[[str], None]:
+    return functools.partial(click.echo, err=True) if as_json else click.echo
+
+
+def print_json(result: Any, **more: Any) -> None:
+    from dus_edge.jobs.job import result_json
+
+    click.echo(json.dumps(result_json(result) | more))
+
+
+def print_folder(result: Any, out: Path, as_json: bool, verbose: bool = False) -> None:
+    """Say what a job that wrote a checkpoint folder did."""
+    if as_json:
+        print_json(result)
+        return
+    output = result.outputs[0]
+    bits = 8 * output.nbytes / result.model.n_parameters
+    click.echo(f"{out}\n  {format_bytes(output.nbytes)}, {bits:.2f} bits per weight")
+    if verbose:
+        click.echo(f"  tensors: {counts_text(output.types)}")
+    for note in result.notes:
+        click.echo(click.wrap_text(f"note: {note}", 80, subsequent_indent="  "))
+    click.echo(f"Done in {duration(result.seconds)}.")

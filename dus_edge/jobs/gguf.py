@@ -1,0 +1,202 @@
+"""The job `gguf`: base to GGUF files and their Modelfiles, in one pass over the weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dus_edge.checkpoint.config import ModelConfig
+from dus_edge.checkpoint.spec import Checkpoint
+from dus_edge.export.gguf import sink
+from dus_edge.export.gguf.format import KeyValue
+from dus_edge.export.gguf.imatrix import quantize_metadata
+from dus_edge.export.gguf.metadata import build_metadata
+from dus_edge.export.gguf.sink import GGUFFile
+from dus_edge.export.vocab.vocab import Vocab, read_vocab
+from dus_edge.files import check_absent, point_to, write_text
+from dus_edge.jobs.job import Job, Result, Writing, Written, quiet, run_job
+from dus_edge.ollama.facts import model_facts, render_facts
+from dus_edge.progress import progress
+from dus_edge.quant import quantizer as quantizers
+from dus_edge.quant.imatrix import Importance, match
+from dus_edge.quant.recipe import Preset
+from dus_edge.upscale.model import ChoosePlan, Model, Say
+
+
+@dataclass(frozen=True)
+class ImatrixSource:
+    """An importance matrix to come: read from a file, or collected from the model itself.
+
+    Attributes:
+        label: what it is called in messages and in the GGUF file.
+        get: gives it, once the model is open.
+    """
+
+    label: str
+    get: Callable[[Model, Checkpoint], Importance]
+
+
+def export_gguf(
+    base: str,
+    choose: ChoosePlan,
+    presets: Sequence[Preset],
+    folder: Path,
+    *,
+    quantizer: str = quantizers.DEFAULT,
+    imatrix: ImatrixSource | None = None,
+    alias: str | None = None,
+    n_threads: int | None = None,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    say: Say = quiet,
+) -> Result:
+    """Base to GGUF files and their Modelfiles, in one pass over the weights.
+
+    Args:
+        base: folder, hub id or the built-in base's name.
+        choose: gives the plan for a base's depth.
+        presets: one output each.
+        folder: where the files go, under names of the GGUF convention.
+        quantizer: name of the one that makes the blocks, see `quantizer.QUANTIZERS`.
+        imatrix: how much an error in each column of a matrix counts; nothing known if None.
+        alias: also link ``<alias>.gguf`` to the first and ``<alias>-<preset>.gguf`` to each.
+        n_threads: worker threads; all cores by default.
+        overwrite: replace files of these names.
+        allow_nonfinite: go on although a weight is NaN or infinite.
+        say: takes lines for the user.
+    """
+    writing = Writing(n_threads, overwrite, allow_nonfinite)
+    return run_job(
+        GGUFJob(tuple(presets), folder, quantizer, imatrix, alias, writing), base, choose, say
+    )
+
+
+@dataclass(frozen=True)
+class GGUFPlan:
+    """Outputs laid out to the byte.
+
+    Attributes:
+        vocab: the tokenizer as GGUF has it.
+        metadata: what every file says, whatever its preset.
+        files: the outputs; with an importance matrix to come, without what they will say of it.
+    """
+
+    vocab: Vocab
+    metadata: list[KeyValue]
+    files: list[GGUFFile]
+
+
+@dataclass(frozen=True)
+class GGUFJob(Job[GGUFPlan]):
+    """See `export_gguf` for the fields."""
+
+    presets: tuple[Preset, ...]
+    folder: Path
+    quantizer: str
+    imatrix: ImatrixSource | None
+    alias: str | None
+    writing: Writing
+
+    def need(self, say: Say) -> None:
+        """A missing library is met before any work."""
+        quantizers.find_quantizer(self.quantizer).prepare((), say)
+
+    def early(self, folder: Path, config: ModelConfig) -> None:
+        """A tokenizer that GGUF cannot hold is met before the weights are fetched."""
+        read_vocab(folder, config.vocab_size)
+
+    def check(self, model: Model, checkpoint: Checkpoint) -> GGUFPlan:
+        """Lay the files out; names, folder and disk must do."""
+        vocab = read_vocab(model.source.folder, model.config.vocab_size)
+        metadata = build_metadata(model.config, model.source, model.name, model.plan, vocab)
+        files = self._files(model, metadata, None if self.imatrix is None else [])
+        sink.check_outputs(files, self.writing.overwrite)
+        check_absent([_modelfile(f) for f in files], self.writing.overwrite)
+        return GGUFPlan(vocab, metadata, files)
+
+    def write(
+        self, model: Model, checkpoint: Checkpoint, planned: GGUFPlan, say: Say
+    ) -> tuple[tuple[Written, ...], tuple[str, ...]]:
+        """Quantize and write; Modelfiles and links follow when all files are whole."""
+        files, weights, notes = planned.files, None, []
+        if self.imatrix is not None:
+            weights, said, notes = _importance(model, checkpoint, self.imatrix)
+            files = self._files(model, planned.metadata, said)
+        facts = model_facts(model, planned.vocab)
+        texts = [render_facts(facts, f"./{f.path.name}") for f in files]
+        chosen = quantizers.find_quantizer(self.quantizer)
+        chosen.prepare(sink.conversions(checkpoint, files, weights), say)
+        total = sink.total_work(checkpoint, files, weights)
+        with progress("Quantizing", total, unit="weights") as tick:
+            sink.write_files(
+                checkpoint,
+                files,
+                chosen,
+                importance=weights,
+                n_threads=self.writing.threads,
+                allow_nonfinite=self.writing.allow_nonfinite,
+                advance=tick,
+            )
+        for file, text in zip(files, texts, strict=True):
+            write_text(_modelfile(file), text)
+        if self.alias:
+            _link(self.alias, files)
+        return tuple(map(_written, files)), (*planned.vocab.notes, *notes)
+
+    def _files(
+        self, model: Model, metadata: list[KeyValue], said: list[KeyValue] | None
+    ) -> list[GGUFFile]:
+        """The outputs, which say `said` of an importance matrix; None without one."""
+        return [
+            sink.plan_file(
+                model.config,
+                model.shapes,
+                metadata,
+                preset,
+                self.folder / model.name.file_name(preset),
+                said,
+            )
+            for preset in self.presets
+        ]
+
+
+def _modelfile(file: GGUFFile) -> Path:
+    return file.path.with_suffix(".Modelfile")
+
+
+def _written(file: GGUFFile) -> Written:
+    types = Counter(t.kind.name for t in file.tensors)
+    return Written(file.path, file.nbytes, file.preset.name, _modelfile(file), types)
+
+
+def _importance(
+    model: Model, checkpoint: Checkpoint, imatrix: ImatrixSource
+) -> tuple[Mapping[str, np.ndarray], list[KeyValue], list[str]]:
+    """Importance by tensor, what the file says of it, and what the user should know."""
+    found = imatrix.get(model, checkpoint)
+    matched = match(found, sink.gguf_shapes(model.shapes), imatrix.label)
+    notes = []
+    if matched.missing:
+        named = ", ".join(matched.missing[:3]) + (", …" if len(matched.missing) > 3 else "")
+        notes.append(
+            f"{imatrix.label} knows nothing of {len(matched.missing)} matrices ({named}); "
+            "they were quantized without importance."
+        )
+    if matched.unused:
+        notes.append(
+            f"{imatrix.label} also has {len(matched.unused)} entries of matrices that are not in "
+            f"this model ({matched.unused[0]}); was it made for another depth?"
+        )
+    return matched.weights, quantize_metadata(imatrix.label, found), notes
+
+
+def _link(alias: str, files: Sequence[GGUFFile]) -> None:
+    """Names that do not depend on the base, for Modelfiles that are the same for every base."""
+    first = files[0].path
+    point_to(first.with_name(f"{alias}.gguf"), first)
+    for f in files:
+        point_to(f.path.with_name(f"{alias}-{f.preset.name}.gguf"), f.path)

@@ -1,0 +1,103 @@
+"""The job `gptq`: base to a GPTQ checkpoint of its up-scaled model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
+from dus_edge.export import gptq as sink
+from dus_edge.export import hf
+from dus_edge.export.card import model_card
+from dus_edge.jobs.calibration import (
+    Machine,
+    TextChoice,
+    forget_state,
+    kept_state,
+    read_chunks,
+    run_collector,
+)
+from dus_edge.jobs.job import Job, Result, Writing, Written, quiet, run_job
+from dus_edge.packages import require_packages
+from dus_edge.quant.gptq_format import Settings
+from dus_edge.text.chunks import Chunks
+from dus_edge.upscale.model import ChoosePlan, Model, Say
+
+
+def export_gptq(
+    base: str,
+    choose: ChoosePlan,
+    folder: Path,
+    settings: Settings,
+    text: TextChoice,
+    machine: Machine,
+    *,
+    n_threads: int | None = None,
+    overwrite: bool = False,
+    say: Say = quiet,
+) -> Result:
+    """Base to a GPTQ checkpoint of its up-scaled model; no other copy of it is written."""
+    job = GPTQJob(folder, settings, text, machine, Writing(n_threads, overwrite))
+    return run_job(job, base, choose, say)
+
+
+@dataclass(frozen=True)
+class GPTQPlan:
+    """The folder's tensors, and the text that the model is calibrated on."""
+
+    tensors: list[TensorSpec]
+    chunks: Chunks
+
+
+@dataclass(frozen=True)
+class GPTQJob(Job[GPTQPlan]):
+    """See `export_gptq`."""
+
+    folder: Path
+    settings: Settings
+    text: TextChoice
+    machine: Machine
+    writing: Writing
+
+    def need(self, say: Say) -> None:
+        """PyTorch must be there."""
+        require_packages()
+
+    def check(self, model: Model, checkpoint: Checkpoint) -> GPTQPlan:
+        """Settings, the folder's name, the disk and the text must do."""
+        sink.check_settings(checkpoint, self.settings)
+        planned = sink.plan_tensors(checkpoint, self.settings)
+        hf.check_outputs(checkpoint, self.folder, self.writing.overwrite, planned)
+        return GPTQPlan(planned, read_chunks(model, self.text))
+
+    def write(
+        self, model: Model, checkpoint: Checkpoint, planned: GPTQPlan, say: Say
+    ) -> tuple[tuple[Written, ...], tuple[str, ...]]:
+        """Calibrate layer by layer, then write the folder."""
+        from dus_edge.calibrate import engine
+        from dus_edge.calibrate.gptq import GptqCollector
+
+        compute = engine.choose_settings(self.machine.device, self.machine.dtype)
+        collector = GptqCollector(self.settings)
+        more = f"gptq {self.settings}"
+        with kept_state(self.folder, model, planned.chunks, compute, more, say) as state:
+            run_collector(checkpoint, planned.chunks, collector, compute, state, say)
+            sink.write_checkpoint(
+                checkpoint,
+                self.folder,
+                model_card(model),
+                self.settings,
+                state.layer_files(model.config.n_layers),
+                n_threads=self.writing.threads,
+                overwrite=self.writing.overwrite,
+            )
+        forget_state(self.folder)
+        notes = tuple(
+            f"{o.name} was rounded to nearest: {o.fallback}"
+            for o in collector.outcomes.values()
+            if o.fallback
+        )
+        total = sum(s.nbytes for s in planned.tensors)
+        types = Counter(s.dtype for s in planned.tensors)
+        return (Written(self.folder, total, types=types),), notes

@@ -1,0 +1,93 @@
+"""What a Modelfile says of a model: learnt from the model at hand or from a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf import GGUFReader
+
+from dus_edge.errors import CheckpointError
+from dus_edge.export.vocab.vocab import Vocab
+from dus_edge.ollama import chat
+from dus_edge.ollama.modelfile import NUM_CTX_CAP, for_model, render_modelfile
+from dus_edge.upscale.model import Model
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a Modelfile says of a model, wherever it was learnt.
+
+    Attributes:
+        title: a name for people.
+        context_length: tokens that the model was made for.
+        licence: identifier or None.
+        chat_template: Jinja text or None.
+        special_tokens: texts by role: ``bos_token``, ``eos_token``, …
+    """
+
+    title: str
+    context_length: int
+    licence: str | None
+    chat_template: str | None
+    special_tokens: Mapping[str, str]
+
+
+def model_facts(model: Model, vocab: Vocab) -> ModelFacts:
+    """What a Modelfile says of a model that is about to be exported."""
+    config = model.config
+    return ModelFacts(
+        title=model.name.title,
+        # llama.cpp's llama graph has no sliding window, so past it the model is on its own.
+        context_length=min(config.context_length, config.sliding_window or config.context_length),
+        licence=model.source.licence,
+        chat_template=vocab.chat_template,
+        special_tokens={f"{kind}_token": vocab.tokens[i] for kind, i in vocab.special_ids.items()},
+    )
+
+
+def gguf_facts(path: Path) -> ModelFacts:
+    """What a Modelfile says of a GGUF file.
+
+    Raises:
+        CheckpointError: no GGUF file, or one without a Llama-form model's keys.
+    """
+    try:
+        fields = GGUFReader(path).fields
+        architecture = fields["general.architecture"].contents()
+        context_length = fields[f"{architecture}.context_length"].contents()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist.") from None
+    except (KeyError, ValueError, IndexError, OSError) as e:
+        raise CheckpointError(f"{path} is no GGUF file of a model ({e}).") from None
+
+    def text(key: str) -> str | None:
+        return fields[key].contents() if key in fields else None
+
+    special = {}
+    for kind in ("bos", "eos"):
+        if (field := fields.get(f"tokenizer.ggml.{kind}_token_id")) is not None:
+            special[f"{kind}_token"] = fields["tokenizer.ggml.tokens"].contents(field.contents())
+    return ModelFacts(
+        title=text("general.name") or path.stem,
+        context_length=context_length,
+        licence=text("general.license"),
+        chat_template=text("tokenizer.chat_template"),
+        special_tokens=special,
+    )
+
+
+def render_facts(facts: ModelFacts, from_path: str, num_ctx: int | None = None) -> str:
+    """A Modelfile's text."""
+    spec = for_model(
+        from_path=from_path,
+        context_length=facts.context_length,
+        family=chat.identify(facts.chat_template, facts.special_tokens),
+        chat_template_present=facts.chat_template is not None,
+        licence=facts.licence,
+        title=f"{facts.title}, made by dus-edge.",
+        num_ctx_cap=num_ctx or NUM_CTX_CAP,
+        eos_token=facts.special_tokens.get("eos_token", "</s>"),
+    )
+    return render_modelfile(spec)
