@@ -34,7 +34,7 @@ import torch
 from bench_imatrix import held_out, python_sources
 from common import HERE, RESULTS, append, machine, markdown_table, read
 
-from dus_edge.checkpoint.resolve import BUILTIN
+from dus_edge.checkpoint.builtin import BUILTIN
 from dus_edge.export import gptq as sink
 from dus_edge.jobs.calibration import TextChoice, read_chunks
 from dus_edge.jobs.checkpoint import export_checkpoint
@@ -60,7 +60,7 @@ def timed(command: list[str], log: Path) -> tuple[float, int]:
     return time.perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def nearest(folder: Path, settings: gptq_format.Settings) -> None:
+def nearest(folder: Path, settings: gptq_format.GPTQSettings) -> None:
     """A folder of weights rounded to nearest."""
     model = find_model(BUILTIN, CHOOSE, weights=True, say=print)
     checkpoint = model.open()
@@ -105,7 +105,7 @@ def ours(base: str, options: list[str], out: Path) -> tuple[float, float, int]:
 
 
 def theirs(
-    python: str, model: Path, tokens: Path, settings: gptq_format.Settings, out: Path
+    python: str, model: Path, tokens: Path, settings: gptq_format.GPTQSettings, out: Path
 ) -> tuple[float, float, int]:
     """The same of GPTQModel; the second figure is of its `quantize` alone."""
     log = out.with_suffix(".log")
@@ -117,7 +117,7 @@ def theirs(
 
 def compare(args: argparse.Namespace, work: Path) -> None:
     """Time both sides, then measure the quality of what they made."""
-    settings = gptq_format.Settings(bits=args.bits, group_size=args.group_size)
+    settings = gptq_format.GPTQSettings(bits=args.bits, group_size=args.group_size)
     base = args.speed or BUILTIN
     plain = Path(args.speed) if args.speed else work / "plain"
     if not args.speed:
@@ -155,7 +155,7 @@ def compare(args: argparse.Namespace, work: Path) -> None:
 
 
 def measure_quality(
-    work: Path, plain: Path, settings: gptq_format.Settings, facts: dict, max_bytes: int
+    work: Path, plain: Path, settings: gptq_format.GPTQSettings, facts: dict, max_bytes: int
 ) -> None:
     """Perplexity and divergence of every folder that is there."""
     nearest(work / "nearest", settings)

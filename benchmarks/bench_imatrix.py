@@ -20,7 +20,7 @@ from pathlib import Path
 from bench_perplexity import choose_text
 from common import HERE, RESULTS, append, machine, markdown_table, read
 
-from dus_edge.checkpoint.resolve import BUILTIN
+from dus_edge.checkpoint.builtin import BUILTIN
 from dus_edge.jobs.calibration import Machine, TextChoice
 from dus_edge.jobs.gguf import export_gguf
 from dus_edge.jobs.imatrix import imatrix_source

@@ -34,7 +34,7 @@ import llama_cpp
 import numpy as np
 from common import RESULTS, append, machine, markdown_table, read
 
-from dus_edge.checkpoint.resolve import BUILTIN
+from dus_edge.checkpoint.builtin import BUILTIN
 from dus_edge.jobs.gguf import export_gguf
 from dus_edge.quant import ggml
 from dus_edge.quant.recipe import find_preset

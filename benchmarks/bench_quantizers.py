@@ -32,7 +32,8 @@ from pathlib import Path
 import numpy as np
 from common import RESULTS, append, machine, markdown_table, read
 
-from dus_edge.checkpoint.resolve import BUILTIN, resolve_base
+from dus_edge.checkpoint.builtin import BUILTIN
+from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint
 from dus_edge.quant import ggml, native
 from dus_edge.quant.types import TYPES, QuantType

@@ -25,7 +25,7 @@ from common import RESULTS, append, machine, markdown_table
 from dus_edge import data
 from dus_edge.checkpoint.config import parse_config
 from dus_edge.predict.memory import llama as memory
-from dus_edge.predict.stored_model import BACKENDS, MIB, Settings, StoredModel, kv_types
+from dus_edge.predict.stored_model import BACKENDS, MIB, RunSettings, StoredModel, kv_types
 from dus_edge.quant.recipe import find_preset
 
 LIMIT = 0.03
@@ -80,7 +80,7 @@ def model_of(row: Mapping[str, Any]) -> StoredModel:
     return memory.model_of_config(config, find_preset(row.get("quant", "f16")), row["model"])
 
 
-def settings_of(row: Mapping[str, Any]) -> Settings:
+def settings_of(row: Mapping[str, Any]) -> RunSettings:
     said = {
         "context": row["n_ctx"],
         "batch": row.get("n_batch", 2048),
@@ -89,7 +89,7 @@ def settings_of(row: Mapping[str, Any]) -> Settings:
         "backend": row["backend"],
         "era": row["era"],
     }
-    return Settings(**(said | dict(SPECIAL.get(row["row"], {}))))
+    return RunSettings(**(said | dict(SPECIAL.get(row["row"], {}))))
 
 
 def compare(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,7 +163,9 @@ def measure(path: Path) -> Iterator[dict[str, Any]]:
                 lib.llama_free(made)
                 use = memory.memory_use(
                     model,
-                    Settings(context=context, type_k=k, type_v=v, flash_attn=flash, backend="CPU"),
+                    RunSettings(
+                        context=context, type_k=k, type_v=v, flash_attn=flash, backend="CPU"
+                    ),
                 )
                 kv = sizes("KV buffer")
                 compute = sizes("compute buffer") + sizes("output buffer")

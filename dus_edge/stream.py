@@ -19,7 +19,7 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
-def run(
+def run_tasks(
     tasks: Iterable[Callable[[], int]],
     *,
     n_threads: int,

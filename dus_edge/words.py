@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+#: Columns of everything that is printed.
+WIDTH = 80
+
 
 def format_count(n: int) -> str:
     """``10.73 B``, ``8.14 M``."""

@@ -77,20 +77,20 @@ def test_computes_what_transformers_does(make_checkpoint, form, collector):
     visitor = collector()
     told = []
     checkpoint = opened(base)
-    h = engine.run(checkpoint, TOKENS, visitor, CPU, advance=told.append)
+    h = engine.run_layers(checkpoint, TOKENS, visitor, CPU, advance=told.append)
     torch.testing.assert_close(h, expected.pop("last"), rtol=1e-5, atol=1e-6)
     results = visitor.results()
     assert results.keys() == expected.keys()
     for name, (sums, count) in results.items():
         assert count == TOKENS.size
         torch.testing.assert_close(sums, expected[name], rtol=1e-5, atol=1e-6)
-    assert sum(told) == engine.total_work(checkpoint, TOKENS)
+    assert sum(told) == engine.total_token_layers(checkpoint, TOKENS)
 
 
 def test_a_sliding_window_shorter_than_the_chunk(make_checkpoint):
     base = make_checkpoint(dtype="F32", **FORMS["mistral-v0.1"] | {"sliding_window": 8})
     expected = inputs_of(deep_copied(load(base), SOURCES))["last"]
-    h = engine.run(opened(base), TOKENS, ImatrixCollector(), CPU)
+    h = engine.run_layers(opened(base), TOKENS, ImatrixCollector(), CPU)
     torch.testing.assert_close(h, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -102,7 +102,7 @@ def test_replaced_matrices_are_what_the_rest_of_the_model_sees(make_checkpoint):
             parameter.data *= 1.5
     expected = inputs_of(model)
     visitor = Replacer(1.5)
-    h = engine.run(opened(base), TOKENS, visitor, CPU)
+    h = engine.run_layers(opened(base), TOKENS, visitor, CPU)
     torch.testing.assert_close(h, expected.pop("last"), rtol=1e-5, atol=1e-6)
     for name, (sums, _) in visitor.results().items():
         torch.testing.assert_close(sums, expected[name], rtol=1e-5, atol=1e-6)
@@ -111,10 +111,10 @@ def test_replaced_matrices_are_what_the_rest_of_the_model_sees(make_checkpoint):
 @pytest.mark.parametrize("step", [32, 64, 10_000])
 def test_batches_do_not_change_the_result(make_checkpoint, step):
     base = make_checkpoint(dtype="F32")
-    settings = engine.Settings("cpu", "float32", step)
+    settings = engine.ComputeSettings("cpu", "float32", step)
     alone, batched = ImatrixCollector(), ImatrixCollector()
-    h = engine.run(opened(base), TOKENS, alone, CPU)
-    other = engine.run(opened(base), TOKENS, batched, settings)
+    h = engine.run_layers(opened(base), TOKENS, alone, CPU)
+    other = engine.run_layers(opened(base), TOKENS, batched, settings)
     torch.testing.assert_close(h, other, rtol=1e-5, atol=1e-6)
     for name, (sums, _) in alone.results().items():
         torch.testing.assert_close(sums, batched.results()[name][0], rtol=1e-5, atol=1e-6)
@@ -127,7 +127,7 @@ def test_statistics_are_llama_cpps(pico, tmp_path):
     tokens = np.random.default_rng(0).integers(3, 4000, (3, 64)).astype(np.int32)
     theirs = llama_imatrix.collect(result.outputs[0].path, tokens)
     visitor = ImatrixCollector()
-    engine.run(result.model.open(), tokens, visitor, CPU)
+    engine.run_layers(result.model.open(), tokens, visitor, CPU)
     from dus_edge.export.gguf.tensors import gguf_name
 
     ours = {gguf_name(name): value for name, value in visitor.results().items()}
@@ -161,7 +161,7 @@ def test_an_interrupted_run_goes_on_with_the_same_bytes(make_checkpoint, tmp_pat
     def run(stop: int | None, folder: str) -> tuple[torch.Tensor, Interrupting]:
         visitor = Interrupting(stop)
         state = engine.State(tmp_path / folder, {"text": "same"})
-        return engine.run(checkpoint, TOKENS, visitor, CPU, state=state), visitor
+        return engine.run_layers(checkpoint, TOKENS, visitor, CPU, state=state), visitor
 
     h, whole = run(None, "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -176,7 +176,7 @@ def test_an_interrupted_run_goes_on_with_the_same_bytes(make_checkpoint, tmp_pat
 
 def test_a_state_of_other_inputs_is_not_taken_up(make_checkpoint, tmp_path):
     checkpoint = opened(make_checkpoint())
-    engine.run(
+    engine.run_layers(
         checkpoint, TOKENS, ImatrixCollector(), CPU, state=engine.State(tmp_path, {"text": "a"})
     )
     assert engine.State(tmp_path, {"text": "a"}).n_done() == 6
@@ -198,7 +198,7 @@ def test_activations_that_are_not_finite_name_their_layer(make_checkpoint, repla
     visitor = Replacer() if replaces else ImatrixCollector()
     # Source layer 2 stands first at place 2 of the result.
     with pytest.raises(CheckpointError, match="behind layer 2 are not finite"):
-        engine.run(opened(base), TOKENS, visitor, CPU)
+        engine.run_layers(opened(base), TOKENS, visitor, CPU)
 
 
 def test_devices():

@@ -20,7 +20,7 @@ from dus_edge.jobs.checkpoint import export_checkpoint
 from dus_edge.jobs.gptq import export_gptq
 from dus_edge.jobs.job import Result
 from dus_edge.quant import gptq_format
-from dus_edge.quant.gptq_format import Settings
+from dus_edge.quant.gptq_format import GPTQSettings
 from dus_edge.quant.imatrix import read_imatrix
 from dus_edge.upscale.model import plan_chooser
 
@@ -114,7 +114,7 @@ def test_a_file_that_is_no_imatrix(run, tmp_path):
 # GPTQ
 
 
-def gptq(folder: Path, text: Path, settings: Settings, base: str = "pico") -> Result:
+def gptq(folder: Path, text: Path, settings: GPTQSettings, base: str = "pico") -> Result:
     choice = TextChoice((text,), None, 64, 8)
     return export_gptq(base, CHOOSE, folder, settings, choice, CPU)
 
@@ -150,10 +150,10 @@ def nll(model, tokens: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     "settings",
     [
-        Settings(bits=4, group_size=64),
-        Settings(bits=4, group_size=128, desc_act=True),
-        Settings(bits=8, group_size=-1, sym=False),
-        Settings(bits=3, group_size=32),
+        GPTQSettings(bits=4, group_size=64),
+        GPTQSettings(bits=4, group_size=128, desc_act=True),
+        GPTQSettings(bits=8, group_size=-1, sym=False),
+        GPTQSettings(bits=3, group_size=32),
     ],
     ids=str,
 )
@@ -177,14 +177,14 @@ def test_a_gptq_folder_computes_nearly_what_the_model_does(text, tmp_path, setti
 def test_codes_are_exactly_what_the_rest_of_the_model_was_calibrated_on(text, tmp_path):
     """Hidden states of the engine behind the last layer are those of the folder's own weights."""
     seen = []
-    original = engine.run
+    original = engine.run_layers
 
     def spy(*args, **kwargs):
         seen.append((args[1], original(*args, **kwargs)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "run", spy)
-        gptq(tmp_path / "out", text, Settings(group_size=64))
+        patch.setattr(engine, "run_layers", spy)
+        gptq(tmp_path / "out", text, GPTQSettings(group_size=64))
     ((tokens, h),) = seen
     model = dequantized(tmp_path / "out")
     with torch.no_grad():
@@ -195,9 +195,9 @@ def test_codes_are_exactly_what_the_rest_of_the_model_was_calibrated_on(text, tm
 
 @pytest.mark.parametrize("layer", [1, 11])
 def test_interrupted_and_resumed_gives_the_same_bytes(text, tmp_path, layer):
-    settings = Settings(group_size=64)
+    settings = GPTQSettings(group_size=64)
     gptq(tmp_path / "whole", text, settings)
-    original = engine.Layer.ffn
+    original = engine.DecoderLayer.ffn
     calls = []
 
     def interrupting(self, x):
@@ -207,7 +207,7 @@ def test_interrupted_and_resumed_gives_the_same_bytes(text, tmp_path, layer):
         return original(self, x)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.Layer, "ffn", interrupting)
+        patch.setattr(engine.DecoderLayer, "ffn", interrupting)
         with pytest.raises(KeyboardInterrupt):
             gptq(tmp_path / "cut", text, settings)
     assert not (tmp_path / "cut").exists()

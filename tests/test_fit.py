@@ -9,7 +9,7 @@ from dus_edge.errors import UsageError
 from dus_edge.predict import fit
 from dus_edge.predict.devices import find_device
 from dus_edge.predict.memory.llama import memory_use, usable_bytes
-from dus_edge.predict.stored_model import MIB, Settings
+from dus_edge.predict.stored_model import MIB, RunSettings
 from dus_edge.tables.predicted import solar_config
 
 SOLAR = fit.models_of_presets(solar_config(), "SOLAR")
@@ -23,7 +23,7 @@ SOLAR = fit.models_of_presets(solar_config(), "SOLAR")
 
 
 def judge(preset, device, **kwargs):
-    settings = Settings(flash_attn=kwargs.pop("flash_attn", True))
+    settings = RunSettings(flash_attn=kwargs.pop("flash_attn", True))
     return fit.judge(SOLAR[preset], find_device(device), settings, **kwargs)
 
 
@@ -103,8 +103,8 @@ def test_the_best_preset_of_a_12_gb_card():
     # Of 11,278: Q8_0 11,784 is too much; Q6_K 8,804,466,688 B = 8,396.6, less 102.5: 8,294.1 +
     # 1,041 = 9,335 fits.
     usable = usable_bytes(find_device("rtx-3060-12gb"), "windows")
-    assert fit.best_preset(SOLAR, Settings(), usable) == "q6_k"
-    assert fit.best_preset(SOLAR, Settings(), 100 * MIB) is None
+    assert fit.best_preset(SOLAR, RunSettings(), usable) == "q6_k"
+    assert fit.best_preset(SOLAR, RunSettings(), 100 * MIB) is None
 
 
 def test_a_model_that_fits_nowhere():
@@ -118,12 +118,12 @@ def test_a_model_that_fits_nowhere():
     }
     model = fit.models_of_presets(parse_config(config))["f16"]
     assert model.weights_bytes / 2**30 == pytest.approx(2852, abs=1)
-    assert fit.devices_that_run(model, Settings()) == []
+    assert fit.devices_that_run(model, RunSettings()) == []
 
 
 def test_which_devices_run_q4_k_m():
     # 7,121 MiB: an RTX 4060 (7,183 usable) does, cards of 6 GB do not, nor Macs of 8 GB.
-    run = {(v.device.id, v.memory_gb) for v in fit.devices_that_run(SOLAR["q4_k_m"], Settings())}
+    run = {(v.device.id, v.memory_gb) for v in fit.devices_that_run(SOLAR["q4_k_m"], RunSettings())}
     assert {("rtx-4060", 8), ("rtx-3060-12gb", 12), ("m1-8c", 16)} <= run
     assert not {("rtx-3050-6gb", 6), ("m1-8c", 8), ("rtx-3050-laptop", 4)} & run
 
@@ -133,11 +133,11 @@ def test_which_devices_run_q4_k_m():
 def test_one_more_would_not_fit(device, flash_attn):
     """Layers and context are the largest that fit: one step more is too much."""
     model, card = SOLAR["q8_0"], find_device(device)
-    settings = Settings(flash_attn=flash_attn)
+    settings = RunSettings(flash_attn=flash_attn)
     usable = usable_bytes(card)
 
     def total(**fields):
-        return memory_use(model, Settings(flash_attn=flash_attn, **fields)).total_bytes
+        return memory_use(model, RunSettings(flash_attn=flash_attn, **fields)).total_bytes
 
     n = fit.layers_that_fit(model, settings, usable)
     assert total(n_gpu_layers=n) <= usable < total(n_gpu_layers=n + 1)
@@ -148,4 +148,4 @@ def test_one_more_would_not_fit(device, flash_attn):
 
 def test_a_context_beyond_the_model():
     with pytest.raises(UsageError, match="SOLAR was made for 4,096 tokens"):
-        fit.judge(SOLAR["q4_0"], find_device("rtx-4090"), Settings(context=8192))
+        fit.judge(SOLAR["q4_0"], find_device("rtx-4090"), RunSettings(context=8192))

@@ -35,7 +35,7 @@ from dus_edge.predict.memory.folder import (
 )
 from dus_edge.predict.memory.llama import memory_use
 from dus_edge.predict.prediction import work_of
-from dus_edge.predict.stored_model import MIB, Settings, StoredModel, TorchForm
+from dus_edge.predict.stored_model import MIB, RunSettings, StoredModel, TorchForm
 from dus_edge.quant import gptq_format
 from dus_edge.tables.predicted import solar_config
 from dus_edge.upscale.model import find_model, plan_chooser
@@ -280,7 +280,7 @@ def test_weights_of_a_bitsandbytes_folder(make_checkpoint, tmp_path, scheme, ove
         assert planned.torch == stored.torch
 
 
-def gptq_folder(base, out, settings: gptq_format.Settings):
+def gptq_folder(base, out, settings: gptq_format.GPTQSettings):
     """Our export of random codes: sizes do not depend on them."""
     checkpoint = find_model(str(base), CHOOSE, weights=True, say=lambda line: None).open()
     rng = np.random.default_rng(0)
@@ -312,7 +312,7 @@ def gptq_folder(base, out, settings: gptq_format.Settings):
 def test_weights_of_a_gptq_folder(make_checkpoint, tmp_path, bits, group_size, tied):
     """The header's sizes and the configuration's; a tied head is stored but counts once."""
     base = make_checkpoint(**SHAPE, tie_word_embeddings=tied)
-    settings = gptq_format.Settings(bits=bits, group_size=group_size)
+    settings = gptq_format.GPTQSettings(bits=bits, group_size=group_size)
     folder = gptq_folder(base, tmp_path / "out", settings)
     stored = read_folder(folder)
     tensors = load_file(folder / "model.safetensors")
@@ -343,7 +343,7 @@ def test_a_matrix_by_hand():
 
 def test_solar_in_gptq_by_hand():
     """Cache and compute at 4,096 tokens on CUDA, where nothing is dequantized."""
-    use = memory_use(model_of_gptq_config(SOLAR), Settings())
+    use = memory_use(model_of_gptq_config(SOLAR), RunSettings())
     # 48 layers x 4,096 tokens x 2,048 x 2 B = 768 MiB
     assert use.kv_cache_bytes == 768 * MIB
     # gate, up and product: 3 x 14,336 x 2 B; embeddings, the layer's input, what attention added
@@ -355,7 +355,7 @@ def test_solar_in_gptq_by_hand():
 def test_a_folder_of_autogptq(make_checkpoint, tmp_path):
     """Its own file name, settings in a file of their own, biases of zeros, and no g_idx."""
     base = make_checkpoint(**SHAPE)
-    folder = gptq_folder(base, tmp_path / "out", gptq_format.Settings(group_size=32))
+    folder = gptq_folder(base, tmp_path / "out", gptq_format.GPTQSettings(group_size=32))
     ours = read_folder(folder)
     tensors = load_file(folder / "model.safetensors")
     n_more = 0
@@ -392,23 +392,23 @@ def test_presets_have_names():
 
 def test_all_or_nothing_is_on_the_device():
     model = model_of_gptq_config(SOLAR, name="SOLAR")
-    whole = memory_use(model, Settings())
-    assert memory_use(model, Settings(n_gpu_layers=49)) == whole
-    assert memory_use(model, Settings(n_gpu_layers=48)).total_bytes == 0
-    assert fit.layers_that_fit(model, Settings(), whole.total_bytes) == 49
-    assert fit.layers_that_fit(model, Settings(), whole.total_bytes - 1) == 0
-    context = fit.longest_context(model, Settings(), whole.total_bytes - 1)
+    whole = memory_use(model, RunSettings())
+    assert memory_use(model, RunSettings(n_gpu_layers=49)) == whole
+    assert memory_use(model, RunSettings(n_gpu_layers=48)).total_bytes == 0
+    assert fit.layers_that_fit(model, RunSettings(), whole.total_bytes) == 49
+    assert fit.layers_that_fit(model, RunSettings(), whole.total_bytes - 1) == 0
+    context = fit.longest_context(model, RunSettings(), whole.total_bytes - 1)
     assert context == 4096 - fit.CONTEXT_STEP
     with pytest.raises(UsageError, match=r"SOLAR runs under transformers.*not in q8_0"):
-        memory_use(model, Settings(type_k="q8_0", type_v="q8_0"))
+        memory_use(model, RunSettings(type_k="q8_0", type_v="q8_0"))
 
 
 def test_which_devices_hold_it():
     # Weights 5,695, cache 768, compute 466, context 381 MiB: 7,310. Windows leaves 7,114 of 8 GB.
     model = model_of_gptq_config(SOLAR)
-    total = memory_use(model, Settings()).total_bytes
+    total = memory_use(model, RunSettings()).total_bytes
     assert total / MIB == pytest.approx(7310, abs=1)
-    found = fit.devices_that_run(model, Settings())
+    found = fit.devices_that_run(model, RunSettings())
     held = {(v.device.id, v.memory_gb) for v in found}
     assert ("rtx-3060-12gb", 12) in held
     assert not {("rtx-4060", 8), ("m1-8c", 8)} & held
@@ -433,7 +433,7 @@ def test_kernels_that_dequantize_take_more(bits):
 
 
 def test_the_work_of_a_token():
-    work = work_of(model_of_gptq_config(SOLAR), Settings())
+    work = work_of(model_of_gptq_config(SOLAR), RunSettings())
     assert work.weights == {"GPTQ4_128": 48 * 218_103_808, "F16": 32_000 * 4096}
     assert work.kv_bytes_per_value == 2
 
@@ -520,7 +520,7 @@ def changed(folder, **fields):
 )
 def test_a_config_that_is_wrong(run, make_checkpoint, tmp_path, fields, said):
     base = make_checkpoint(**SHAPE)
-    folder = gptq_folder(base, tmp_path / "out", gptq_format.Settings(group_size=32))
+    folder = gptq_folder(base, tmp_path / "out", gptq_format.GPTQSettings(group_size=32))
     changed(folder, **fields)
     with pytest.raises((CheckpointError, UnsupportedError)) as error:
         read_folder(folder)
@@ -563,7 +563,7 @@ def test_exports_go_on_refusing_what_is_quantized(run, make_checkpoint, tmp_path
 
 
 def test_a_metal_device_is_judged_too():
-    v = fit.judge(model_of_bnb_config(SOLAR, "int8"), find_device("m1-8c"), Settings())
+    v = fit.judge(model_of_bnb_config(SOLAR, "int8"), find_device("m1-8c"), RunSettings())
     assert not v.fits
     assert v.use.overhead_bytes == 0
     assert "float32" in v.note

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from dus_edge.errors import UsageError
 from dus_edge.quant.gptq_format import (
-    BITS,
-    Settings,
+    GPTQ_BITS,
+    GPTQSettings,
     dequantized,
     pack,
     quantize_config,
@@ -22,7 +22,7 @@ from dus_edge.quant.gptq_format import (
     unpack,
 )
 
-each_bits = pytest.mark.parametrize("bits", BITS)
+each_bits = pytest.mark.parametrize("bits", GPTQ_BITS)
 
 
 def words_of(codes: list[int], bits: int) -> list[int]:
@@ -41,7 +41,7 @@ def autogptq_3bit(q: list[int]) -> list[int]:
 
 
 @given(
-    st.sampled_from(BITS),
+    st.sampled_from(GPTQ_BITS),
     st.sampled_from((0, 1)),
     st.integers(1, 3),
     st.integers(1, 5),
@@ -78,14 +78,14 @@ def random_codes(bits: int, n_out: int, n_in: int, width: int, seed: int) -> Sim
 
 
 @given(
-    st.sampled_from(BITS),
+    st.sampled_from(GPTQ_BITS),
     st.sampled_from((32, 64, -1)),
     st.sampled_from((32, 96)),
     st.integers(0, 2**32 - 1),
 )
 @settings(deadline=None, max_examples=40)
 def test_stored_tensors_mean_the_weights(bits, group_size, n_out, seed):
-    chosen = Settings(bits=bits, group_size=group_size, sym=False)
+    chosen = GPTQSettings(bits=bits, group_size=group_size, sym=False)
     n_in = 192
     made = random_codes(bits, n_out, n_in, chosen.group_width(n_in), seed)
     tensors = stored(made, chosen)
@@ -108,7 +108,7 @@ def test_symmetric_zero_points_are_the_known_words(bits):
     """A zero point of 8 is stored as a nibble of 7, as every 4-bit reader expects."""
     made = random_codes(bits, 32, 64, 32, 0)
     made.zeros[:] = 2 ** (bits - 1)
-    words = stored(made, Settings(bits=bits, group_size=32))["qzeros"].view(np.uint32)
+    words = stored(made, GPTQSettings(bits=bits, group_size=32))["qzeros"].view(np.uint32)
     known = {2: [0x55555555] * 2, 3: [0xDB6DB6DB, 0xB6DB6DB6, 0x6DB6DB6D], 4: [0x77777777] * 4}
     assert words[0].tolist() == known.get(bits, [0x7F7F7F7F] * 8)
 
@@ -119,11 +119,11 @@ def test_zero_points_that_would_carry_are_refused(bits, zero):
     made = random_codes(bits, 32, 64, 32, 0)
     made.zeros[1, 5] = 0 if zero == "0" else 2**bits
     with pytest.raises(ValueError, match="zero points must lie in 1"):
-        stored(made, Settings(bits=bits, group_size=32, sym=False))
+        stored(made, GPTQSettings(bits=bits, group_size=32, sym=False))
 
 
 def test_config_has_what_all_loaders_take():
-    config = quantize_config(Settings(bits=3, group_size=64, desc_act=True, damp=0.02))
+    config = quantize_config(GPTQSettings(bits=3, group_size=64, desc_act=True, damp=0.02))
     assert config == {
         "bits": 3,
         "group_size": 64,
@@ -139,7 +139,7 @@ def test_config_has_what_all_loaders_take():
 
 def test_config_of_asymmetric_codes_names_a_writer_that_keeps_zero_points_above_0():
     """GPTQModel refuses ``sym: false`` in version 1 unless ``gptqmodel`` ≥ 0.9 is among these."""
-    config = quantize_config(Settings(sym=False))
+    config = quantize_config(GPTQSettings(sym=False))
     assert config["sym"] is False
     writers = dict(w.split(":") for w in config["meta"]["quantizer"])
     assert writers["gptqmodel"] >= "0.9"
@@ -163,10 +163,10 @@ def test_config_of_asymmetric_codes_names_a_writer_that_keeps_zero_points_above_
 )
 def test_what_cannot_be_stored_is_refused(change, shape, message):
     with pytest.raises(UsageError, match=message):
-        replace(Settings(), **change).check("m.weight", shape)
+        replace(GPTQSettings(), **change).check("m.weight", shape)
 
 
 @each_bits
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 def test_what_can_be_stored_is_not_refused(bits, group_size):
-    Settings(bits=bits, group_size=group_size).check("m.weight", (96, 256))
+    GPTQSettings(bits=bits, group_size=group_size).check("m.weight", (96, 256))

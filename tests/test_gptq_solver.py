@@ -12,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dus_edge.checkpoint.resolve import BUILTIN, resolve_base
+from dus_edge.checkpoint.builtin import BUILTIN
+from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint
 from dus_edge.errors import CheckpointError, UsageError
 from dus_edge.quant import gptq, gptq_format
-from dus_edge.quant.gptq import Settings
+from dus_edge.quant.gptq import GPTQSettings
 
 #: Shares of the covering scale that are tried: first and last, by bits.
 SHARES = {2: (1.2, 0.6), 3: (1.1, 0.65), 4: (1.05, 0.75), 8: (1.02, 0.95)}
@@ -36,7 +37,7 @@ def half(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float32).astype(np.float16).astype(np.float64)
 
 
-def candidates(x: np.ndarray, chosen: Settings) -> list[tuple[np.ndarray, np.ndarray]]:
+def candidates(x: np.ndarray, chosen: GPTQSettings) -> list[tuple[np.ndarray, np.ndarray]]:
     """Scales and zero points to try for the columns of a group ``(rows, n)``."""
     low, high = np.minimum(x.min(1), 0), np.maximum(x.max(1), 0)
     found = []
@@ -52,7 +53,7 @@ def candidates(x: np.ndarray, chosen: Settings) -> list[tuple[np.ndarray, np.nda
     return found
 
 
-def visiting_order(diagonal: np.ndarray, chosen: Settings) -> list[int]:
+def visiting_order(diagonal: np.ndarray, chosen: GPTQSettings) -> list[int]:
     n = len(diagonal)
     if chosen.desc_act:
         return sorted(range(n), key=lambda i: -diagonal[i])
@@ -64,7 +65,9 @@ def visiting_order(diagonal: np.ndarray, chosen: Settings) -> list[int]:
     return [i for group in groups for i in sorted(group, key=lambda i: -diagonal[i])]
 
 
-def long_way(weight: np.ndarray, hessian: np.ndarray, chosen: Settings) -> dict[str, np.ndarray]:
+def long_way(
+    weight: np.ndarray, hessian: np.ndarray, chosen: GPTQSettings
+) -> dict[str, np.ndarray]:
     """GPTQ with the inverse of what remains of the Hessian taken anew for every column."""
     n_out, n = weight.shape
     width = chosen.group_width(n)
@@ -166,7 +169,7 @@ def test_every_combination_of_options(options):
 def check_long_way(options: tuple, block: int, damp: float, seed: int) -> None:
     bits, group_size, sym, desc_act, aware = options
     n_in = {32: 96, 64: 128, 128: 128, -1: 96}[group_size]
-    chosen = Settings(bits, group_size, sym, desc_act, bool(aware), damp, block, candidates=4)
+    chosen = GPTQSettings(bits, group_size, sym, desc_act, bool(aware), damp, block, candidates=4)
     weight, hessian = problem(32, n_in, seed)
     if seed % 3 == 0:
         hessian[5] = hessian[:, 5] = 0
@@ -186,7 +189,7 @@ def check_long_way(options: tuple, block: int, damp: float, seed: int) -> None:
 def test_compiled_and_tensor_loops_agree(bits, sym):
     """A sum in another order may round a weight that lies between two codes the other way."""
     weight, hessian = problem(512, 128, bits, torch.float32)
-    chosen = Settings(bits, sym=sym)
+    chosen = GPTQSettings(bits, sym=sym)
     factor = gptq.prepare(hessian, chosen)
     x = weight.T[factor.columns].contiguous()
     scales, zeros = gptq._candidates(x, chosen)
@@ -220,7 +223,7 @@ def test_compiled_and_tensor_loops_agree(bits, sym):
 def test_real_layers_lose_less_than_by_rounding(bits, group_size, desc_act):
     layers = pico_layers()
     assert len(layers) == 14
-    chosen = Settings(bits, group_size, desc_act=desc_act)
+    chosen = GPTQSettings(bits, group_size, desc_act=desc_act)
     for i, (name, weight) in enumerate(layers.items()):
         _, hessian = problem(32, weight.shape[1], i, torch.float32)
         solution = gptq.solve(weight, hessian, chosen, name)
@@ -231,7 +234,7 @@ def test_real_layers_lose_less_than_by_rounding(bits, group_size, desc_act):
 
 def test_what_is_stored_is_what_was_solved_for():
     weight, hessian = problem(64, 128, 3, torch.float32)
-    for chosen in (Settings(), Settings(3, 32, sym=False, desc_act=True)):
+    for chosen in (GPTQSettings(), GPTQSettings(3, 32, sym=False, desc_act=True)):
         solution = gptq.solve(weight, hessian, chosen)
         read = gptq_format.dequantized(*gptq_format.stored(solution, chosen).values(), chosen.bits)
         np.testing.assert_array_equal(read, gptq.dequantize(solution).numpy())
@@ -241,7 +244,7 @@ def test_what_is_stored_is_what_was_solved_for():
 def test_visiting_important_columns_first_loses_less(group_size):
     losses = {}
     for order in ("none", "aware", "desc"):
-        chosen = Settings(
+        chosen = GPTQSettings(
             4, group_size, act_group_aware=order == "aware", desc_act=order == "desc"
         )  # fmt: skip
         losses[order] = sum(
@@ -254,14 +257,14 @@ def test_visiting_important_columns_first_loses_less(group_size):
 def test_trying_more_scales_loses_less():
     losses = []
     for candidates in (1, 4, 12):
-        chosen = Settings(candidates=candidates)
+        chosen = GPTQSettings(candidates=candidates)
         solutions = [gptq.solve(*problem(64, 256, s, torch.float32), chosen) for s in range(4)]
         losses.append(sum(s.loss for s in solutions))
     assert losses[2] < 0.98 * losses[1] < 0.9 * losses[0]
 
 
 def test_matrices_with_one_input_share_a_factor():
-    chosen = Settings(group_size=64)
+    chosen = GPTQSettings(group_size=64)
     weight, hessian = problem(96, 192, 0, torch.float32)
     factor = gptq.prepare(hessian, chosen)
     for part in (weight, weight[:64], weight[64:]):
@@ -274,7 +277,7 @@ def test_matrices_with_one_input_share_a_factor():
 
 def test_a_tall_matrix_is_compared_on_some_rows():
     weight, hessian = problem(1056, 128, 1, torch.float32)
-    chosen = Settings(group_size=32)
+    chosen = GPTQSettings(group_size=32)
     solution = gptq.solve(weight, hessian, chosen)
     parts = [gptq.solve(w, hessian, chosen) for w in weight.split(96)]
     assert solution.rtn_loss == pytest.approx(sum(p.rtn_loss for p in parts), rel=0.1)
@@ -312,7 +315,7 @@ def hopeless(kind: str) -> torch.Tensor:
 )
 def test_a_useless_hessian_means_rounding_to_nearest(kind, why, desc_act):
     weight, _ = problem(32, 128, 1, torch.float32)
-    solution = gptq.solve(weight, hopeless(kind), Settings(desc_act=desc_act, group_size=32))
+    solution = gptq.solve(weight, hopeless(kind), GPTQSettings(desc_act=desc_act, group_size=32))
     assert why in solution.fallback
     groups = solution.g_idx.long()
     error = (gptq.dequantize(solution) - weight).abs()
@@ -325,7 +328,7 @@ def test_a_useless_hessian_means_rounding_to_nearest(kind, why, desc_act):
 def test_never_worse_than_rounding_to_nearest(monkeypatch):
     """Were GPTQ to fail, the result is that of rounding, and says so."""
     weight, hessian = problem(512, 128, 2, torch.float32)
-    chosen = Settings()
+    chosen = GPTQSettings()
     good = gptq.solve(weight, hessian, chosen)
     solve = gptq._solve
 
@@ -345,7 +348,7 @@ def test_a_singular_hessian_needs_only_damping():
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.standard_normal((40, 256)).astype(np.float32))
     weight, _ = problem(32, 256, 0, torch.float32)
-    solution = gptq.solve(weight, x.T @ x, Settings())
+    solution = gptq.solve(weight, x.T @ x, GPTQSettings())
     assert solution.fallback is None
     assert solution.loss < 0.3 * solution.rtn_loss
 
@@ -356,12 +359,12 @@ def test_weights_beyond_the_reach_of_float16_scales(size, sym):
     weight, hessian = problem(32, 128, 0, torch.float32)
     weight = weight * size
     weight[0] = 1.0
-    solution = gptq.solve(weight, hessian, Settings(group_size=32, sym=sym))
+    solution = gptq.solve(weight, hessian, GPTQSettings(group_size=32, sym=sym))
     restored = gptq.dequantize(solution)
     assert bool(torch.isfinite(restored).all())
     assert bool((solution.scales != 0).all())
     assert float(restored[0].sub(1).abs().max()) < 0.2
-    gptq_format.stored(solution, Settings(group_size=32, sym=sym))
+    gptq_format.stored(solution, GPTQSettings(group_size=32, sym=sym))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -369,10 +372,10 @@ def test_weights_that_are_not_finite_are_refused(value):
     weight, hessian = problem(32, 128, 0, torch.float32)
     weight[3, 5] = value
     with pytest.raises(CheckpointError, match=r"model\.q_proj: weights are not finite"):
-        gptq.solve(weight, hessian, Settings(), "model.q_proj")
+        gptq.solve(weight, hessian, GPTQSettings(), "model.q_proj")
 
 
 def test_shapes_that_do_not_divide_are_refused():
     weight, hessian = problem(32, 96, 0, torch.float32)
     with pytest.raises(UsageError, match=r"model\.q_proj: groups of 128 do not divide"):
-        gptq.solve(weight, hessian, Settings(), "model.q_proj")
+        gptq.solve(weight, hessian, GPTQSettings(), "model.q_proj")

@@ -60,7 +60,7 @@ def fresh(fit_gptq_speed) -> tuple[dict, list[dict]]:
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 def test_bytes_are_those_of_the_stored_tensors(bits, group_size):
     n_out, n_in = 96, 512
-    form = gptq_format.Settings(bits=bits, group_size=group_size)
+    form = gptq_format.GPTQSettings(bits=bits, group_size=group_size)
     specs = gptq_format.tensor_specs((n_out, n_in), form)
     sizes = {name: math.prod(shape) * np.dtype(d).itemsize for name, (d, shape) in specs.items()}
     whole_row = group_size == -1

@@ -21,17 +21,17 @@ from dus_edge.measure import measure as measuring
 from dus_edge.measure import resources
 from dus_edge.measure.measure import (
     About,
+    BenchSettings,
     Measurement,
-    Settings,
     Workload,
     bench_run,
     json_lines,
+    measurement_json,
     speed,
-    table,
-    to_json,
+    speed_table,
 )
 from dus_edge.measure.resources import (
-    MemoryUse,
+    MeasuredMemory,
     Meter,
     high_water_bytes,
     joules_between,
@@ -43,7 +43,7 @@ from dus_edge.upscale.model import plan_chooser
 
 from .test_quality import gptq_folder
 
-SHORT = Settings(n_prompt=24, n_gen=6, repetitions=2, n_threads=1, device="cpu")
+SHORT = BenchSettings(n_prompt=24, n_gen=6, repetitions=2, n_threads=1, device="cpu")
 
 #: Lines of ``llama-bench -o json`` of llama.cpp 0c1e570, its own sums over its own samples.
 LLAMA_BENCH = (
@@ -106,9 +106,9 @@ def test_statistics_are_numpys(samples):
 
 
 def test_tests_are_named_and_ordered_as_llama_bench_does():
-    names = [test.name for test in Settings(depths=(0, 4096)).tests()]
+    names = [test.name for test in BenchSettings(depths=(0, 4096)).tests()]
     assert names == ["pp512", "tg128", "pp512 @ d4096", "tg128 @ d4096"]
-    assert [test.name for test in Settings(n_prompt=0).tests()] == ["tg128"]
+    assert [test.name for test in BenchSettings(n_prompt=0).tests()] == ["tg128"]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_tests_are_named_and_ordered_as_llama_bench_does():
 )
 def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(UsageError):
-        Settings(**wrong)
+        BenchSettings(**wrong)
 
 
 @given(
@@ -138,13 +138,13 @@ def test_settings_that_cannot_be_are_refused(wrong):
     st.one_of(st.none(), st.floats(0, 1e6)),
 )
 def test_no_line_of_a_table_is_over_80_columns(name, samples, n_bytes, joules):
-    memory = None if n_bytes is None else MemoryUse(0, n_bytes, "rss")
+    memory = None if n_bytes is None else MeasuredMemory(0, n_bytes, "rss")
     about = About("x", None, None, None, None, name, "llama", None, None)
     one = Measurement(
         about, Workload(512, 0, 4096), tuple(samples), (512,) * len(samples), "", 1.0, None, memory,
         joules,
     )  # fmt: skip
-    assert all(len(line) <= 80 for line in table([one, one]).splitlines())
+    assert all(len(line) <= 80 for line in speed_table([one, one]).splitlines())
     assert json.loads(json_lines([one]))["peak_memory_bytes"] == n_bytes
 
 
@@ -152,13 +152,13 @@ def test_no_line_of_a_table_is_over_80_columns(name, samples, n_bytes, joules):
 
 
 def test_a_gguf_file_is_measured(gguf):
-    settings = Settings(
+    settings = BenchSettings(
         n_prompt=24, n_gen=6, repetitions=2, n_threads=1, depths=(0, 40), n_batch=16
     )
     found = bench_run([gguf], settings)
     assert [m.test.name for m in found] == ["pp24", "tg6", "pp24 @ d40", "tg6 @ d40"]
     for m in found:
-        line = to_json(m)
+        line = measurement_json(m)
         assert line.keys() >= LLAMA_BENCH_KEYS
         assert len(line["samples_ns"]) == 2 and min(line["samples_ns"]) > 0
         assert line["avg_ns"] * line["avg_ts"] / 1e9 == pytest.approx(m.test.n_tokens, rel=0.5)
@@ -183,7 +183,9 @@ def test_the_calls_are_those_of_llama_bench(gguf, monkeypatch):
         return real(context, batch)
 
     monkeypatch.setattr(llama_cpp, "llama_decode", decode)
-    settings = Settings(n_prompt=20, n_gen=3, repetitions=2, depths=(8,), n_batch=16, n_threads=1)
+    settings = BenchSettings(
+        n_prompt=20, n_gen=3, repetitions=2, depths=(8,), n_batch=16, n_threads=1
+    )
     bench_run([gguf], settings)
     warm_up_prompt = [(0, 16), (16, 4)]
     prompt_at_8 = [(8, 16), (24, 4)]
@@ -200,13 +202,13 @@ def test_a_cache_of_another_type_takes_less(gguf):
     import llama_cpp
 
     from dus_edge.measure.gguf import _context, _Runner
-    from dus_edge.run.llama import library, load_model
+    from dus_edge.run.llama import llama_library, load_model
 
     sizes = {}
-    library()
+    llama_library()
     with load_model(gguf) as model:
         for kind in ("f16", "q8_0"):
-            settings = Settings(type_k=kind, type_v=kind, flash_attn="on", n_threads=1)
+            settings = BenchSettings(type_k=kind, type_v=kind, flash_attn="on", n_threads=1)
             test = Workload(96, 0)
             with _context(gguf, model, test, settings) as context:
                 _Runner(gguf, model, context, test, 2048, 1).warm_up()
@@ -218,9 +220,9 @@ def test_a_cache_of_another_type_takes_less(gguf):
 
 def test_threads_are_attached_as_llama_bench_attaches_them(gguf):
     from dus_edge.run.ggml import Ggml
-    from dus_edge.run.llama import library
+    from dus_edge.run.llama import llama_library
 
-    library()
+    llama_library()
     params = Ggml()._params(3)
     assert params is not None
     assert (params.n_threads, params.prio, params.poll) == (3, 0, 50)
@@ -228,9 +230,9 @@ def test_threads_are_attached_as_llama_bench_attaches_them(gguf):
 
 def test_what_cannot_be_measured_is_one_sentence(gguf, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"pp600 needs a context of 600 tokens.*ends at 512"):
-        bench_run([gguf], Settings(n_prompt=600, n_gen=1))
+        bench_run([gguf], BenchSettings(n_prompt=600, n_gen=1))
     with pytest.raises(UsageError, match=r"tg8 @ d510 needs"):
-        bench_run([gguf], Settings(n_prompt=0, n_gen=8, depths=(0, 510)))
+        bench_run([gguf], BenchSettings(n_prompt=0, n_gen=8, depths=(0, 510)))
     with pytest.raises(UsageError, match="does not exist"):
         bench_run([tmp_path / "none.gguf"])
     (tmp_path / "no.gguf").write_text("GGML")
@@ -244,13 +246,13 @@ def test_what_cannot_be_measured_is_one_sentence(gguf, tmp_path, monkeypatch):
         assert "\n" not in str(e.value)
     from dus_edge.run import llama as llama_library
 
-    llama_library.library.cache_clear()
+    llama_library.llama_library.cache_clear()
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     try:
         with pytest.raises(DependencyError, match=r"dus-edge\[llama\]"):
             bench_run([gguf], SHORT)
     finally:
-        llama_library.library.cache_clear()
+        llama_library.llama_library.cache_clear()
 
 
 # transformers
@@ -258,12 +260,12 @@ def test_what_cannot_be_measured_is_one_sentence(gguf, tmp_path, monkeypatch):
 
 def test_a_plain_folder_is_measured(make_checkpoint):
     folder = make_checkpoint()
-    settings = Settings(
+    settings = BenchSettings(
         n_prompt=24, n_gen=4, repetitions=2, n_threads=1, depths=(0, 32), device="cpu"
     )
     found = bench_run([folder], settings)
     assert [m.test.name for m in found] == ["pp24", "tg4", "pp24 @ d32", "tg4 @ d32"]
-    line = to_json(found[0])
+    line = measurement_json(found[0])
     assert line["model_type"] == "llama bfloat16"
     assert line["backends"] == "cpu"
     assert line["engine"].startswith("transformers ")
@@ -289,9 +291,9 @@ def test_the_cache_is_as_deep_before_each_repetition(make_checkpoint):
 def test_folders_that_lack_something_are_one_sentence(make_checkpoint):
     folder = make_checkpoint()
     with pytest.raises(UsageError, match="ends at 128"):
-        bench_run([folder], Settings(n_prompt=200, n_gen=1))
+        bench_run([folder], BenchSettings(n_prompt=200, n_gen=1))
     with pytest.raises(UsageError, match="--device nowhere"):
-        bench_run([folder], Settings(n_prompt=8, n_gen=1, device="nowhere"))
+        bench_run([folder], BenchSettings(n_prompt=8, n_gen=1, device="nowhere"))
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-64])
     with pytest.raises(DusEdgeError) as e:
@@ -309,17 +311,17 @@ def test_bitsandbytes_says_what_it_computes_in(make_checkpoint, tmp_path):
     transformers.AutoModelForCausalLM.from_pretrained(
         make_checkpoint(), quantization_config=details, dtype=torch.bfloat16
     ).save_pretrained(tmp_path / "nf4")
-    line = to_json(bench_run([tmp_path / "nf4"], SHORT)[-1])
+    line = measurement_json(bench_run([tmp_path / "nf4"], SHORT)[-1])
     assert line["model_type"] == "llama NF4 in bfloat16"
     assert line["avg_ts"] > 0
 
 
 def test_gptq_says_that_it_is_dequantized(tmp_path):
     gptq_folder(tmp_path / "gptq", tmp_path / "plain", 4, 32)
-    line = to_json(bench_run([tmp_path / "gptq"], SHORT)[0])
+    line = measurement_json(bench_run([tmp_path / "gptq"], SHORT)[0])
     assert line["model_type"] == "llama GPTQ int4 dequantized to float32"
     # Its files are smaller than what they become.
-    plain = to_json(bench_run([tmp_path / "plain"], SHORT)[0])
+    plain = measurement_json(bench_run([tmp_path / "plain"], SHORT)[0])
     assert line["model_size"] < plain["model_size"]
     assert line["model_n_params"] == plain["model_n_params"]
 
@@ -418,7 +420,7 @@ def test_gpu_memory_and_energy_are_of_the_board_that_is_used(monkeypatch, knows_
     nvml.mj = [9000, 7500]
     assert meter.joules(before, meter.counters()) == pytest.approx(2.5)
     source = "nvml" if knows_process else "nvml-device"
-    assert meter.memory() == MemoryUse(0, 5000, source)
+    assert meter.memory() == MeasuredMemory(0, 5000, source)
     assert meter.energy_source == "nvml"
 
 

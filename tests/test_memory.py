@@ -17,7 +17,7 @@ from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
 from dus_edge.predict.memory import llama as memory
 from dus_edge.predict.memory.graph import FreeSpace, graph_bytes, shape_only
 from dus_edge.predict.memory.llama import memory_use, model_of_config, read_gguf
-from dus_edge.predict.stored_model import MIB, Settings, kv_types
+from dus_edge.predict.stored_model import MIB, RunSettings, kv_types
 from dus_edge.quant.recipe import find_preset
 
 LIMIT = 0.03
@@ -49,8 +49,8 @@ def llama():
     from dus_edge.run import llama as llama_library
 
     # Another callback before ours is gone: llama.cpp keeps the pointer.
-    llama_library.library.cache_clear()
-    llama_library.library()
+    llama_library.llama_library.cache_clear()
+    llama_library.llama_library()
 
 
 def test_pico_takes_what_llama_cpp_says(pico_gguf, llama):
@@ -78,7 +78,9 @@ def test_pico_takes_what_llama_cpp_says(pico_gguf, llama):
                 lib.llama_free(lib.llama_init_from_model(loaded, c))
                 use = memory_use(
                     model,
-                    Settings(context=context, type_k=k, type_v=v, flash_attn=flash, backend="CPU"),
+                    RunSettings(
+                        context=context, type_k=k, type_v=v, flash_attn=flash, backend="CPU"
+                    ),
                 )
                 where = (context, k, v, flash)
                 assert use.kv_cache_bytes / MIB == pytest.approx(logged("KV buffer"), abs=6e-3)
@@ -127,7 +129,7 @@ def test_published_totals(row):
     )
     use = memory_use(
         model,
-        Settings(
+        RunSettings(
             context=row["n_ctx"],
             batch=row["n_batch"],
             ubatch=row["n_ubatch"],
@@ -170,7 +172,9 @@ def mistral(preset="q5_k_m", **fields):
 
 def test_a_part_of_the_layers():
     """Row 90: 5 of 33 layers, 755 + 10 + 173.04 MiB; the output matrix is copied over."""
-    use = memory_use(mistral(), Settings(context=512, flash_attn=False, n_gpu_layers=5, era="2024"))
+    use = memory_use(
+        mistral(), RunSettings(context=512, flash_attn=False, n_gpu_layers=5, era="2024")
+    )
     assert use.kv_cache_bytes == 10 * MIB
     assert use.weights_bytes / MIB == pytest.approx(755.0, abs=0.05)
     assert use.compute_buffer_bytes / MIB == pytest.approx(173.04, abs=0.05)
@@ -178,12 +182,12 @@ def test_a_part_of_the_layers():
 
 def test_which_layers_are_offloaded():
     model = mistral()
-    assert memory.offloaded(model, Settings(n_gpu_layers=5)) == (4, True)
-    assert memory.offloaded(model, Settings(n_gpu_layers=5, era="2024")) == (5, False)
-    assert memory.offloaded(model, Settings(n_gpu_layers=33, era="2024")) == (32, True)
-    assert memory.offloaded(model, Settings(n_gpu_layers=0)) == (0, False)
-    assert memory_use(model, Settings(n_gpu_layers=0)).total_bytes == 0
-    assert memory.offloaded(model, Settings(n_gpu_layers=0, backend="CPU")) == (32, True)
+    assert memory.offloaded(model, RunSettings(n_gpu_layers=5)) == (4, True)
+    assert memory.offloaded(model, RunSettings(n_gpu_layers=5, era="2024")) == (5, False)
+    assert memory.offloaded(model, RunSettings(n_gpu_layers=33, era="2024")) == (32, True)
+    assert memory.offloaded(model, RunSettings(n_gpu_layers=0)) == (0, False)
+    assert memory_use(model, RunSettings(n_gpu_layers=0)).total_bytes == 0
+    assert memory.offloaded(model, RunSettings(n_gpu_layers=0, backend="CPU")) == (32, True)
 
 
 @given(
@@ -198,7 +202,7 @@ def test_no_less_than_what_must_live_at_once(context, ubatch, flash, kind):
     model = mistral()
     k, v = kv_types(kind, flash)
     use = memory_use(
-        model, Settings(context=context, ubatch=ubatch, type_k=k, type_v=v, flash_attn=flash)
+        model, RunSettings(context=context, ubatch=ubatch, type_k=k, type_v=v, flash_attn=flash)
     )
     n, cells = min(context, ubatch), -(-context // 256) * 256
     assert use.compute_buffer_bytes >= n * 4 * (32000 + 4096)
@@ -229,7 +233,7 @@ def test_the_allocator_takes_the_best_hole_and_joins_neighbours():
 def test_layers_beyond_the_fourth_change_nothing():
     model = shape_only(mistral())
     for flash in (False, True):
-        s = Settings(flash_attn=flash)
+        s = RunSettings(flash_attn=flash)
         assert graph_bytes(model, 4, True, s) == graph_bytes(model, 32, True, s)
 
 
@@ -248,7 +252,7 @@ def test_layers_beyond_the_fourth_change_nothing():
 )
 def test_bad_settings(fields, said):
     with pytest.raises(UsageError, match=re.escape(said)):
-        Settings(**fields)
+        RunSettings(**fields)
 
 
 def test_contexts_beyond_the_model():
@@ -261,7 +265,7 @@ def test_contexts_beyond_the_model():
 def test_heads_that_no_block_divides():
     model = mistral(hidden_size=4096, head_dim=80)
     with pytest.raises(UsageError, match="head size 80"):
-        memory_use(model, Settings(type_k="q8_0"))
+        memory_use(model, RunSettings(type_k="q8_0"))
 
 
 def test_a_truncated_file(pico_gguf, tmp_path):

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from dus_edge.checkpoint.resolve import BUILTIN, resolve_base
+from dus_edge.checkpoint.builtin import BUILTIN
+from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint
 from dus_edge.quant import ggml, kernels, native
 from dus_edge.quant import types as t

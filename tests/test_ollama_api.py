@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dus_edge.errors import DusEdgeError, UsageError
-from dus_edge.measure.measure import Settings, json_lines, table, to_json
+from dus_edge.measure.measure import BenchSettings, json_lines, measurement_json, speed_table
 from dus_edge.measure.ollama import host_url, measure_ollama
 
 NAME = "solar-dus:latest"
@@ -129,16 +129,16 @@ def ollama() -> Iterator[Ollama]:
 
 
 def run(ollama: Ollama, name: str = NAME, **settings: Any) -> list[Any]:
-    return measure_ollama(name, Settings(**({"repetitions": 3} | settings)), url=ollama.url)
+    return measure_ollama(name, BenchSettings(**({"repetitions": 3} | settings)), url=ollama.url)
 
 
 def test_rates_are_ollamas_counts_over_its_durations(ollama):
     prompt, generation = run(ollama)
-    line = to_json(prompt)
+    line = measurement_json(prompt)
     assert line["avg_ts"] == pytest.approx(1e9 / PROMPT_NS)
     assert line["n_prompt"] == pytest.approx(512, abs=PER_WORD)
     assert line["samples_ns"] == [PROMPT_NS * line["n_prompt"]] * 3
-    line = to_json(generation)
+    line = measurement_json(generation)
     assert line["avg_ts"] == pytest.approx(1e9 / GEN_NS)
     assert (line["n_prompt"], line["n_gen"], line["n_depth"]) == (0, 128, 0)
     assert line["engine"] == "ollama 0.15.2"
@@ -146,7 +146,7 @@ def test_rates_are_ollamas_counts_over_its_durations(ollama):
     assert line["model_n_params"] == 10_731_524_096
     assert (line["peak_memory_bytes"], line["memory_source"]) == (VRAM, "ollama-vram")
     assert line["backends"] == "52% GPU"
-    assert all(len(row) <= 80 for row in table([prompt, generation]).splitlines())
+    assert all(len(row) <= 80 for row in speed_table([prompt, generation]).splitlines())
     assert len(json_lines([prompt, generation]).splitlines()) == 2
 
 
@@ -181,7 +181,7 @@ def test_an_answer_that_ends_early_counts_as_long_as_it_is(ollama):
     ollama.gives = 5
     (generation,) = run(ollama, n_prompt=0)
     assert generation.test.n_gen == 5
-    assert to_json(generation)["avg_ts"] == pytest.approx(1e9 / GEN_NS)
+    assert measurement_json(generation)["avg_ts"] == pytest.approx(1e9 / GEN_NS)
     ollama.gives = 0
     with pytest.raises(DusEdgeError, match="ended at once"):
         run(ollama, n_prompt=0)
@@ -189,7 +189,7 @@ def test_an_answer_that_ends_early_counts_as_long_as_it_is(ollama):
 
 def test_a_model_on_the_cpu(ollama):
     ollama.vram = 0
-    line = to_json(run(ollama, n_prompt=0)[0])
+    line = measurement_json(run(ollama, n_prompt=0)[0])
     assert (line["peak_memory_bytes"], line["memory_source"]) == (SIZE, "ollama")
     assert line["backends"] == "CPU"
 
@@ -203,7 +203,7 @@ def test_ollama_that_does_not_run_is_told_with_its_command():
         s.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{s.getsockname()[1]}"
         with pytest.raises(DusEdgeError, match="`ollama serve`") as e:
-            measure_ollama(NAME, Settings(), url=url)
+            measure_ollama(NAME, BenchSettings(), url=url)
     assert url in str(e.value)
 
 
@@ -246,7 +246,7 @@ def test_a_server_that_is_no_ollama_is_told():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         with pytest.raises(DusEdgeError, match="does not answer as Ollama does"):
-            measure_ollama(NAME, Settings(), url=f"http://127.0.0.1:{server.server_port}")
+            measure_ollama(NAME, BenchSettings(), url=f"http://127.0.0.1:{server.server_port}")
     finally:
         server.shutdown()
         server.server_close()

@@ -17,9 +17,16 @@ from typing import Any
 import pytest
 
 from dus_edge.predict.devices import find_device, load_devices
-from dus_edge.predict.prediction import Candidate, memory_settings, predict_on
+from dus_edge.predict.prediction import StorableModel, memory_settings, predict_on
 from dus_edge.predict.report import prediction_json
-from dus_edge.tables.page import CONTEXTS, FIRST, MODEL, PRESETS, render_page, solar_choices
+from dus_edge.tables.page import (
+    CONTEXTS,
+    FIRST,
+    PAGE_MODEL,
+    PAGE_PRESETS,
+    render_page,
+    solar_choices,
+)
 from dus_edge.words import format_bytes
 
 TRACKED = Path(__file__).parent.parent / "benchmarks" / "index.html"
@@ -64,7 +71,7 @@ def predicted() -> Callable[..., dict[str, Any]]:
         model = models[preset]
         settings = memory_settings(model, context=context)
         found = predict_on(
-            Candidate(model, {}), find_device(device), settings, depth=depth, memory_gb=gb
+            StorableModel(model, {}), find_device(device), settings, depth=depth, memory_gb=gb
         )
         return prediction_json(found)
 
@@ -87,7 +94,7 @@ def sampled_cells() -> list[tuple[int, int, int]]:
     n_rows = sum(len(d.memory_gb_options) for d in load_devices())
     draw = random.Random(7)
     return [
-        (draw.randrange(n_rows), draw.randrange(len(PRESETS)), draw.randrange(len(CONTEXTS)))
+        (draw.randrange(n_rows), draw.randrange(len(PAGE_PRESETS)), draw.randrange(len(CONTEXTS)))
         for _ in range(60)
     ]
 
@@ -122,15 +129,15 @@ def test_every_device_size_preset_and_context_is_there_once(grid):
     rows = [(d["id"], d["gb"]) for d in grid["devices"]]
     assert sorted(rows) == sorted((d.id, gb) for d in load_devices() for gb in d.memory_gb_options)
     assert len({d["label"] for d in grid["devices"]}) == len(rows)
-    assert {p["key"] for p in grid["presets"]} == set(PRESETS)
+    assert {p["key"] for p in grid["presets"]} == set(PAGE_PRESETS)
     assert grid["contexts"] == list(CONTEXTS)
-    assert len(grid["cells"]) == 3 * len(rows) * len(PRESETS) * len(CONTEXTS)
+    assert len(grid["cells"]) == 3 * len(rows) * len(PAGE_PRESETS) * len(CONTEXTS)
     assert len(grid["speeds"]) == 6 * (max(grid["cells"]) + 1)
 
 
 def test_the_command_gives_the_same_figures(grid, run, tmp_path):
     """Mistral 7B's published configuration, up-scaled as the page's command says."""
-    hub_id, *plan = MODEL.split()
+    hub_id, *plan = PAGE_MODEL.split()
     assert hub_id == "mistralai/Mistral-7B-v0.1"
     config = {
         "architectures": ["MistralForCausalLM"],
@@ -302,7 +309,7 @@ def test_pickers_work_by_keyboard(visit, predicted):
     assert page.is_visible("#context-note")
     assert "trained for 4,096 tokens" in page.inner_text("#context-note")
     assert page.inner_text("#command") == (
-        f"dus-edge bench predict {MODEL} --quant q4_0 --device rtx-3060-ti --ctx 16384"
+        f"dus-edge bench predict {PAGE_MODEL} --quant q4_0 --device rtx-3060-ti --ctx 16384"
     )
 
 

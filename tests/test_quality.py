@@ -31,11 +31,11 @@ from dus_edge.errors import (
     UsageError,
 )
 from dus_edge.jobs.gguf import export_gguf
-from dus_edge.quality.compare import Candidate, Results, measure, quality
+from dus_edge.quality.compare import ComparedModel, Results, compare_models, quality
 from dus_edge.quality.label_layout import place_labels
 from dus_edge.quality.names import labels
-from dus_edge.quality.plot import plot, render
-from dus_edge.quality.report import markdown, output_paths, to_json, write
+from dus_edge.quality.plot import plot, render_plot
+from dus_edge.quality.report import output_paths, quality_json, quality_report, write
 from dus_edge.quality.scores import (
     Estimate,
     PerToken,
@@ -226,7 +226,7 @@ def test_fewer_bits_diverge_more(found):
 
 def test_a_file_against_itself_is_exactly_the_same(ggufs):
     info = inspect_source(ggufs["q4_k_m"])
-    results = measure(info, [info], chunks_of(some_tokens()), n_threads=1)
+    results = compare_models(info, [info], chunks_of(some_tokens()), n_threads=1)
     total = results.candidates[0].total
     assert (total.kl.value, total.kl_p99, total.log_ratio.value) == (0, 0, 0)
     assert total.same_top.value == 1
@@ -277,7 +277,7 @@ def test_only_the_wanted_positions_are_computed(ggufs, pico):
 def test_all_positions_can_count(ggufs):
     info = inspect_source(ggufs["q8_0"])
     tokens = some_tokens(1)
-    results = measure(info, [info], chunks_of(tokens), all_positions=True, n_threads=1)
+    results = compare_models(info, [info], chunks_of(tokens), all_positions=True, n_threads=1)
     with open_source(info, n_threads=1) as source:
         log_probs = source.log_probs(tokens[0])
     nll = -log_probs[np.arange(47), tokens[0, 1:]].mean(dtype=np.float64)
@@ -337,9 +337,9 @@ def test_a_gptq_folder_is_the_model_that_its_codes_mean(bits, tmp_path):
     assert infos[1].kind == "gptq"
     assert infos[1].n_parameters == infos[0].n_parameters
     assert infos[1].n_bytes < infos[0].n_bytes
-    results = measure(infos[0], infos[1:], chunks_of(some_tokens()), n_threads=1)
+    results = compare_models(infos[0], infos[1:], chunks_of(some_tokens()), n_threads=1)
     assert results.candidates[0].total.kl.value < 1e-10
-    original = measure(
+    original = compare_models(
         inspect_source(model_dir()), infos[1:], chunks_of(some_tokens()), n_threads=1
     )
     assert original.candidates[0].total.kl.value > 1e-4
@@ -364,7 +364,7 @@ def test_a_bitsandbytes_folder_is_the_model_that_transformers_runs(tmp_path, pic
     assert info.kind == "bitsandbytes"
     assert info.n_bytes < inspect_source(pico).n_bytes
     tokens = some_tokens()
-    results = measure(inspect_source(pico), [info], chunks_of(tokens), n_threads=1)
+    results = compare_models(inspect_source(pico), [info], chunks_of(tokens), n_threads=1)
 
     # The oracle computes in float32 too, with bitsandbytes' own dequantized weights.
     import bitsandbytes
@@ -392,7 +392,7 @@ def test_int8_folders_run_without_a_word(tmp_path, pico, capfd, caplog):
     capfd.readouterr()
     caplog.clear()
     infos = [inspect_source(pico), inspect_source(tmp_path / "int8")]
-    results = measure(infos[0], infos[1:], chunks_of(some_tokens()), n_threads=1)
+    results = compare_models(infos[0], infos[1:], chunks_of(some_tokens()), n_threads=1)
     assert 1e-6 < results.candidates[0].total.kl.value < 0.01
     assert not caplog.messages
     assert all("tokens/s" in line for line in capfd.readouterr().err.splitlines())
@@ -507,7 +507,7 @@ def made_up(
     kinds = {"GPTQ-4bit-128g": "gptq", "nf4": "bitsandbytes"}
     reference = SourceInfo(Path("base"), "base", "hf", 32000, 20 * 2**30, 10**10, 4096)
     candidates = [
-        Candidate(
+        ComparedModel(
             dataclasses.replace(
                 reference,
                 name=name,
@@ -533,7 +533,7 @@ KL = [1e-3, 3e-3, 8e-3, 8.3e-3, 0.021, 0.024, 0.034, 0.026, 0.031, 0.07, 0.3, 0.
 )
 @pytest.mark.parametrize("names", [NAMES, LONG, [f"{n}-{'x' * 90}|{n}" for n in NAMES]])
 def test_pages_are_at_most_80_columns_wide(names, languages, error):
-    page = markdown(made_up(names, languages, KL, error))
+    page = quality_report(made_up(names, languages, KL, error))
     lines = page.splitlines()
     assert max(map(len, lines)) <= 80
     for block in page.split("\n\n"):
@@ -543,7 +543,7 @@ def test_pages_are_at_most_80_columns_wide(names, languages, error):
 
 
 def test_page_says_what_was_found(found):
-    page = markdown(found)
+    page = quality_report(found)
     total = found.candidates[2].total
     row = next(line for line in page.splitlines() if line.startswith("| Q4_K_M"))
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
@@ -561,7 +561,7 @@ def test_names_lose_what_they_share():
 
 
 def test_json_has_every_number(found):
-    parsed = json.loads(json.dumps(to_json(found), allow_nan=False))
+    parsed = json.loads(json.dumps(quality_json(found), allow_nan=False))
     assert parsed["reference"]["name"] == "pico"
     assert parsed["text"] == {
         "n_ctx": N_CTX,
@@ -580,16 +580,16 @@ def test_json_has_every_number(found):
 
 def test_what_json_cannot_hold_becomes_null():
     endless = made_up(["a"], ("en",), [math.inf])
-    text = json.dumps(to_json(endless), allow_nan=False)
+    text = json.dumps(quality_json(endless), allow_nan=False)
     assert json.loads(text)["candidates"][0]["total"]["kl_nats"] is None
-    assert "inf" in markdown(endless)
+    assert "inf" in quality_report(endless)
 
 
 def test_files_are_written_whole_and_the_same_again(found, tmp_path):
     paths = write(found, tmp_path, plots=True)
     assert paths == output_paths(tmp_path, plots=True)
-    assert paths[0].read_text() == markdown(found)
-    assert json.loads(paths[1].read_text()) == to_json(found)
+    assert paths[0].read_text() == quality_report(found)
+    assert json.loads(paths[1].read_text()) == quality_json(found)
     png = paths[2].read_bytes()
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = struct.unpack(">II", png[16:24])
@@ -614,13 +614,13 @@ def test_plots_without_matplotlib_name_the_extra(found, tmp_path, monkeypatch):
 
 
 def test_a_crowded_plot():
-    svg = render(made_up(LONG, ("en", "ko"), KL), "svg")
+    svg = render_plot(made_up(LONG, ("en", "ko"), KL), "svg")
     assert b"<path" in svg and 10_000 < len(svg) < 1_000_000
 
 
 @pytest.mark.parametrize("kl", [[0.0, 0.0], [1e-12, 0.0], [5.0, 5.0]])
 def test_plots_of_few_or_equal_points(kl):
-    assert render(made_up(["a", "b"], ("en",), kl, None), "png").startswith(b"\x89PNG")
+    assert render_plot(made_up(["a", "b"], ("en",), kl, None), "png").startswith(b"\x89PNG")
 
 
 def overlaps(a: tuple[float, ...], b: tuple[float, ...]) -> bool:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dus_edge.errors import UsageError
 from dus_edge.jobs.gguf import export_gguf
 from dus_edge.measure import record
-from dus_edge.measure.measure import About, Measurement, Workload, to_json
+from dus_edge.measure.measure import About, Measurement, Workload, measurement_json
 from dus_edge.quant.recipe import PRESETS
 from dus_edge.upscale.model import plan_chooser
 
@@ -37,7 +37,7 @@ MEASURED = [
     Measurement(ABOUT, Workload(512, 0), (10**9, 2 * 10**9), (512, 512), "2026-01-01T10:00:00Z"),
     Measurement(ABOUT, Workload(0, 128), (10**9,), (128,), "2026-01-01T10:01:00Z"),
 ]
-GOOD = to_json(MEASURED[0]) | record.machine()
+GOOD = measurement_json(MEASURED[0]) | record.machine()
 
 
 def git(folder: Path, *args: str) -> str:
@@ -200,7 +200,6 @@ QUALITY = json.loads((RESULTS / "quality.json").read_text())
 @given(st.sampled_from(places(QUALITY)), st.sampled_from(["gone", 3, -1, "x", None, [], {}, True]))
 def test_quality_of_another_shape_is_an_error_or_can_be_shown(place, junk):
     from dus_edge.tables.measured import quality_markdown
-
     from dus_edge.tables.predicted import as_csv, as_json
 
     damaged = copy.deepcopy(QUALITY)
@@ -223,7 +222,6 @@ def test_quality_of_another_shape_is_an_error_or_can_be_shown(place, junk):
 @given(st.sampled_from(sorted(GOOD)), st.sampled_from(["gone", 3, -1, "x", None, [], {}, True]))
 def test_measured_lines_of_another_shape_are_an_error_or_can_be_shown(key, junk):
     from dus_edge.tables.measured import measured_markdown
-
     from dus_edge.tables.predicted import as_csv, as_json
 
     damaged = {k: v for k, v in GOOD.items() if k != key}

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from dus_edge.checkpoint import builtin
 from dus_edge.checkpoint import hub as hub_files
 from dus_edge.checkpoint.hub import indexed_shards, is_small_file
 from dus_edge.checkpoint.resolve import parse_hub_id, resolve_base
@@ -544,7 +543,7 @@ def test_cache_snapshot_given_as_a_folder(tmp_path: Path) -> None:
 def test_builtin_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     folder = make_folder(tmp_path / "model")
-    monkeypatch.setattr(builtin, "model_dir", lambda: folder)
+    monkeypatch.setattr("dus_edge.checkpoint.resolve.model_dir", lambda: folder)
     (tmp_path / "work" / "pico").mkdir(parents=True)  # a folder without a checkpoint is no rival
     monkeypatch.chdir(tmp_path / "work")
     seen: list[Path] = []
@@ -553,7 +552,7 @@ def test_builtin_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert source.licence == "apache-2.0" and seen == [folder]
     (tmp_path / "work" / "pico" / "config.json").write_text("{}")
     assert resolve_base("pico").folder == Path("pico")
-    monkeypatch.setattr(builtin, "model_dir", lambda: tmp_path / "gone")
+    monkeypatch.setattr("dus_edge.checkpoint.resolve.model_dir", lambda: tmp_path / "gone")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="reinstall"):
         resolve_base("pico")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from dus_edge.predict.devices import load_devices
-from dus_edge.tables.predicted import PRESETS, anchor
+from dus_edge.tables.predicted import PRESET_COLUMNS, anchor
 
 TRACKED = Path(__file__).parent.parent / "benchmarks"
-PRESET_KEYS = [c.key for c in PRESETS]
+PRESET_KEYS = [c.key for c in PRESET_COLUMNS]
 PAGE = (TRACKED / "TABLES.md").read_text()
 
 

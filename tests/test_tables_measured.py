@@ -8,19 +8,19 @@ import random
 from pathlib import Path
 from typing import Any
 
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dus_edge.measure.record import read_lines, read_quality
 from dus_edge.tables.measured import (
     machine_names,
+    markdown_table,
     measured_markdown,
     measured_rows,
     newest,
     quality_markdown,
     quality_rows,
-    table,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
-from dus_edge.measure.record import read_lines, read_quality
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 LINE: dict[str, Any] = {
@@ -182,7 +182,7 @@ def test_nothing_measured_says_how():
 
 
 def test_bars_in_names_do_not_break_a_table():
-    assert tables(table(["a", "b"], [["x|y", "1"]])) == [[{"a": "x/y", "b": "1"}]]
+    assert tables(markdown_table(["a", "b"], [["x|y", "1"]])) == [[{"a": "x/y", "b": "1"}]]
 
 
 # Quality

@@ -21,7 +21,7 @@ import torch
 
 from dus_edge.calibrate.layer import (
     SITES,
-    Layer,
+    DecoderLayer,
     as_tensor,
     positions,
     read_layer,
@@ -67,7 +67,7 @@ class Visitor(Protocol):
 
 
 @dataclass(frozen=True)
-class Settings:
+class ComputeSettings:
     """How the engine computes.
 
     Attributes:
@@ -81,7 +81,7 @@ class Settings:
     batch_tokens: int
 
 
-def choose_settings(device: str = "auto", dtype: str | None = None) -> Settings:
+def choose_settings(device: str = "auto", dtype: str | None = None) -> ComputeSettings:
     """Settings for this machine: the fastest device, float32 on a CPU and bfloat16 elsewhere.
 
     Raises:
@@ -100,19 +100,19 @@ def choose_settings(device: str = "auto", dtype: str | None = None) -> Settings:
     if not there[kind]:
         raise UsageError(f"no {kind} device is usable here; use --device cpu.")
     chosen = dtype or ("float32" if kind == "cpu" else "bfloat16")
-    return Settings(device, chosen, _BATCH_TOKENS[kind])
+    return ComputeSettings(device, chosen, _BATCH_TOKENS[kind])
 
 
-def total_work(checkpoint: Checkpoint, tokens: np.ndarray) -> int:
-    """Tokens times layers: what `run` tells of as it goes."""
+def total_token_layers(checkpoint: Checkpoint, tokens: np.ndarray) -> int:
+    """Tokens times layers: what `run_layers` tells of as it goes."""
     return tokens.size * checkpoint.config.n_layers
 
 
-def run(
+def run_layers(
     checkpoint: Checkpoint,
     tokens: np.ndarray,
     visitor: Visitor,
-    settings: Settings,
+    settings: ComputeSettings,
     *,
     state: State | None = None,
     advance: Callable[[int], None] = lambda n: None,
@@ -125,7 +125,7 @@ def run(
         visitor: see `Visitor`.
         settings: device and precision.
         state: where finished layers are kept; a run that was interrupted goes on from there.
-        advance: told of work done, out of `total_work`.
+        advance: told of work done, out of `total_token_layers`.
 
     Returns:
         hidden states behind the last layer ``(n_chunks, n_ctx, hidden)``, on the CPU.
@@ -151,7 +151,7 @@ def run(
             if index + 1 < config.n_layers:
                 ahead = reader.submit(read_layer, checkpoint, index + 1)
             weights = {name: t.to(settings.device, dtype) for name, t in stored.items()}
-            layer = Layer(config, weights, where)
+            layer = DecoderLayer(config, weights, where)
             pass_ = _Pass(index, layer, stored, visitor, h, batches, settings, advance)
             pass_.by_sites() if visitor.replaces else pass_.at_once()
             _check_finite(h, index)
@@ -166,12 +166,12 @@ class _Pass:
     def __init__(
         self,
         index: int,
-        layer: Layer,
+        layer: DecoderLayer,
         stored: Mapping[str, torch.Tensor],
         visitor: Visitor,
         h: torch.Tensor,
         batches: list[slice],
-        settings: Settings,
+        settings: ComputeSettings,
         advance: Callable[[int], None],
     ) -> None:
         self.index, self.layer, self.stored, self.visitor = index, layer, stored, visitor

@@ -44,7 +44,7 @@ class Positions:
     mask: torch.Tensor | None
 
 
-class Layer:
+class DecoderLayer:
     """The weights of one layer on a device, and its computation site by site."""
 
     def __init__(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-NAME = "pico"
+BUILTIN = "pico"
 """The name by which the command line knows the built-in base checkpoint."""
 
 

@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-MAGIC = b"GGUF"
+GGUF_MAGIC = b"GGUF"
 #: `struct`'s codes of the numbered types of values; 8 is a string and 9 an array.
 _CODES = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -61,7 +61,7 @@ class _Header:
         self._at = 0
 
     def read(self) -> tuple[dict[str, Any], list[GGUFTensor]]:
-        if self._view[:4] != MAGIC:
+        if self._view[:4] != GGUF_MAGIC:
             raise ValueError("it does not start with GGUF")
         self._at = 4
         (version,) = self._take("I")

@@ -1,6 +1,7 @@
 """Names of the files that make a checkpoint folder, as transformers writes them."""
 
 CONFIG = "config.json"
+QUANTIZE_CONFIG = "quantize_config.json"
 GENERATION_CONFIG = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

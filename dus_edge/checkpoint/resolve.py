@@ -12,13 +12,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from dus_edge.checkpoint.builtin import BUILTIN, model_dir
 from dus_edge.checkpoint.card import read_licence
 from dus_edge.checkpoint.hub import from_hub
 from dus_edge.checkpoint.names import CONFIG
 from dus_edge.checkpoint.spec import Source
 from dus_edge.errors import CheckpointError, UsageError
 
-BUILTIN = "pico"
 """The built-in base's name on the command line."""
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(\w[\w./-]*))?")
@@ -115,9 +115,7 @@ def _exists(path: Path, test: Callable[[Path], bool] = Path.exists) -> bool:
 
 
 def _builtin() -> Source:
-    from dus_edge.checkpoint import builtin
-
-    folder = builtin.model_dir()
+    folder = model_dir()
     if not (folder / CONFIG).is_file():
         raise CheckpointError(
             f"The built-in base is not in this installation ({folder}); reinstall dus-edge."

@@ -105,7 +105,7 @@ def bench_run_command(
         raise UsageError(f"--depth {depths}: give numbers of tokens, such as 0,4096.") from None
     if not models and not ollama:
         raise UsageError("Give a GGUF file or folder to measure, or --ollama NAME.")
-    settings = measure.Settings(depths=at, **options)
+    settings = measure.BenchSettings(depths=at, **options)
     if out is not None:
         record.check_record(out, ollama=bool(ollama))
     found = measure.bench_run([Path(m) for m in models], settings) if models else []
@@ -115,7 +115,7 @@ def bench_run_command(
         found += measure_ollama(name, settings)
     if out is not None:
         record.append_record(out, found)
-    click.echo(measure.json_lines(found) if as_json else measure.table(found), nl=not as_json)
+    click.echo(measure.json_lines(found) if as_json else measure.speed_table(found), nl=not as_json)
 
 
 @bench_command.command("tables")
@@ -159,7 +159,7 @@ def bench_tables(
 
     n_rows = sum(len(d.memory_gb_options) for d in load_devices())
     with progress("Predicting", 2 * n_rows, unit="devices") as advance:
-        also = {page.FILE: functools.partial(page.render_page, advance=advance)}
+        also = {page.PAGE_FILE: functools.partial(page.render_page, advance=advance)}
         written = write_tables(
             out,
             overwrite=overwrite,

@@ -244,9 +244,9 @@ def gptq_command(
     memory; a run that is cut short goes on where it was.
     """
     from dus_edge.jobs.gptq import export_gptq
-    from dus_edge.quant.gptq_format import Settings
+    from dus_edge.quant.gptq_format import GPTQSettings
 
-    settings = Settings(
+    settings = GPTQSettings(
         bits=int(bits), group_size=group_size, sym=sym, desc_act=desc_act, damp=damp
     )
     result = export_gptq(

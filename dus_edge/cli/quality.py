@@ -69,15 +69,15 @@ def quality_command(
     from dus_edge.text.chunks import DEFAULT_N_CTX
 
     if out is not None:
-        quality_report.check_outputs(out, plots=plots, overwrite=overwrite)
+        quality_report.check_report_outputs(out, plots=plots, overwrite=overwrite)
     measure["n_ctx"] = measure["n_ctx"] or DEFAULT_N_CTX
     results = run(reference, candidates, texts=paths, device=device, work=out, **measure)
     written = []
     if out is not None:
         written = quality_report.write(results, out, plots=plots, overwrite=overwrite)
     if as_json:
-        click.echo(json.dumps(quality_report.to_json(results)))
+        click.echo(json.dumps(quality_report.quality_json(results)))
         return
-    click.echo(quality_report.markdown(results))
+    click.echo(quality_report.quality_report(results))
     for path in written:
         click.echo(path)

@@ -29,7 +29,7 @@ from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
 from dus_edge.errors import CheckpointError, DependencyError
 from dus_edge.export import finite, hf
 from dus_edge.export.chunks import chunks
-from dus_edge.stream import run
+from dus_edge.stream import run_tasks
 
 if TYPE_CHECKING:
     import torch
@@ -175,7 +175,7 @@ def write_checkpoint(
             hf.copy_tasks(checkpoint, copied, writer, allow_nonfinite),
             _tasks(checkpoint, groups, scheme, writer, allow_nonfinite),
         )
-        run(tasks, n_threads=n_threads, advance=advance)
+        run_tasks(tasks, n_threads=n_threads, advance=advance)
 
 
 def _nf4_parts(spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from dus_edge.checkpoint.names import QUANTIZE_CONFIG
 from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
 from dus_edge.export import hf
 from dus_edge.export.chunks import chunks
 from dus_edge.quant import gptq_format
-from dus_edge.quant.gptq_format import Settings
-from dus_edge.stream import run
+from dus_edge.quant.gptq_format import GPTQSettings
+from dus_edge.stream import run_tasks
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 #: The matrices of a layer; embeddings, head and norms stay as they are.
@@ -28,14 +29,14 @@ def is_quantized(name: str) -> bool:
     return name.endswith("_proj.weight") and any(part in name for part in _QUANTIZED)
 
 
-def check_settings(checkpoint: Checkpoint, settings: Settings) -> None:
-    """Refuse settings that a tensor's shape does not allow; see `Settings.check`."""
+def check_settings(checkpoint: Checkpoint, settings: GPTQSettings) -> None:
+    """Refuse settings that a tensor's shape does not allow; see `GPTQSettings.check`."""
     for spec in checkpoint.specs().values():
         if is_quantized(spec.name):
             settings.check(spec.name, spec.shape)
 
 
-def code_specs(spec: TensorSpec, settings: Settings) -> Iterator[TensorSpec]:
+def code_specs(spec: TensorSpec, settings: GPTQSettings) -> Iterator[TensorSpec]:
     """What stands in the folder for a matrix that becomes codes."""
     stem = spec.name.removesuffix(".weight")
     for part, (dtype, shape) in gptq_format.tensor_specs(spec.shape, settings).items():
@@ -43,7 +44,7 @@ def code_specs(spec: TensorSpec, settings: Settings) -> Iterator[TensorSpec]:
         yield TensorSpec(name, _DTYPES[dtype], shape, name)
 
 
-def plan_tensors(checkpoint: Checkpoint, settings: Settings) -> list[TensorSpec]:
+def plan_tensors(checkpoint: Checkpoint, settings: GPTQSettings) -> list[TensorSpec]:
     """Every tensor of the folder; no weight is read.
 
     A tied head is written too: auto-gptq leaves head and embedding uninitialized without it, and
@@ -61,7 +62,7 @@ def write_checkpoint(
     checkpoint: Checkpoint,
     folder: Path,
     card: str,
-    settings: Settings,
+    settings: GPTQSettings,
     layer_files: list[Path],
     *,
     n_threads: int,
@@ -89,14 +90,14 @@ def write_checkpoint(
         plan_tensors(checkpoint, settings),
         overwrite=overwrite,
         config_extra={"quantization_config": config},
-        extra_files={hf.QUANTIZE_CONFIG: json.dumps(config, indent=2) + "\n"},
+        extra_files={QUANTIZE_CONFIG: json.dumps(config, indent=2) + "\n"},
     ) as writer:
         tasks = (
             *hf.copy_tasks(checkpoint, plain, writer, allow_nonfinite=False),
             *_head_tasks(checkpoint, writer),
             *_code_tasks(layer_files, writer),
         )
-        run(iter(tasks), n_threads=n_threads, advance=advance)
+        run_tasks(iter(tasks), n_threads=n_threads, advance=advance)
 
 
 def _head_tasks(checkpoint: Checkpoint, writer: hf.TensorWriter) -> Iterator[Callable[[], int]]:

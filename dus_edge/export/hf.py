@@ -19,7 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from dus_edge.checkpoint.names import CONFIG, GENERATION_CONFIG, INDEX, SINGLE, TOKENIZER_FILES
+from dus_edge.checkpoint.names import (
+    CONFIG,
+    GENERATION_CONFIG,
+    INDEX,
+    QUANTIZE_CONFIG,
+    SINGLE,
+    TOKENIZER_FILES,
+)
 from dus_edge.checkpoint.spec import DTYPE_BYTES, Checkpoint, TensorSpec
 from dus_edge.errors import OutputError
 from dus_edge.export import finite
@@ -32,13 +39,12 @@ from dus_edge.files import (
     output_folder,
     pwrite_all,
 )
-from dus_edge.stream import run
+from dus_edge.stream import run_tasks
 
 #: transformers' own default for `save_pretrained`.
 SHARD_BYTES = 5_000_000_000
 
 #: Where GPTQ loaders look for what config.json also says.
-QUANTIZE_CONFIG = "quantize_config.json"
 
 #: What a folder may hold for `--overwrite` to replace it.
 REPLACEABLE = (
@@ -175,7 +181,7 @@ def write_checkpoint(
         extra_files=extra_files,
     ) as writer:
         tasks = copy_tasks(checkpoint, specs, writer, allow_nonfinite)
-        run(tasks, n_threads=n_threads, advance=advance)
+        run_tasks(tasks, n_threads=n_threads, advance=advance)
 
 
 class TensorWriter:

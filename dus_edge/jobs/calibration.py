@@ -19,7 +19,7 @@ from dus_edge.text.documents import builtin_documents, read_documents
 from dus_edge.upscale.model import Model, Say
 
 if TYPE_CHECKING:  # these import torch
-    from dus_edge.calibrate.engine import Settings as Compute
+    from dus_edge.calibrate.engine import ComputeSettings as Compute
     from dus_edge.calibrate.engine import State
 
 
@@ -86,9 +86,9 @@ def run_collector(
     n_chunks, n_ctx = chunks.tokens.shape
     languages = ", ".join(f"{n} {lang}" for lang, n in Counter(chunks.languages).items())
     say(f"Calibrating on {n_chunks} chunks of {n_ctx} tokens ({languages}), {compute.device}")
-    total = engine.total_work(checkpoint, chunks.tokens)
+    total = engine.total_token_layers(checkpoint, chunks.tokens)
     with progress("Calibrating", total, unit="token-layers") as tick:
-        engine.run(checkpoint, chunks.tokens, collector, compute, state=state, advance=tick)
+        engine.run_layers(checkpoint, chunks.tokens, collector, compute, state=state, advance=tick)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from dus_edge.jobs.calibration import (
 )
 from dus_edge.jobs.job import Job, Result, Writing, Written, quiet, run_job
 from dus_edge.packages import require_packages
-from dus_edge.quant.gptq_format import Settings
+from dus_edge.quant.gptq_format import GPTQSettings
 from dus_edge.text.chunks import Chunks
 from dus_edge.upscale.model import ChoosePlan, Model, Say
 
@@ -29,7 +29,7 @@ def export_gptq(
     base: str,
     choose: ChoosePlan,
     folder: Path,
-    settings: Settings,
+    settings: GPTQSettings,
     text: TextChoice,
     machine: Machine,
     *,
@@ -55,7 +55,7 @@ class GPTQJob(Job[GPTQPlan]):
     """See `export_gptq`."""
 
     folder: Path
-    settings: Settings
+    settings: GPTQSettings
     text: TextChoice
     machine: Machine
     writing: Writing

@@ -19,7 +19,7 @@ from dus_edge.predict.memory.folder import (
     read_folder,
 )
 from dus_edge.predict.memory.llama import model_of_config, read_gguf
-from dus_edge.predict.prediction import Candidate
+from dus_edge.predict.prediction import StorableModel
 from dus_edge.quant.recipe import Preset, find_preset
 from dus_edge.upscale.model import ChoosePlan, Model, Say
 
@@ -35,7 +35,7 @@ def choose_preset(name: str) -> Preset | TorchPreset:
 
 def find_candidate(
     model: str, choose: ChoosePlan, preset: Preset | TorchPreset | None, say: Say
-) -> Candidate:
+) -> StorableModel:
     """A GGUF file or quantized folder by its headers, or a checkpoint by config and preset.
 
     Args:
@@ -49,7 +49,7 @@ def find_candidate(
     """
     if model.endswith(".gguf"):
         _refuse_preset(model, preset)
-        return Candidate(read_gguf(Path(model)), {})
+        return StorableModel(read_gguf(Path(model)), {})
 
     def check(folder: Path) -> None:
         if not is_quantized_folder(folder):
@@ -63,17 +63,17 @@ def find_candidate(
             raise UsageError(
                 f"{model} is quantized already; layers are dropped and repeated before that."
             )
-        return Candidate(stored, {})
+        return StorableModel(stored, {})
     config = load_config(source.folder / CONFIG)
     found = Model(source, config, choose(config.n_layers))
     chosen = preset or find_preset("q4_k_m")
     name = f"{found.name.stem}-{chosen.label}"
     if isinstance(chosen, TorchPreset):
-        return Candidate(
+        return StorableModel(
             model_of_preset(found.config, chosen, name),
             models_of_torch_presets(found.config, found.name.stem),
         )
-    return Candidate(
+    return StorableModel(
         model_of_config(found.config, chosen, name),
         models_of_presets(found.config, found.name.stem),
     )

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from dus_edge.errors import DusEdgeError
 from dus_edge.measure.measure import (
     About,
+    BenchSettings,
     Measurement,
-    Settings,
     Workload,
     measurement,
     physical_cores,
@@ -31,9 +31,9 @@ from dus_edge.run.folders import (
     check_packages,
     check_whole,
     explained,
-    find_device,
+    hushed,
     load_gptq,
-    quiet,
+    torch_device,
     without_packed_4bit,
 )
 from dus_edge.run.source import SourceInfo, read_config
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 def measure_folder(
-    info: SourceInfo, settings: Settings, advance: Advance = lambda n: None
+    info: SourceInfo, settings: BenchSettings, advance: Advance = lambda n: None
 ) -> list[Measurement]:
     """All tests of a folder; see `measure.measure`.
 
@@ -60,7 +60,7 @@ def measure_folder(
     import torch
 
     _import_model(info)
-    device = find_device(settings.device or best_device())
+    device = torch_device(settings.device or best_device())
     n_threads = settings.n_threads or physical_cores()
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
@@ -71,7 +71,7 @@ def measure_folder(
             _synchronize(device)
             load_s = time.perf_counter() - start
             about = _about(info, settings, model, device, n_threads)
-            with torch.inference_mode(), quiet(), _enough_memory(info, device):
+            with torch.inference_mode(), hushed(), _enough_memory(info, device):
                 return [
                     _measure(about, test, model, device, settings, load_s, meter, advance)
                     for test in settings.tests()
@@ -105,7 +105,7 @@ def _measure(
     test: Workload,
     model: Any,
     device: torch.device,
-    settings: Settings,
+    settings: BenchSettings,
     load_s: float,
     meter: Meter,
     advance: Advance,
@@ -185,7 +185,7 @@ class _Runner:
 @contextmanager
 def _loaded(info: SourceInfo, device: torch.device) -> Iterator[Any]:
     load = load_gptq if info.kind == "gptq" else _load
-    with quiet(), explained(info):
+    with hushed(), explained(info):
         model, found = load(info, device)
     check_whole(info, found)
     if info.kind == "gptq" and device.type != "cpu":
@@ -210,7 +210,7 @@ def _load(info: SourceInfo, device: torch.device) -> tuple[Any, dict[str, Any]]:
 
 
 def _about(
-    info: SourceInfo, settings: Settings, model: Any, device: torch.device, n_threads: int
+    info: SourceInfo, settings: BenchSettings, model: Any, device: torch.device, n_threads: int
 ) -> About:
     import torch
 

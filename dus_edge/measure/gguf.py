@@ -20,8 +20,8 @@ from dus_edge.errors import DusEdgeError
 from dus_edge.measure.measure import (
     FLASH_ATTN,
     About,
+    BenchSettings,
     Measurement,
-    Settings,
     Workload,
     measurement,
     physical_cores,
@@ -30,15 +30,15 @@ from dus_edge.measure.measure import (
 from dus_edge.measure.resources import Meter
 from dus_edge.progress import Advance
 from dus_edge.run.ggml import Ggml
-from dus_edge.run.llama import errors, library, load_model, why
+from dus_edge.run.llama import errors, llama_library, load_model, why
 from dus_edge.run.source import SourceInfo
 
 
 def measure_gguf(
-    info: SourceInfo, settings: Settings, advance: Advance = lambda n: None
+    info: SourceInfo, settings: BenchSettings, advance: Advance = lambda n: None
 ) -> list[Measurement]:
     """All tests of a GGUF file; see `measure`."""
-    lib, ggml = library(), Ggml()
+    lib, ggml = llama_library(), Ggml()
     meter = Meter(on_gpu=settings.n_gpu_layers != 0 and "CUDA" in ggml.backends())
     n_threads = settings.n_threads or physical_cores()
     found = []
@@ -84,11 +84,11 @@ def measure_gguf(
 
 
 @contextlib.contextmanager
-def _context(path: Path, model: Any, test: Workload, settings: Settings) -> Iterator[Any]:
+def _context(path: Path, model: Any, test: Workload, settings: BenchSettings) -> Iterator[Any]:
     """A `llama_context *` as large as the test, freed at the end."""
     from gguf import GGMLQuantizationType
 
-    lib = library()
+    lib = llama_library()
     params = lib.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = test.n_ctx, settings.n_batch, settings.n_ubatch
     params.type_k = GGMLQuantizationType[settings.type_k.upper()].value
@@ -115,7 +115,7 @@ class _Runner:
     def __init__(
         self, path: Path, model: Any, context: Any, test: Workload, n_batch: int, n_threads: int
     ) -> None:
-        self._lib = lib = library()
+        self._lib = lib = llama_library()
         self._path, self._context, self._test = path, context, test
         self._n_batch, self._n_threads = n_batch, n_threads
         vocab = lib.llama_model_get_vocab(model)

@@ -27,24 +27,23 @@ from pathlib import Path
 from typing import Any
 
 from dus_edge.errors import UsageError
-from dus_edge.measure.resources import MemoryUse, Meter, joules_per_token
+from dus_edge.measure.resources import MeasuredMemory, Meter, joules_per_token
 from dus_edge.progress import Advance, progress
 from dus_edge.run.source import SourceInfo, inspect_source
 from dus_edge.stream import default_threads
-from dus_edge.words import format_bytes
+from dus_edge.words import WIDTH, format_bytes
 
-WIDTH = 80
 ALL_LAYERS = -1
 FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}
 #: Formats that llama.cpp keeps keys and values in.
-KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
+LLAMA_KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
 
 # What to measure
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """How to measure; names and defaults are llama-bench's.
 
     Attributes:
@@ -56,7 +55,7 @@ class Settings:
         n_ubatch: tokens that are computed at once.
         n_threads: of the CPU; None for its physical cores.
         n_gpu_layers: layers on the GPU; -1 for all.
-        type_k: what keys are kept in, one of `KV_TYPES`.
+        type_k: what keys are kept in, one of `LLAMA_KV_TYPES`.
         type_v: the same of values.
         flash_attn: ``auto``, ``on`` or ``off``.
         device: torch's device for folders; None for a GPU where there is one.
@@ -91,8 +90,8 @@ class Settings:
         if not self.depths or not self.n_prompt + self.n_gen:
             raise UsageError("there is nothing to measure; give -p, -n or both above 0.")
         for name, value in (("type_k", self.type_k), ("type_v", self.type_v)):
-            if value not in KV_TYPES:
-                raise UsageError(f"{name} is {value!r}; take one of {', '.join(KV_TYPES)}.")
+            if value not in LLAMA_KV_TYPES:
+                raise UsageError(f"{name} is {value!r}; take one of {', '.join(LLAMA_KV_TYPES)}.")
         if self.flash_attn not in FLASH_ATTN:
             raise UsageError(f"flash_attn is {self.flash_attn!r}; take auto, on or off.")
 
@@ -168,7 +167,7 @@ class About:
 
 
 @dataclass(frozen=True)
-class Speed:
+class MeasuredSpeed:
     """Statistics of repetitions.
 
     Attributes:
@@ -209,19 +208,19 @@ class Measurement:
     time: str
     load_s: float | None = None
     time_to_first_token_s: float | None = None
-    memory: MemoryUse | None = None
+    memory: MeasuredMemory | None = None
     joules_per_token: float | None = None
     energy_source: str | None = None
 
 
-def speed(samples_ns: Sequence[int], samples_tokens: Sequence[int]) -> Speed:
+def speed(samples_ns: Sequence[int], samples_tokens: Sequence[int]) -> MeasuredSpeed:
     """Means and sample standard deviations; a single repetition deviates by 0.
 
     llama-bench rounds inside its sums for ``stddev_ns``, so its last digits differ.
     """
     rates = [1e9 * n / ns for n, ns in zip(samples_tokens, samples_ns, strict=True)]
     several = len(rates) > 1
-    return Speed(
+    return MeasuredSpeed(
         avg_ns=sum(samples_ns) // len(samples_ns),
         stddev_ns=round(statistics.stdev(samples_ns)) if several else 0,
         avg_ts=math.fsum(rates) / len(rates),
@@ -230,7 +229,7 @@ def speed(samples_ns: Sequence[int], samples_tokens: Sequence[int]) -> Speed:
     )
 
 
-def to_json(m: Measurement) -> dict[str, Any]:
+def measurement_json(m: Measurement) -> dict[str, Any]:
     """One line: llama-bench's keys, then ours, which have their units in their names."""
     s = speed(m.samples_ns, m.samples_tokens)
     return dataclasses.asdict(m.about) | {
@@ -257,10 +256,10 @@ def to_json(m: Measurement) -> dict[str, Any]:
 
 def json_lines(measurements: Sequence[Measurement]) -> str:
     """One JSON object a line."""
-    return "".join(json.dumps(to_json(m), allow_nan=False) + "\n" for m in measurements)
+    return "".join(json.dumps(measurement_json(m), allow_nan=False) + "\n" for m in measurements)
 
 
-def table(measurements: Sequence[Measurement]) -> str:
+def speed_table(measurements: Sequence[Measurement]) -> str:
     """For people: a Markdown table, no line over 80 columns; memory includes the process's own."""
     head = ["model", "test", "tokens/s", "memory", "load s", "J/token"]
     rows = []
@@ -302,7 +301,7 @@ def _shortened(text: str, width: int) -> str:
 # Measuring
 
 
-def bench_run(models: Sequence[Path], settings: Settings | None = None) -> list[Measurement]:
+def bench_run(models: Sequence[Path], settings: BenchSettings | None = None) -> list[Measurement]:
     """Measure models one after the other, with progress on stderr.
 
     Everything that can be refused is refused before the first model runs.
@@ -316,25 +315,25 @@ def bench_run(models: Sequence[Path], settings: Settings | None = None) -> list[
         CheckpointError: a damaged model.
         DependencyError: a package that runs one of the formats is not installed.
     """
-    settings = settings or Settings()
+    settings = settings or BenchSettings()
     infos = [inspect_source(model) for model in models]
     for info in infos:
-        check_context(str(info.path), info.context_length, settings)
+        check_test_context(str(info.path), info.context_length, settings)
         if info.kind != "gguf":
-            from dus_edge.run.folders import check_packages, find_device
+            from dus_edge.run.folders import check_packages, torch_device
 
             check_packages(info)
-            find_device(settings.device or "cpu")
+            torch_device(settings.device or "cpu")
     found: list[Measurement] = []
     total = len(infos) * len(settings.tests()) * settings.repetitions
     with progress("Measuring", total, unit="runs") as advance:
         for info in infos:
-            found += measure(info, settings, advance)
+            found += measure_model(info, settings, advance)
     return found
 
 
-def measure(
-    info: SourceInfo, settings: Settings, advance: Advance = lambda n: None
+def measure_model(
+    info: SourceInfo, settings: BenchSettings, advance: Advance = lambda n: None
 ) -> list[Measurement]:
     """All tests of one model; `advance` is told of each repetition, outside what is timed.
 
@@ -351,7 +350,7 @@ def measure(
     return measure_folder(info, settings, advance)
 
 
-def check_context(name: str, limit: int, settings: Settings) -> None:
+def check_test_context(name: str, limit: int, settings: BenchSettings) -> None:
     """See that every test fits the context that a model was made for; 0 is not known.
 
     Raises:

@@ -24,8 +24,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dus_edge.errors import DusEdgeError, UsageError
-from dus_edge.measure.measure import About, Measurement, Settings, Workload, check_context, now
-from dus_edge.measure.resources import MemoryUse
+from dus_edge.measure.measure import (
+    About,
+    BenchSettings,
+    Measurement,
+    Workload,
+    check_test_context,
+    now,
+)
+from dus_edge.measure.resources import MeasuredMemory
 from dus_edge.progress import Advance
 
 _DEFAULT_PORT = 11434
@@ -86,7 +93,7 @@ def host_url(setting: str | None) -> str:
 
 def measure_ollama(
     name: str,
-    settings: Settings,
+    settings: BenchSettings,
     advance: Advance = lambda n: None,
     *,
     url: str | None = None,
@@ -116,7 +123,7 @@ def measure_ollama(
     facts = shown.get("model_info") or {}
     architecture = str(facts.get("general.architecture", ""))
     limit = _integer(facts.get(f"{architecture}.context_length"))
-    check_context(name, limit, settings)
+    check_test_context(name, limit, settings)
     tests = [t for t in settings.tests() if not (t.n_prompt and t.n_depth)]
     if not tests:
         raise UsageError("prompts at a depth are not measured through Ollama; give -n as well.")
@@ -155,7 +162,7 @@ def _measurement(
     test: Workload,
     samples: list[Timings],
     load_s: float | None,
-    memory: MemoryUse | None,
+    memory: MeasuredMemory | None,
 ) -> Measurement:
     prompt = _median([s.prompt_tokens for s in samples])
     if test.n_gen:
@@ -247,14 +254,14 @@ class _Server:
                 return model
         return None
 
-    def memory(self) -> MemoryUse | None:
+    def memory(self) -> MeasuredMemory | None:
         """Ollama's own account: of the GPU if the model is there, else of the machine."""
         model = self.running()
         if model is None:
             return None
         if vram := _integer(model.get("size_vram")):
-            return MemoryUse(0, vram, "ollama-vram")
-        return MemoryUse(0, _integer(model.get("size")), "ollama")
+            return MeasuredMemory(0, vram, "ollama-vram")
+        return MeasuredMemory(0, _integer(model.get("size")), "ollama")
 
     @contextlib.contextmanager
     def _request(self, path: str, body: dict[str, Any] | None) -> Iterator[Any]:
@@ -306,7 +313,7 @@ class _Server:
         return DusEdgeError(f"Ollama cannot run {self.name} ({said}).")
 
 
-def _options(settings: Settings, limit: int) -> dict[str, Any]:
+def _options(settings: BenchSettings, limit: int) -> dict[str, Any]:
     """Ollama's names of the settings (api/types.go, Options)."""
     # One context for all requests: another one would load the model anew.
     n_ctx = max(2 * _SAMPLE_WORDS * 4, *(test.n_ctx for test in settings.tests())) + _SPARE
@@ -327,7 +334,7 @@ def _about(
     version: object,
     shown: dict[str, Any],
     running: dict[str, Any] | None,
-    settings: Settings,
+    settings: BenchSettings,
 ) -> About:
     details = shown.get("details") or {}
     facts = shown.get("model_info") or {}

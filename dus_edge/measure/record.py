@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from dus_edge import __version__
 from dus_edge.errors import UsageError
 from dus_edge.files import check_writable, write_text
-from dus_edge.measure.measure import Measurement, to_json
+from dus_edge.measure.measure import Measurement, measurement_json
 from dus_edge.measure.ollama import host_url
 from dus_edge.predict.devices import processor
 from dus_edge.stream import default_threads
@@ -130,7 +130,7 @@ def append_record(path: Path, measurements: Sequence[Measurement]) -> None:
     if before:
         parse_lines(before, str(path))
         before = before.removesuffix("\n") + "\n"
-    lines = (json.dumps(to_json(m) | here, allow_nan=False) + "\n" for m in measurements)
+    lines = (json.dumps(measurement_json(m) | here, allow_nan=False) + "\n" for m in measurements)
     write_text(path, before + "".join(lines))
 
 

@@ -33,7 +33,7 @@ Counters = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class MemoryUse:
+class MeasuredMemory:
     """Memory of this process over a span.
 
     Attributes:
@@ -84,10 +84,10 @@ class Meter:
         """Look at the memory; cheap, but not for inside what is timed."""
         self._peak = max(self._peak, self._memory.peak())
 
-    def memory(self) -> MemoryUse:
+    def memory(self) -> MeasuredMemory:
         """Memory since the meter was made."""
         self.poll()
-        return MemoryUse(self._baseline, self._peak, self._memory.source)
+        return MeasuredMemory(self._baseline, self._peak, self._memory.source)
 
     def counters(self) -> Counters:
         """Energy so far, joules by counter; none where no driver counts it."""

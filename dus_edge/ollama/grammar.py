@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dus_edge.errors import DusEdgeError
 
-COMMANDS = (
+MODELFILE_COMMANDS = (
     "adapter", "draft", "from", "license", "message", "parameter", "parser", "renderer",
     "requires", "system", "template",
 )  # fmt: skip
@@ -179,7 +179,7 @@ class _Scanner:
             if not (char.isascii() and char.isalpha()):
                 raise _not_a_command(line, word + char)
             word += char
-        if word.lower() not in COMMANDS:
+        if word.lower() not in MODELFILE_COMMANDS:
             raise _not_a_command(line, word)
         if not char:
             raise ModelfileError(f"Line {line}: {word} has no value.")
@@ -251,5 +251,5 @@ def _typed(key: str, raw: str, line: int) -> Value:
 
 
 def _not_a_command(line: int, word: str) -> ModelfileError:
-    names = ", ".join(COMMANDS).upper()
+    names = ", ".join(MODELFILE_COMMANDS).upper()
     return ModelfileError(f"Line {line}: {word!r} is not a command; Ollama knows {names}.")

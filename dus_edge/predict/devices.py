@@ -19,7 +19,7 @@ from typing import Any
 from dus_edge import data
 from dus_edge.errors import DusEdgeError, UsageError
 
-FILE = "devices.toml"
+DEVICES_FILE = "devices.toml"
 _BACKENDS = ("CUDA", "Metal", "CPU")
 _POSITIVE = (
     "bandwidth_gbps",
@@ -186,12 +186,14 @@ def parse_devices(text: str) -> tuple[tuple[Device, ...], Rules]:
         share = tables["nvidia_total"]["linux"]["share"]
         rules = Rules(apple, reserved, share, tables["families"])
     except (tomllib.TOMLDecodeError, KeyError, TypeError) as e:
-        raise DusEdgeError(f"{FILE} is damaged ({e!r}); install the package again.") from None
+        raise DusEdgeError(
+            f"{DEVICES_FILE} is damaged ({e!r}); install the package again."
+        ) from None
     if nameless := {d.family for d in devices} - set(rules.families):
-        raise DusEdgeError(f"{FILE}: the family {min(nameless)} has no name in [families].")
+        raise DusEdgeError(f"{DEVICES_FILE}: the family {min(nameless)} has no name in [families].")
     ids = [device.id for device in devices]
     if twice := {i for i in ids if ids.count(i) > 1}:
-        raise DusEdgeError(f"{FILE}: the id {min(twice)} stands there twice.")
+        raise DusEdgeError(f"{DEVICES_FILE}: the id {min(twice)} stands there twice.")
     return devices, rules
 
 
@@ -238,7 +240,7 @@ def processor() -> str | None:
 
 @functools.cache
 def _tables() -> tuple[tuple[Device, ...], Rules]:
-    return parse_devices(data.read_text(FILE))
+    return parse_devices(data.read_text(DEVICES_FILE))
 
 
 def _device(entry: Mapping[str, Any]) -> Device:
@@ -248,12 +250,18 @@ def _device(entry: Mapping[str, Any]) -> Device:
     for key in _POSITIVE:
         value = getattr(device, key)
         if value is not None and (isinstance(value, bool) or not value > 0):
-            raise DusEdgeError(f"{FILE}: {device.id}: {key} is {value!r}; it must be positive.")
+            raise DusEdgeError(
+                f"{DEVICES_FILE}: {device.id}: {key} is {value!r}; it must be positive."
+            )
     if device.backend not in _BACKENDS:
-        raise DusEdgeError(f"{FILE}: {device.id}: the backend {device.backend!r} is not known.")
+        raise DusEdgeError(
+            f"{DEVICES_FILE}: {device.id}: the backend {device.backend!r} is not known."
+        )
     options = device.memory_gb_options
     if not options or list(options) != sorted(options) or options[0] <= 0:
-        raise DusEdgeError(f"{FILE}: {device.id}: memory_gb_options are not ascending sizes.")
+        raise DusEdgeError(
+            f"{DEVICES_FILE}: {device.id}: memory_gb_options are not ascending sizes."
+        )
     return device
 
 

@@ -19,7 +19,7 @@ from dus_edge.predict.memory.llama import (
     usual_platform,
 )
 from dus_edge.predict.memory.torch import kernel_note
-from dus_edge.predict.stored_model import MemoryUse, Settings, StoredModel
+from dus_edge.predict.stored_model import MemoryUse, RunSettings, StoredModel
 from dus_edge.quant.recipe import PRESETS
 
 #: Contexts are answered in these steps: llama.cpp rounds up to them.
@@ -63,7 +63,7 @@ class Verdict:
         return abs(self.use.total_bytes - self.usable_bytes) < UNSURE * self.usable_bytes
 
 
-def settings_on(device: Device, settings: Settings) -> Settings:
+def settings_on(device: Device, settings: RunSettings) -> RunSettings:
     """The same settings with what memory depends on of a device."""
     return replace(
         settings,
@@ -76,7 +76,7 @@ def settings_on(device: Device, settings: Settings) -> Settings:
 def judge(
     model: StoredModel,
     device: Device,
-    settings: Settings,
+    settings: RunSettings,
     *,
     platform: str | None = None,
     memory_gb: float | None = None,
@@ -113,7 +113,7 @@ def judge(
     )
 
 
-def layers_that_fit(model: StoredModel, settings: Settings, usable: int) -> int:
+def layers_that_fit(model: StoredModel, settings: RunSettings, usable: int) -> int:
     """The largest `-ngl` whose layers fit, from 0 to the layers and the output.
 
     A CPU has no host to leave layers on, and what accelerate would leave there under transformers
@@ -139,7 +139,7 @@ def layers_that_fit(model: StoredModel, settings: Settings, usable: int) -> int:
     return low
 
 
-def longest_context(model: StoredModel, settings: Settings, usable: int) -> int | None:
+def longest_context(model: StoredModel, settings: RunSettings, usable: int) -> int | None:
     """The longest context that fits with all layers on the device, up to the model's own.
 
     In steps of `CONTEXT_STEP`, or the model's own; None if not even one step fits.
@@ -169,7 +169,9 @@ def models_of_presets(config: ModelConfig, name: str = "the model") -> dict[str,
     return dict(sorted(models.items(), key=lambda item: -item[1].weights_bytes))
 
 
-def best_preset(models: Mapping[str, StoredModel], settings: Settings, usable: int) -> str | None:
+def best_preset(
+    models: Mapping[str, StoredModel], settings: RunSettings, usable: int
+) -> str | None:
     """The preset with the most bytes that fits with all layers; None if none does."""
     whole = replace(settings, n_gpu_layers=None)
     order = sorted(models, key=lambda key: -models[key].weights_bytes)
@@ -177,7 +179,7 @@ def best_preset(models: Mapping[str, StoredModel], settings: Settings, usable: i
 
 
 def devices_that_run(
-    model: StoredModel, settings: Settings, *, platform: str | None = None
+    model: StoredModel, settings: RunSettings, *, platform: str | None = None
 ) -> list[Verdict]:
     """Every device of the database with every memory size that holds the whole model.
 

@@ -8,8 +8,8 @@ from dus_edge.errors import UsageError
 from dus_edge.predict.devices import Device, find_device, recognise
 from dus_edge.predict.fit import Verdict, best_preset, devices_that_run, judge, settings_on
 from dus_edge.predict.memory.torch import VALUE_BYTES
-from dus_edge.predict.speed.roofline import Speed, Work, device_speed, predict
-from dus_edge.predict.stored_model import KV_TYPES, Settings, StoredModel, kv_types
+from dus_edge.predict.speed.roofline import PredictedSpeed, Work, device_speed, predict
+from dus_edge.predict.stored_model import KV_TYPES, RunSettings, StoredModel, kv_types
 
 #: Context that fit is judged at unless asked otherwise; or the model's own, if that is shorter.
 CONTEXT = 4096
@@ -32,13 +32,13 @@ class Prediction:
     name: str
     verdict: Verdict
     context: int
-    speed: Speed | None
+    speed: PredictedSpeed | None
     best_preset: str | None
     why_no_speed: str | None = None
 
 
 @dataclass(frozen=True)
-class Candidate:
+class StorableModel:
     """A model as it would be stored, and by every preset where that is a choice."""
 
     model: StoredModel
@@ -59,10 +59,10 @@ def memory_settings(
     kv_type: str = "f16",
     flash_attn: bool = True,
     era: str = "2025+",
-) -> Settings:
+) -> RunSettings:
     """How a model is run; the context is by default 4,096 or the model's own if that is shorter."""
     type_k, type_v = kv_types(kv_type, flash_attn)
-    return Settings(
+    return RunSettings(
         context=context or min(CONTEXT, model.context_length),
         batch=batch,
         ubatch=ubatch,
@@ -74,9 +74,9 @@ def memory_settings(
 
 
 def predict_on(
-    candidate: Candidate,
+    candidate: StorableModel,
     device: Device,
-    settings: Settings,
+    settings: RunSettings,
     *,
     depth: int = 0,
     n_prompt: int = 512,
@@ -128,13 +128,13 @@ def predict_on(
 
 
 def where_it_runs(
-    candidate: Candidate, settings: Settings, platform: str | None = None
+    candidate: StorableModel, settings: RunSettings, platform: str | None = None
 ) -> list[Verdict]:
     """Every device, in every memory size, that holds the whole model."""
     return devices_that_run(candidate.model, settings, platform=platform)
 
 
-def work_of(model: StoredModel, settings: Settings) -> Work:
+def work_of(model: StoredModel, settings: RunSettings) -> Work:
     """What one token costs a model as it is stored."""
     weights: dict[str, float] = {}
     for tensor in model.tensors:

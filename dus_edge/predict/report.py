@@ -9,8 +9,8 @@ from typing import Any
 from dus_edge.predict.devices import Device
 from dus_edge.predict.fit import Verdict
 from dus_edge.predict.prediction import Prediction
-from dus_edge.predict.speed.roofline import Speed
-from dus_edge.predict.stored_model import MemoryUse, Settings
+from dus_edge.predict.speed.roofline import PredictedSpeed
+from dus_edge.predict.stored_model import MemoryUse, RunSettings
 from dus_edge.words import format_bytes
 
 
@@ -66,7 +66,7 @@ def verdict_json(v: Verdict) -> dict[str, Any]:
     }
 
 
-def speed_json(speed: Speed | None) -> dict[str, float | None]:
+def speed_json(speed: PredictedSpeed | None) -> dict[str, float | None]:
     """Rates of generation and prompt, each with the ends of its interval; null if not predicted."""
     keys = [f"{kind}_tokens_per_s{end}" for kind in ("tg", "pp") for end in ("", "_low", "_high")]
     rates = {key: getattr(speed, key, None) for key in keys}
@@ -135,7 +135,7 @@ def prediction_text(p: Prediction) -> str:
     return "\n".join([*lines, *_notes(p.verdict)])
 
 
-def runs_table(name: str, settings: Settings, found: Sequence[Verdict]) -> str:
+def runs_table(name: str, settings: RunSettings, found: Sequence[Verdict]) -> str:
     """Devices that hold a model whole."""
     if not found:
         return f"No known device holds {name} whole at a context of {settings.context:,} tokens."

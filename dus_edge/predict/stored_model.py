@@ -171,7 +171,7 @@ class StoredModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class RunSettings:
     """How llama.cpp is told to run; transformers heeds context, types and backend.
 
     Attributes:

@@ -32,7 +32,7 @@ from dus_edge.text.documents import builtin_documents, read_documents
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ComparedModel:
     """A model and its scores, in all and by language of the text."""
 
     info: SourceInfo
@@ -54,7 +54,7 @@ class Results:
     """
 
     reference: SourceInfo
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[ComparedModel, ...]
     n_ctx: int
     first_scored: int
     chunks: dict[str, int]
@@ -102,13 +102,13 @@ def quality(
     """
     if not candidates:
         raise UsageError("there is nothing to compare; name a candidate after the reference.")
-    infos = [inspect_source(*find_model(name)) for name in (reference, *candidates)]
+    infos = [inspect_source(*locate_model(name)) for name in (reference, *candidates)]
     check_comparable(infos, n_ctx)
     check_runnable(infos, device)
     documents = read_documents(texts, field) if texts else builtin_documents("evaluation")
     with _tokenizer(infos[0]) as tokenizer:
         chunks = make_chunks(documents, tokenizer, n_ctx, n_chunks=n_chunks, seed=seed)
-    return measure(
+    return compare_models(
         infos[0],
         infos[1:],
         chunks,
@@ -119,7 +119,7 @@ def quality(
     )
 
 
-def measure(
+def compare_models(
     reference: SourceInfo,
     candidates: Sequence[SourceInfo],
     chunks: Chunks,
@@ -154,7 +154,7 @@ def measure(
                         chunks.tokens, _run(source, chunks.tokens, start), strict=True
                     )
                 ]
-            found.append(Candidate(info, *summarize(_stack(parts), chunks.languages)))
+            found.append(ComparedModel(info, *summarize(_stack(parts), chunks.languages)))
     return Results(
         reference=reference,
         candidates=tuple(found),
@@ -165,7 +165,7 @@ def measure(
     )
 
 
-def find_model(name: str) -> tuple[Path, str | None]:
+def locate_model(name: str) -> tuple[Path, str | None]:
     """The file or folder of a model, and what it is called; what is on the hub is fetched.
 
     Raises:
@@ -210,11 +210,11 @@ def check_runnable(infos: Sequence[SourceInfo], device: str) -> None:
     folders = [info for info in infos if info.kind != "gguf"]
     if not folders:
         return
-    from dus_edge.run.folders import check_packages, find_device
+    from dus_edge.run.folders import check_packages, torch_device
 
     for info in folders:
         check_packages(info)
-    find_device(device)
+    torch_device(device)
 
 
 @contextmanager

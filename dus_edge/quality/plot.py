@@ -48,12 +48,12 @@ def plot(results: Results, path: Path) -> None:
     """
     if path.suffix not in _SUFFIXES:
         raise UsageError(f"{path}: plots are written as {' or '.join(_SUFFIXES)}.")
-    data = render(results, path.suffix[1:])
+    data = render_plot(results, path.suffix[1:])
     with output_files([(path, len(data))]) as (fd,):
         pwrite_all(fd, data, 0)
 
 
-def render(results: Results, form: str) -> bytes:
+def render_plot(results: Results, form: str) -> bytes:
     """The picture's bytes; `form` is ``png`` or ``svg``."""
     import_matplotlib()
     import matplotlib

@@ -17,18 +17,15 @@ from dus_edge.files import (
 )
 from dus_edge.quality.compare import Results
 from dus_edge.quality.names import labels
-from dus_edge.quality.plot import import_matplotlib, plot, render
+from dus_edge.quality.plot import import_matplotlib, render_plot
 from dus_edge.quality.scores import Estimate, Scores
 from dus_edge.run.source import SourceInfo
-from dus_edge.words import format_bytes
+from dus_edge.words import WIDTH, format_bytes
 
-__all__ = ["check_outputs", "markdown", "output_paths", "plot", "to_json", "write"]
-
-WIDTH = 80
 _MIN_LABEL = 8
 
 
-def markdown(results: Results) -> str:
+def quality_report(results: Results) -> str:
     """Tables of all text and of each language, no line over 80 columns."""
     names = labels(results)
     total = [c.total for c in results.candidates]
@@ -66,7 +63,7 @@ def markdown(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def to_json(results: Results) -> dict[str, Any]:
+def quality_json(results: Results) -> dict[str, Any]:
     """The results as JSON takes them; units are in the keys. What is infinite becomes null."""
     return {
         "reference": _info_json(results.reference),
@@ -93,7 +90,7 @@ def output_paths(folder: Path, *, plots: bool) -> list[Path]:
     return [folder / f"quality.{suffix}" for suffix in suffixes]
 
 
-def check_outputs(folder: Path, *, plots: bool, overwrite: bool = False) -> None:
+def check_report_outputs(folder: Path, *, plots: bool, overwrite: bool = False) -> None:
     """See that `write` will work, before hours of measuring.
 
     Raises:
@@ -113,11 +110,11 @@ def write(results: Results, folder: Path, *, plots: bool, overwrite: bool = Fals
         OutputError: one exists, or cannot be written.
         DependencyError: plots are wanted and matplotlib is not installed.
     """
-    check_outputs(folder, plots=plots, overwrite=overwrite)
+    check_report_outputs(folder, plots=plots, overwrite=overwrite)
     paths = output_paths(folder, plots=plots)
-    text = json.dumps(to_json(results), indent=2, allow_nan=False) + "\n"
-    data = [markdown(results).encode(), text.encode()]
-    data += [render(results, path.suffix[1:]) for path in paths[2:]]
+    text = json.dumps(quality_json(results), indent=2, allow_nan=False) + "\n"
+    data = [quality_report(results).encode(), text.encode()]
+    data += [render_plot(results, path.suffix[1:]) for path in paths[2:]]
     sizes = [(path, len(blob)) for path, blob in zip(paths, data, strict=True)]
     with output_files(sizes) as fds:
         for fd, blob in zip(fds, data, strict=True):

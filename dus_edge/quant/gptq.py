@@ -30,10 +30,10 @@ import torch
 
 from dus_edge.errors import CheckpointError
 from dus_edge.quant import kernels
-from dus_edge.quant.gptq_format import GROUP_SIZES, Settings
+from dus_edge.quant.gptq_format import GROUP_SIZES, GPTQSettings
 from dus_edge.quant.simd import LANES
 
-__all__ = ["PRECISION", "Factor", "Settings", "Solution", "dequantize", "prepare", "solve"]
+__all__ = ["PRECISION", "Factor", "GPTQSettings", "Solution", "dequantize", "prepare", "solve"]
 
 #: Of the factorization and all arithmetic, unless the Hessian is float64.
 PRECISION = torch.float32
@@ -65,7 +65,7 @@ class Factor:
         fallback: why nothing can be solved; then `spread` is empty.
     """
 
-    settings: Settings
+    settings: GPTQSettings
     hessian: torch.Tensor
     columns: torch.Tensor
     g_idx: torch.Tensor
@@ -110,12 +110,12 @@ def dequantize(solution: Solution) -> torch.Tensor:
     return (scales * (solution.codes.T.float() - zeros)).T
 
 
-def prepare(hessian: torch.Tensor, settings: Settings) -> Factor:
+def prepare(hessian: torch.Tensor, settings: GPTQSettings) -> Factor:
     """Order the columns and factor the Hessian, once for all matrices with that input.
 
     Args:
         hessian: ``(in, in)`` XᵀX, symmetric, in any scale; float64 means arithmetic in float64.
-        settings: see `Settings`; `Settings.check` has passed.
+        settings: see `GPTQSettings`; `GPTQSettings.check` has passed.
 
     Returns:
         A factor; one with `Factor.fallback` set if the Hessian has no use.
@@ -161,14 +161,14 @@ def prepare(hessian: torch.Tensor, settings: Settings) -> Factor:
 
 
 def solve(
-    weight: torch.Tensor, hessian: torch.Tensor | Factor, settings: Settings, name: str = ""
+    weight: torch.Tensor, hessian: torch.Tensor | Factor, settings: GPTQSettings, name: str = ""
 ) -> Solution:
     """Quantize a matrix.
 
     Args:
         weight: ``(out, in)``, any float dtype; on the Hessian's device.
         hessian: ``(in, in)`` XᵀX, or what `prepare` made of it.
-        settings: see `Settings`.
+        settings: see `GPTQSettings`.
         name: the tensor, for messages.
 
     Raises:
@@ -193,7 +193,7 @@ def solve(
     return _checked(rows, factor, solution, losses)
 
 
-def _visiting_order(diagonal: torch.Tensor, settings: Settings) -> torch.Tensor:
+def _visiting_order(diagonal: torch.Tensor, settings: GPTQSettings) -> torch.Tensor:
     """Columns in the order in which they are quantized; a group's follow each other."""
     n = len(diagonal)
     if settings.desc_act:
@@ -217,7 +217,7 @@ def _cholesky(matrix: torch.Tensor) -> torch.Tensor | None:
     return lower.to(matrix.device)
 
 
-def _chunks(n: int, settings: Settings) -> list[tuple[int, int]]:
+def _chunks(n: int, settings: GPTQSettings) -> list[tuple[int, int]]:
     """Rows (first, end) that are solved at once, from the first: groups, or parts of a long one.
 
     Counted from the end, where the first column visited stands.
@@ -228,7 +228,7 @@ def _chunks(n: int, settings: Settings) -> list[tuple[int, int]]:
     return [(max(0, end - width), end) for end in range(n, 0, -width)][::-1]
 
 
-def _spread_errors(lower: torch.Tensor, settings: Settings) -> tuple[torch.Tensor, ...]:
+def _spread_errors(lower: torch.Tensor, settings: GPTQSettings) -> tuple[torch.Tensor, ...]:
     """Make of the Cholesky factor, in place, what passes errors on; see `Factor`."""
     inverses = []
     for first, end in _chunks(len(lower), settings):
@@ -289,7 +289,7 @@ def _solve(rows: torch.Tensor, factor: Factor) -> tuple[Solution, torch.Tensor]:
     return solution, cost - factor.added * delta.square_().sum(0)
 
 
-def _candidates(x: torch.Tensor, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+def _candidates(x: torch.Tensor, settings: GPTQSettings) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zero points worth a try for a group ``(n, rows)``: ``(candidates, rows)`` each.
 
     Scales are numbers that float16 holds, and never 0.
@@ -313,7 +313,7 @@ def _half(scales: torch.Tensor) -> torch.Tensor:
 
 
 def _best_scales(
-    x: torch.Tensor, weights: torch.Tensor, settings: Settings
+    x: torch.Tensor, weights: torch.Tensor, settings: GPTQSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale and zero point ``(rows,)`` of least weighted error for a group ``(n, rows)``."""
     scales, zeros = _candidates(x, settings)

@@ -23,7 +23,7 @@ import numpy as np
 import dus_edge
 from dus_edge.errors import UsageError
 
-BITS = (2, 3, 4, 8)
+GPTQ_BITS = (2, 3, 4, 8)
 #: Inputs that share a scale; −1 is all of them.
 GROUP_SIZES = (32, 64, 128, -1)
 #: Codes are packed in units of 32: `bits` words of 32 bits.
@@ -31,7 +31,7 @@ _UNIT = 32
 
 
 @dataclass(frozen=True)
-class Settings:
+class GPTQSettings:
     """How matrices are quantized.
 
     Attributes:
@@ -75,8 +75,8 @@ class Settings:
             UsageError: unknown bits or group size, a number out of range, or a shape that does
                 not divide.
         """
-        if self.bits not in BITS:
-            raise UsageError(f"GPTQ has no {self.bits}-bit codes; choose one of {_list(BITS)}.")
+        if self.bits not in GPTQ_BITS:
+            raise UsageError(f"GPTQ has no {self.bits}-bit codes; choose one of {_list(GPTQ_BITS)}.")
         if self.group_size not in GROUP_SIZES:
             raise UsageError(
                 f"GPTQ group size {self.group_size} is not known; "
@@ -147,7 +147,7 @@ def unpack(packed: np.ndarray, bits: int, axis: int) -> np.ndarray:
 
 
 def tensor_specs(
-    shape: tuple[int, ...], settings: Settings
+    shape: tuple[int, ...], settings: GPTQSettings
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """(NumPy dtype name, shape) of every stored tensor of a matrix ``(out, in)``."""
     n_out, n_in = shape
@@ -160,7 +160,7 @@ def tensor_specs(
     }
 
 
-def stored(solution: Codes, settings: Settings) -> dict[str, np.ndarray]:
+def stored(solution: Codes, settings: GPTQSettings) -> dict[str, np.ndarray]:
     """What `tensor_specs` promises, C-contiguous, of codes and their groups.
 
     Args:
@@ -195,7 +195,7 @@ def dequantized(
     return np.ascontiguousarray(codes.T)
 
 
-def quantize_config(settings: Settings) -> dict[str, Any]:
+def quantize_config(settings: GPTQSettings) -> dict[str, Any]:
     """``quantize_config.json``, and ``quantization_config`` of ``config.json``.
 
     The keys that AutoGPTQ, GPTQModel, transformers and llama.cpp's converter all take.

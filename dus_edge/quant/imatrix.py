@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dus_edge.checkpoint.gguf_header import MAGIC, GGUFTensor, TruncatedError, read_header
+from dus_edge.checkpoint.gguf_header import GGUF_MAGIC, GGUFTensor, TruncatedError, read_header
 from dus_edge.errors import CheckpointError
 from dus_edge.quant import types as t
 from dus_edge.quant.types import QuantType
@@ -150,7 +150,7 @@ def read_imatrix(path: Path) -> Importance:
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read ({e.strerror or e}).") from None
     cursor = _Cursor(data, path)
-    if bytes(data[:4]) == MAGIC:
+    if bytes(data[:4]) == GGUF_MAGIC:
         return _read_gguf(cursor)
     return _read_legacy(cursor)
 

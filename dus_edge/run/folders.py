@@ -92,11 +92,11 @@ def _dequantized_state(info: SourceInfo, details: dict[str, Any]) -> dict[str, t
 
 
 def _gptq_bits(info: SourceInfo, details: dict[str, Any]) -> int:
-    from dus_edge.quant.gptq_format import BITS
+    from dus_edge.quant.gptq_format import GPTQ_BITS
 
     bits, form = details.get("bits"), details.get("checkpoint_format")
-    if bits not in BITS:
-        raise UnsupportedError(f"{info.path / CONFIG}: GPTQ of {bits} bits; {BITS} are read.")
+    if bits not in GPTQ_BITS:
+        raise UnsupportedError(f"{info.path / CONFIG}: GPTQ of {bits} bits; {GPTQ_BITS} are read.")
     if form not in _V1_FORMATS:
         raise UnsupportedError(
             f"{info.path / CONFIG}: checkpoint_format is {form!r}; save it as 'gptq' (version 1)."
@@ -137,7 +137,7 @@ def without_packed_4bit(model: Any, *, always: bool) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def find_device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
     """torch's device of that name.
 
     Raises:
@@ -198,7 +198,7 @@ def explained(info: SourceInfo) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def hushed() -> Iterator[None]:
     """No progress bars and reports of transformers while the block runs.
 
     Nor bitsandbytes' warnings, one for each int8 layer each time it runs.

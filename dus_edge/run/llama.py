@@ -22,7 +22,7 @@ errors: list[str] = []
 @contextlib.contextmanager
 def load_model(path: Path, *, vocab_only: bool = False, n_gpu_layers: int = 0) -> Iterator[Any]:
     """A loaded `llama_model *`, freed at the end."""
-    lib = library()
+    lib = llama_library()
     params = lib.llama_model_default_params()
     params.vocab_only, params.n_gpu_layers = vocab_only, n_gpu_layers
     errors.clear()
@@ -46,7 +46,7 @@ def why(status: int | None = None) -> str:
 
 
 @functools.cache
-def library() -> ModuleType:
+def llama_library() -> ModuleType:
     """llama_cpp, ready for use and silent but for `errors`.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from dus_edge.errors import DusEdgeError, UsageError
-from dus_edge.run.llama import errors, library, load_model, why
+from dus_edge.run.llama import errors, llama_library, load_model, why
 from dus_edge.run.source import SourceInfo, log_softmax
 from dus_edge.stream import default_threads
 
@@ -33,7 +33,7 @@ def inspect_gguf(path: Path, name: str, n_bytes: int) -> SourceInfo:
         DependencyError: llama-cpp-python is not installed.
     """
     with load_model(path, vocab_only=True) as model:
-        lib = library()
+        lib = llama_library()
         architecture = _metadata(model, "general.architecture")
         context = _metadata(model, f"{architecture}.context_length")
         return SourceInfo(
@@ -58,14 +58,14 @@ class GGUFTokenizer:
         self.path = path
         self._stack = contextlib.ExitStack()
         self._model = self._stack.enter_context(load_model(path, vocab_only=True))
-        lib = library()
+        lib = llama_library()
         self._vocab = lib.llama_model_get_vocab(self._model)
         added = lib.llama_vocab_get_add_bos(self._vocab)
         self.bos_id: int | None = lib.llama_vocab_bos(self._vocab) if added else None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; special tokens that are spelled out in it are text."""
-        lib, data = library(), text.encode()
+        lib, data = llama_library(), text.encode()
         # A token is at least a byte, but for the space that some tokenizers put in front.
         out = (lib.llama_token * (len(data) + 8))()
         n = lib.llama_tokenize(self._vocab, data, len(data), out, len(out), False, False)
@@ -98,7 +98,7 @@ class GGUFSource:
 
     def log_probs(self, tokens: np.ndarray, start: int = 0) -> np.ndarray:
         """See `LogitSource.log_probs`."""
-        lib, n = library(), len(tokens)
+        lib, n = llama_library(), len(tokens)
         if n > self._n_ctx:
             self._make_context(n)
         batch = self._batch
@@ -116,7 +116,7 @@ class GGUFSource:
         return log_softmax(np.ctypeslib.as_array(pointer, (n - start, self.info.vocab_size)))
 
     def _make_context(self, n: int) -> None:
-        lib = library()
+        lib = llama_library()
         self._free_context()
         params = lib.llama_context_default_params()
         params.n_ctx = params.n_batch = n
@@ -135,8 +135,8 @@ class GGUFSource:
 
     def _free_context(self) -> None:
         if self._context:
-            library().llama_batch_free(self._batch)
-            library().llama_free(self._context)
+            llama_library().llama_batch_free(self._batch)
+            llama_library().llama_free(self._context)
         self._context, self._n_ctx = None, 0
 
     def __enter__(self) -> Self:
@@ -152,5 +152,5 @@ class GGUFSource:
 def _metadata(model: Any, key: str) -> str:
     """A metadata value as text; empty if there is none."""
     buffer = ctypes.create_string_buffer(256)
-    n = library().llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
+    n = llama_library().llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
     return buffer.value.decode(errors="replace") if n >= 0 else ""

@@ -13,13 +13,13 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 
 from dus_edge.checkpoint.config import parse_config, tensor_shapes
+from dus_edge.checkpoint.gguf_header import GGUF_MAGIC
 from dus_edge.checkpoint.names import CONFIG, INDEX, SINGLE
 from dus_edge.checkpoint.safetensors import shard_files
 from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
 
 Kind = Literal["gguf", "hf", "gptq", "bitsandbytes"]
 
-_GGUF_MAGIC = b"GGUF"
 _SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 #: Rows of logits that are float64 at once.
 _ROWS = 32
@@ -100,10 +100,10 @@ def inspect_source(path: Path, name: str | None = None) -> SourceInfo:
         raise UsageError(f"{path} does not exist; name a GGUF file or a checkpoint folder.")
     try:
         with path.open("rb") as f:
-            magic = f.read(len(_GGUF_MAGIC))
+            magic = f.read(len(GGUF_MAGIC))
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read ({e.strerror}).") from None
-    if magic != _GGUF_MAGIC:
+    if magic != GGUF_MAGIC:
         raise UsageError(f"{path} is no GGUF file; name one, or a checkpoint's folder.")
     from dus_edge.run.llama_logits import inspect_gguf
 

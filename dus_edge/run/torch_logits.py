@@ -17,9 +17,9 @@ from dus_edge.run.folders import (
     check_packages,
     check_whole,
     explained,
-    find_device,
+    hushed,
     load_gptq,
-    quiet,
+    torch_device,
     without_packed_4bit,
 )
 from dus_edge.run.source import SourceInfo, log_softmax
@@ -38,9 +38,9 @@ class FolderSource:
         import torch
 
         torch.set_num_threads(n_threads or default_threads())
-        self._device = find_device(device)
+        self._device = torch_device(device)
         load = load_gptq if info.kind == "gptq" else _load
-        with quiet(), explained(info):
+        with hushed(), explained(info):
             self._model, found = load(info, self._device)
         check_whole(info, found)
         self._model.eval()
@@ -51,7 +51,7 @@ class FolderSource:
 
         ids = torch.as_tensor(tokens.astype(np.int64))[None].to(self._device)
         try:
-            with torch.inference_mode(), quiet():
+            with torch.inference_mode(), hushed():
                 out = self._model(ids, use_cache=False, logits_to_keep=len(tokens) - start)
         except torch.OutOfMemoryError:
             raise DusEdgeError(

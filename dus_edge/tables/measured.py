@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from dus_edge.checkpoint.resolve import BUILTIN
+from dus_edge.checkpoint.builtin import BUILTIN
 from dus_edge.words import format_bytes, format_count
 
 Line = Mapping[str, Any]
@@ -197,7 +197,7 @@ def _speed_table(lines: Sequence[Line]) -> str:
     if len(set(cells["parameters"])) == 1:
         kept.pop("parameters", None)  # they are in the line above
     text = ("model", "stored as", "test")
-    return table(list(kept), zip(*kept.values(), strict=True), [h in text for h in kept])
+    return markdown_table(list(kept), zip(*kept.values(), strict=True), [h in text for h in kept])
 
 
 # Quality
@@ -231,7 +231,7 @@ def quality_markdown(
         parts.append(_model_text(reference, subject, parameters) + _about_text(result))
         own = reference["name"], reference["file_bytes"], reference["bits_per_weight"]
         parts.append(
-            table(
+            markdown_table(
                 _QUALITY_HEAD,
                 [
                     _quality_cells(*own, candidates[0]["total"], reference=True),
@@ -307,13 +307,13 @@ def _languages(result: Mapping[str, Any]) -> str:
     for c in result["candidates"]:
         cells = [_quality_cells("", 0, 0, c["languages"][k]) for k in names]
         rows.append([c["name"], *(x[i].split(" ±")[0] for x in cells for i in (4, 5, 7))])
-    return "The same by language:\n\n" + table(head, rows)
+    return "The same by language:\n\n" + markdown_table(head, rows)
 
 
 # Cells
 
 
-def table(
+def markdown_table(
     head: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[bool] | None = None
 ) -> str:
     """A table of GitHub's Markdown; the first column holds text, or those of `left`."""

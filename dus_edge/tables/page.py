@@ -23,24 +23,24 @@ from dus_edge.predict.fit import UNSURE, layers_that_fit, settings_on
 from dus_edge.predict.memory.folder import TorchPreset, model_of_preset
 from dus_edge.predict.memory.llama import memory_use, model_of_config, usable_bytes, usual_platform
 from dus_edge.predict.memory.torch import kernel_note
-from dus_edge.predict.prediction import Candidate, memory_settings, predict_on, work_of
+from dus_edge.predict.prediction import StorableModel, memory_settings, predict_on, work_of
 from dus_edge.predict.report import speed_json
 from dus_edge.predict.speed.roofline import DeviceSpeed, Work, device_speed, predict
-from dus_edge.predict.stored_model import Settings, StoredModel
+from dus_edge.predict.stored_model import RunSettings, StoredModel
 from dus_edge.progress import Advance
 from dus_edge.tables.predicted import solar_config
 
 #: A device in one of its memory sizes.
-Row = tuple[Device, float]
+PageRow = tuple[Device, float]
 
-FILE = "index.html"
-PRESETS = (
+PAGE_FILE = "index.html"
+PAGE_PRESETS = (
     *("q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "f16"),
     "gptq-int4",
 )
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 #: What `bench predict` is to be given for the same figures: Mistral 7B, up-scaled as SOLAR was.
-MODEL = "mistralai/Mistral-7B-v0.1 --drop 8"
+PAGE_MODEL = "mistralai/Mistral-7B-v0.1 --drop 8"
 #: What is chosen when the page is opened.
 FIRST = {"device": "rtx-3060-12gb", "memory": 12, "preset": "q4_k_m", "context": 4096}
 _SYSTEMS = {
@@ -76,7 +76,7 @@ def solar_choices() -> tuple[Choice, ...]:
     """SOLAR-DUS 10.7B in every preset of the page: GGUF, then others, smallest first."""
     config = replace(solar_config(), context_length=CONTEXTS[-1])
     choices = []
-    for key in PRESETS:
+    for key in PAGE_PRESETS:
         preset = choose_preset(key)
         name = f"SOLAR-DUS-10.7B-{preset.label}"
         if isinstance(preset, TorchPreset):
@@ -134,7 +134,7 @@ def page_data(
     """
     families = load_rules().families
     order = {family: i for i, family in enumerate(families)}
-    rows: list[Row] = [
+    rows: list[PageRow] = [
         (device, gb)
         for device in sorted(devices, key=lambda d: order[d.family])
         for gb in device.memory_gb_options
@@ -145,7 +145,7 @@ def page_data(
         for b in backends
     }
     speeds = _Speeds()
-    layers: dict[tuple[str, Settings, int], int] = {}  # cards may be alike in these
+    layers: dict[tuple[str, RunSettings, int], int] = {}  # cards may be alike in these
     cells: list[int] = []
     for row in rows:
         device, usable = row[0], usable_bytes(row[0], None, row[1])
@@ -162,7 +162,7 @@ def page_data(
                 cells += [layers[key], *places]
         advance(1)
     return {
-        "model": MODEL,
+        "model": PAGE_MODEL,
         "layers": choices[0].model.n_layers,
         "trained_context": solar_config().context_length,
         "unsure": UNSURE,
@@ -200,7 +200,9 @@ class _Speeds:
         self._refused: dict[tuple[str, str, bool, bool], int] = {}
         self._work: dict[str, Work] = {}
 
-    def place(self, row: Row, choice: Choice, settings: Settings, layers: int, depth: int) -> int:
+    def place(
+        self, row: PageRow, choice: Choice, settings: RunSettings, layers: int, depth: int
+    ) -> int:
         """Where the speed stands in `rates`, or -n for the n-th reason why there is none."""
         whole = layers > choice.model.n_layers
         if not layers:
@@ -232,12 +234,12 @@ class _Speeds:
         return self._places[six]
 
     def _reason(
-        self, row: Row, choice: Choice, settings: Settings, whole: bool, layers: int
+        self, row: PageRow, choice: Choice, settings: RunSettings, whole: bool, layers: int
     ) -> int:
         device, gb = row
         key = (device.id, choice.key, whole, layers > 0)
         if key not in self._refused:
-            found = predict_on(Candidate(choice.model, {}), device, settings, memory_gb=gb)
+            found = predict_on(StorableModel(choice.model, {}), device, settings, memory_gb=gb)
             why = found.why_no_speed or ""
             if why not in self.reasons:
                 self.reasons.append(why)
@@ -245,11 +247,11 @@ class _Speeds:
         return self._refused[key]
 
 
-def _settings(choice: Choice, context: int) -> Settings:
+def _settings(choice: Choice, context: int) -> RunSettings:
     return memory_settings(choice.model, context=context)
 
 
-def _parts(choice: Choice, settings: Settings) -> list[int]:
+def _parts(choice: Choice, settings: RunSettings) -> list[int]:
     use = memory_use(choice.model, settings)
     return [use.weights_bytes, use.kv_cache_bytes, use.compute_buffer_bytes]
 

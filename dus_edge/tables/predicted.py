@@ -5,7 +5,7 @@ kind for another: ``{"predicted": […], "measured": […], "quality": […]}``.
 ``"source"``, ``"predicted"`` or ``"measured"``. Rows of ``predicted`` have the keys of `bench
 predict --json` and their ``preset``; of ``measured``, those of a line of `bench run -o`; of
 ``quality``, those of `tables_measured.quality_rows`. ``tables.csv`` has the rows of all three, told
-apart by its columns ``source`` and ``table`` (``predicted``, ``measured``, ``quality``). Every
+apart by its columns ``source`` and ``markdown_table`` (``predicted``, ``measured``, ``quality``). Every
 other column belongs to one of the three and is empty in the rest; those of the last two begin with
 ``measured_`` and ``quality_``.
 """
@@ -30,20 +30,20 @@ from dus_edge.measure.record import read_lines, read_quality
 from dus_edge.predict.devices import Device, find_device, load_devices, load_rules
 from dus_edge.predict.memory.folder import model_of_gptq_config
 from dus_edge.predict.memory.llama import model_of_config
-from dus_edge.predict.prediction import Candidate, Prediction, memory_settings, predict_on
+from dus_edge.predict.prediction import Prediction, StorableModel, memory_settings, predict_on
 from dus_edge.predict.report import prediction_json
-from dus_edge.predict.stored_model import Settings, StoredModel
+from dus_edge.predict.stored_model import RunSettings, StoredModel
 from dus_edge.progress import Advance
 from dus_edge.quant.recipe import find_preset
 from dus_edge.tables.measured import (
     CSV_KEYS,
     Line,
     machine_names,
+    markdown_table,
     measured_markdown,
     measured_rows,
     quality_markdown,
     quality_rows,
-    table,
 )
 from dus_edge.words import format_bytes
 
@@ -82,7 +82,7 @@ def _gptq(config: ModelConfig, name: str) -> StoredModel:
     return model_of_gptq_config(config, name=name)
 
 
-PRESETS = (
+PRESET_COLUMNS = (
     *map(_gguf, ("f16", "q8_0", "q4_k_m", "q4_0")),
     Column("gptq-int4", "GPTQ-int4", _gptq, splits=False),
 )
@@ -127,15 +127,15 @@ def solar_config() -> ModelConfig:
 
 def predict_all(
     config: ModelConfig, name: str, advance: Advance = lambda n: None
-) -> tuple[Settings, list[Row]]:
+) -> tuple[RunSettings, list[Row]]:
     """Every device with every memory size, at 4,096 tokens of context with flash attention."""
-    models = {c.key: c.store(config, f"{name}-{c.title}") for c in PRESETS}
+    models = {c.key: c.store(config, f"{name}-{c.title}") for c in PRESET_COLUMNS}
     settings = memory_settings(models[USUAL])
     rows = []
     for device in load_devices():
         for gb in device.memory_gb_options:
             cells = {
-                key: predict_on(Candidate(m, {}), device, settings, memory_gb=gb)
+                key: predict_on(StorableModel(m, {}), device, settings, memory_gb=gb)
                 for key, m in models.items()
             }
             rows.append(Row(device, gb, cells))
@@ -174,7 +174,11 @@ def write_tables(
     results = [read_quality(path) for path in quality or _there(folder / QUALITY)]
     settings, rows = predict_all(solar_config(), MODEL.replace(" ", "-"), advance)
     found = as_json(rows, lines, results)
-    texts = (markdown(settings, rows, lines, results), as_csv(found), json.dumps(found) + "\n")
+    texts = (
+        tables_markdown(settings, rows, lines, results),
+        as_csv(found),
+        json.dumps(found) + "\n",
+    )
     texts += tuple(make() for make in also.values())
     blobs = [text.encode() for text in texts]
     sizes = [(path, len(blob)) for path, blob in zip(paths, blobs, strict=True)]
@@ -234,8 +238,8 @@ def as_csv(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 # For people
 
 
-def markdown(
-    settings: Settings,
+def tables_markdown(
+    settings: RunSettings,
     rows: Sequence[Row],
     lines: Sequence[Line] = (),
     results: Sequence[Mapping[str, Any]] = (),
@@ -267,7 +271,7 @@ def markdown(
         f"{_layers()} layers do, the rest running on the CPU; *?* that the verdict is within "
         "3 % of the usable memory.\n",
         _GPTQ,
-        f"Files: {', '.join(_file_size(c) for c in PRESETS)}.\n",
+        f"Files: {', '.join(_file_size(c) for c in PRESET_COLUMNS)}.\n",
     ]
     for family, title in families.items():
         parts.append(f"### {title}\n")
@@ -288,7 +292,7 @@ def solar_parameters() -> int:
     return sum(math.prod(shape) for shape in tensor_shapes(solar_config()).values())
 
 
-def _in_short(settings: Settings, rows: Sequence[Row]) -> str:
+def _in_short(settings: RunSettings, rows: Sequence[Row]) -> str:
     """One line per size of memory: does the usual file fit, how fast, which is the largest."""
     title = _column(USUAL).title
     found = []
@@ -308,13 +312,13 @@ def _in_short(settings: Settings, rows: Sequence[Row]) -> str:
             "## In short\n",
             f"{title} at {settings.context:,} tokens of context, **predicted**; *tok/s* of "
             "generation, from the slowest device of the size to the fastest.\n",
-            table(
+            markdown_table(
                 ["GPU memory", "devices", f"{title} on the GPU", "spare", "tok/s", "largest sure"],
                 found,
                 [True, False, True, False, False, True],
             ),
             "*Largest sure* is the largest of "
-            f"{', '.join(c.title for c in PRESETS if c.splits)} that is on the GPU whole with more "
+            f"{', '.join(c.title for c in PRESET_COLUMNS if c.splits)} that is on the GPU whole with more "
             "than 3 % to spare on all of them; *?* marks verdicts that are closer than that.\n",
         ]
     )
@@ -335,7 +339,9 @@ def _short_cells(rows: Sequence[Row]) -> list[str]:
     sure = next(
         (
             c.title
-            for c in sorted(PRESETS, key=lambda c: -rows[0].cells[c.key].verdict.use.total_bytes)
+            for c in sorted(
+                PRESET_COLUMNS, key=lambda c: -rows[0].cells[c.key].verdict.use.total_bytes
+            )
             if c.splits
             and all(r.cells[c.key].verdict.fits and not r.cells[c.key].verdict.close for r in rows)
         ),
@@ -354,17 +360,17 @@ def _family_table(rows: Sequence[Row]) -> str:
     """A line for each device; memory sizes that make no difference share one."""
     needs = [
         _span({r.cells[c.key].verdict.use.total_bytes / 2**30 for r in rows}, lambda x: f"{x:.1f}")
-        for c in PRESETS
+        for c in PRESET_COLUMNS
     ]
     lines = [["*takes, GiB*", "", "", *(f"*{need}*" for need in needs)]]
     merged: dict[tuple[str, ...], list[Row]] = {}
     for row in sorted(rows, key=_row_rank):
-        merged.setdefault((row.device.id, *map(_cell(row), PRESETS)), []).append(row)
+        merged.setdefault((row.device.id, *map(_cell(row), PRESET_COLUMNS)), []).append(row)
     for (_, *cells), same in merged.items():
         sizes = ", ".join(f"{r.memory_gb:g}" for r in same)
         usable = ", ".join(f"{_usable(r) / 2**30:.1f}" for r in same)
         lines.append([same[0].device.short_name, sizes, usable, *cells])
-    return table(["device", "GB", "usable", *(c.title for c in PRESETS)], lines)
+    return markdown_table(["device", "GB", "usable", *(c.title for c in PRESET_COLUMNS)], lines)
 
 
 def _cell(row: Row) -> Callable[[Column], str]:
@@ -402,7 +408,9 @@ def _guides(rows: Sequence[Row]) -> str:
         "## Beside public guides\n",
         "What guides to SOLAR 10.7B state, and ours at 4,096 tokens of context (decimal GB, on an "
         "RTX 4090; VRAM is predicted):\n",
-        table(["preset", "file, guides", "file, ours", "VRAM, guides", "VRAM, ours"], lines),
+        markdown_table(
+            ["preset", "file, guides", "file, ours", "VRAM, guides", "VRAM, ours"], lines
+        ),
         "They also say that Q4_K_M runs on these:\n",
     ]
     found = []
@@ -420,7 +428,7 @@ def _guides(rows: Sequence[Row]) -> str:
             ]
         )
     head = ["device", "GB", "whole at 4,096", "to spare", "longest context whole"]
-    text.append(table(head, found))
+    text.append(markdown_table(head, found))
     text.append(_guides_verdict(rows))
     return "\n".join(text)
 
@@ -445,14 +453,14 @@ def _without_flash_attention() -> str:
     """How the closest of these verdicts turns out otherwise."""
     model = _column(USUAL).store(solar_config(), MODEL)
     settings = memory_settings(model, flash_attn=False)
-    v = predict_on(Candidate(model, {}), find_device("rtx-4060"), settings).verdict
+    v = predict_on(StorableModel(model, {}), find_device("rtx-4060"), settings).verdict
     spare = v.usable_bytes - v.use.total_bytes
     said = f"{format_bytes(spare)} are left" if v.fits else f"{format_bytes(-spare)} are missing"
     return f"Without flash attention, {said} on an RTX 4060. "
 
 
 def _column(key: str) -> Column:
-    return next(c for c in PRESETS if c.key == key)
+    return next(c for c in PRESET_COLUMNS if c.key == key)
 
 
 def _file_bytes(column: Column) -> int:

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from gguf import GGUFValueType as Kind
 
+from dus_edge.checkpoint.gguf_header import GGUF_MAGIC
 from dus_edge.quant.types import QuantType
 
-MAGIC = b"GGUF"
 VERSION = 3
 #: `general.alignment`'s default: every tensor starts at a multiple of it.
-ALIGNMENT = 32
+GGUF_ALIGNMENT = 32
 
 _PACK = {
     Kind.UINT8: "<B",
@@ -78,12 +78,12 @@ class TensorInfo:
 
 def padded(n: int) -> int:
     """`n` rounded up to the alignment."""
-    return -(-n // ALIGNMENT) * ALIGNMENT
+    return -(-n // GGUF_ALIGNMENT) * GGUF_ALIGNMENT
 
 
 def encode_header(metadata: Sequence[KeyValue], tensors: Sequence[TensorInfo]) -> bytes:
     """Everything before the tensor data, padded to the alignment."""
-    parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
+    parts = [GGUF_MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for kv in metadata:
         parts += [_string(kv.key), _value(kv)]
     for t in tensors:

@@ -46,7 +46,7 @@ from dus_edge.quant.imatrix import takes_importance
 from dus_edge.quant.quantizer import Conversion, Quantizer
 from dus_edge.quant.recipe import ModelShape, Preset, tensor_type
 from dus_edge.quant.types import QuantType
-from dus_edge.stream import run
+from dus_edge.stream import run_tasks
 
 #: Stored dtypes that are a GGUF type already: their bytes pass through unchanged.
 _SAME = {("F32", "F32"), ("F16", "F16"), ("BF16", "BF16")}
@@ -207,7 +207,7 @@ def write_files(
             for job in _jobs(checkpoint, files, importance)
             for task in _tasks(checkpoint, job, fds, quantizer, allow_nonfinite)
         )
-        run(tasks, n_threads=n_threads, advance=advance)
+        run_tasks(tasks, n_threads=n_threads, advance=advance)
 
 
 def _jobs(

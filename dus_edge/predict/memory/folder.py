@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dus_edge.checkpoint.config import ModelConfig, parse_config, tensor_shapes
-from dus_edge.checkpoint.names import CONFIG
+from dus_edge.checkpoint.names import CONFIG, QUANTIZE_CONFIG
 from dus_edge.checkpoint.safetensors import StoredTensor, read_header
 from dus_edge.checkpoint.spec import TensorSpec
 from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
@@ -29,7 +29,6 @@ from dus_edge.predict.stored_model import StoredModel, TensorSize, TorchForm
 from dus_edge.quant import gptq_format
 from dus_edge.run.source import read_config, weight_files
 
-QUANTIZE_CONFIG = "quantize_config.json"
 METHODS = ("gptq", "bitsandbytes")
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -141,7 +140,7 @@ def model_of_gptq_config(
 
     Args:
         config: of the model to be quantized.
-        bits: of a code, one of `gptq_format.BITS`.
+        bits: of a code, one of `gptq_format.GPTQ_BITS`.
         group_size: one of `gptq_format.GROUP_SIZES`; −1 is a whole row.
         name: what messages call it.
 
@@ -235,9 +234,9 @@ def _details(raw: Mapping[str, Any], folder: Path) -> tuple[Mapping[str, Any], s
 
 def _gptq_form(config: ModelConfig, details: Mapping[str, Any], where: str) -> TorchForm:
     bits, group = details.get("bits"), details.get("group_size", 128)
-    if type(bits) is not int or bits not in gptq_format.BITS:
+    if type(bits) is not int or bits not in gptq_format.GPTQ_BITS:
         raise CheckpointError(
-            f"{where}: bits is {bits!r}; GPTQ has {', '.join(map(str, gptq_format.BITS))}."
+            f"{where}: bits is {bits!r}; GPTQ has {', '.join(map(str, gptq_format.GPTQ_BITS))}."
         )
     if type(group) is not int or (group < 1 and group != -1):
         raise CheckpointError(
@@ -277,7 +276,7 @@ def _planned(config: ModelConfig, form: TorchForm) -> dict[str, TensorSpec]:
     if form.method != "GPTQ":
         scheme = bnb.INT8 if form.method == "INT8" else bnb.Scheme("nf4", form.nested)
         return {spec.name: spec for spec in bnb.plan_tensors(specs, scheme)}
-    settings = gptq_format.Settings(bits=form.bits, group_size=form.group_size)
+    settings = gptq_format.GPTQSettings(bits=form.bits, group_size=form.group_size)
     header: dict[str, TensorSpec] = {}
     for key, spec in specs.items():
         if is_quantized(key):

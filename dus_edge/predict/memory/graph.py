@@ -11,10 +11,10 @@ import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dus_edge.predict.stored_model import KV_TYPES, Settings, StoredModel
+from dus_edge.predict.stored_model import KV_TYPES, RunSettings, StoredModel
 
 #: Bytes that tensors start at a multiple of.
-ALIGNMENT = {"CUDA": 128, "Metal": 32, "CPU": 32}
+BUFFER_ALIGNMENT = {"CUDA": 128, "Metal": 32, "CPU": 32}
 _F32 = 4
 _F16 = 2
 _I32 = 4
@@ -24,7 +24,7 @@ _I64 = 8
 _METAL_COLUMNS, _METAL_ROWS, _METAL_GROUPS, _METAL_MAX_ROWS = 64, 8, 32, 32
 
 
-def padded_context(settings: Settings) -> int:
+def padded_context(settings: RunSettings) -> int:
     """Cells of the cache: the context rounded up as that build does.
 
     2023: not at all; 2024: to 32, with flash attention 256; since 2025: to 256.
@@ -35,7 +35,7 @@ def padded_context(settings: Settings) -> int:
     return round_up(settings.context, 256 if wide else 32)
 
 
-def tokens_at_once(settings: Settings) -> int:
+def tokens_at_once(settings: RunSettings) -> int:
     """Tokens of the largest ubatch; the context counts before it is rounded up."""
     return min(settings.context, settings.batch, settings.ubatch)
 
@@ -46,7 +46,7 @@ def shape_only(model: StoredModel) -> StoredModel:
 
 
 @functools.lru_cache(maxsize=4096)
-def graph_bytes(model: StoredModel, n_layers: int, head: bool, settings: Settings) -> int:
+def graph_bytes(model: StoredModel, n_layers: int, head: bool, settings: RunSettings) -> int:
     """Peak of the compute buffer over the graph of so many layers on the device."""
     new = settings.era == "2025+"
     on_cpu = settings.backend == "CPU"
@@ -55,7 +55,7 @@ def graph_bytes(model: StoredModel, n_layers: int, head: bool, settings: Setting
     hidden = tokens * model.hidden_size * _F32
     q_bytes, kv_bytes = tokens * model.q_width * _F32, tokens * model.kv_width * _F32
     fa = settings.flash_attn
-    g = Graph(ALIGNMENT[settings.backend])
+    g = Graph(BUFFER_ALIGNMENT[settings.backend])
 
     # Inputs come first. A GPU gets copies of those that its layers read.
     ids = g.input(tokens * _I32) if on_cpu else None
@@ -133,7 +133,7 @@ def _rotation(head_dim: int) -> int:
     return size * size * _F32
 
 
-def _flash_extra(model: StoredModel, settings: Settings, tokens: int, cells: int) -> int:
+def _flash_extra(model: StoredModel, settings: RunSettings, tokens: int, cells: int) -> int:
     """What a backend's flash attention wants behind its result."""
     kinds = (settings.type_k, settings.type_v)
     f16_rows = cells * model.kv_width * _F16

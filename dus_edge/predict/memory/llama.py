@@ -20,7 +20,7 @@ from dus_edge.predict.devices import Device, load_rules
 from dus_edge.predict.memory import torch as torch_memory
 from dus_edge.predict.memory.cuda import cuda_overhead_bytes
 from dus_edge.predict.memory.graph import (
-    ALIGNMENT,
+    BUFFER_ALIGNMENT,
     graph_bytes,
     padded_context,
     round_up,
@@ -31,7 +31,7 @@ from dus_edge.predict.stored_model import (
     KV_TYPES,
     MIB,
     MemoryUse,
-    Settings,
+    RunSettings,
     StoredModel,
     TensorSize,
 )
@@ -131,7 +131,7 @@ def check_context(model: StoredModel, context: int) -> None:
         )
 
 
-def memory_use(model: StoredModel, settings: Settings) -> MemoryUse:
+def memory_use(model: StoredModel, settings: RunSettings) -> MemoryUse:
     """Bytes on the device for a model run so.
 
     With a CPU the device is the computer's memory: everything is on it. On CUDA and Metal the
@@ -153,7 +153,7 @@ def memory_use(model: StoredModel, settings: Settings) -> MemoryUse:
     )
 
 
-def offloaded(model: StoredModel, settings: Settings) -> tuple[int, bool]:
+def offloaded(model: StoredModel, settings: RunSettings) -> tuple[int, bool]:
     """How many layers are on the device, counted from the last, and whether the output is.
 
     Since late 2025 the output is the first that `n_gpu_layers` counts; before, it was the last
@@ -167,7 +167,7 @@ def offloaded(model: StoredModel, settings: Settings) -> tuple[int, bool]:
     return min(settings.n_gpu_layers, n), settings.n_gpu_layers > n
 
 
-def weights_on_device(model: StoredModel, settings: Settings) -> int:
+def weights_on_device(model: StoredModel, settings: RunSettings) -> int:
     """Bytes of the tensors on the device, with the padding of its buffers."""
     layers, head = offloaded(model, settings)
     if settings.backend == "CPU":
@@ -183,8 +183,8 @@ def weights_on_device(model: StoredModel, settings: Settings) -> int:
     return _padded_sizes(chosen, settings)
 
 
-def _padded_sizes(tensors: Iterable[TensorSize], settings: Settings) -> int:
-    alignment = ALIGNMENT[settings.backend]
+def _padded_sizes(tensors: Iterable[TensorSize], settings: RunSettings) -> int:
+    alignment = BUFFER_ALIGNMENT[settings.backend]
     total = 0
     for x in tensors:
         size = x.nbytes
@@ -196,7 +196,7 @@ def _padded_sizes(tensors: Iterable[TensorSize], settings: Settings) -> int:
     return total
 
 
-def kv_cache_bytes(model: StoredModel, settings: Settings, layers: int | None = None) -> int:
+def kv_cache_bytes(model: StoredModel, settings: RunSettings, layers: int | None = None) -> int:
     """Exact bytes of the key/value cache of so many layers; None means all."""
     cells = padded_context(settings)
     k, v = KV_TYPES[settings.type_k], KV_TYPES[settings.type_v]
@@ -210,7 +210,7 @@ def kv_cache_bytes(model: StoredModel, settings: Settings, layers: int | None = 
     return per_layer * (model.n_layers if layers is None else layers)
 
 
-def compute_buffer_bytes(model: StoredModel, settings: Settings) -> int:
+def compute_buffer_bytes(model: StoredModel, settings: RunSettings) -> int:
     """Bytes of the device's compute buffer: the peak of ggml's allocator over the graph."""
     layers, head = offloaded(model, settings)
     sizes = [0]
@@ -261,7 +261,7 @@ def usual_platform(device: Device) -> str:
     return "linux-headless" if device.family in ("nvidia-pro", "nvidia-datacenter") else "windows"
 
 
-def _overhead(model: StoredModel, settings: Settings) -> int:
+def _overhead(model: StoredModel, settings: RunSettings) -> int:
     """What the runtime takes beside llama.cpp's buffers."""
     if settings.backend == "CUDA":
         return cuda_overhead_bytes(settings.n_sm, settings.compute_capability)
@@ -272,7 +272,7 @@ def _overhead(model: StoredModel, settings: Settings) -> int:
     return tokens * max(model.intermediate_size, model.q_width) * 292 // 256
 
 
-def _host_weights_bytes(model: StoredModel, layers: int, head: bool, settings: Settings) -> int:
+def _host_weights_bytes(model: StoredModel, layers: int, head: bool, settings: RunSettings) -> int:
     """What the device needs for products whose weights are on the host.
 
     With batches of 32 tokens and more llama.cpp copies such a matrix over and multiplies on the

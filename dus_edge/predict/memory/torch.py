@@ -15,7 +15,7 @@ which other loaders prefer, keeps room for the largest matrix in 16 bits beside 
 from __future__ import annotations
 
 from dus_edge.errors import UsageError
-from dus_edge.predict.stored_model import MIB, MemoryUse, Settings, StoredModel, TorchForm
+from dus_edge.predict.stored_model import MIB, MemoryUse, RunSettings, StoredModel, TorchForm
 
 #: What a CUDA process of torch takes beside its tensors, mostly the context; assumed, not measured
 #: here. "Around 400MB" since CUDA 11.7, says a developer of PyTorch in
@@ -38,7 +38,7 @@ _F32 = 4
 _I64 = 8
 
 
-def memory_use(model: StoredModel, settings: Settings) -> MemoryUse:
+def memory_use(model: StoredModel, settings: RunSettings) -> MemoryUse:
     """Bytes on the device: everything, or nothing where not all layers are offloaded.
 
     Args:

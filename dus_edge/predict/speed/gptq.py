@@ -31,7 +31,7 @@ from dus_edge import data
 ENGINES = {"exllamav2": "ExLlamaV2", "marlin": "vLLM (Marlin)"}
 KERNELS = tuple(ENGINES)
 #: Bits of a code of which runs are published.
-BITS = (4,)
+PREDICTED_BITS = (4,)
 #: A scale is a float16, and a zero point has the bits of a code.
 _SCALE_BITS = 16
 _KIND = re.compile(r"GPTQ(?P<bits>[2348])_(?P<group>[1-9]\d*|ROW)")

@@ -256,7 +256,7 @@ def dense_work(
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
+class PredictedSpeed:
     """Tokens per second, each with the ends of its 80 % interval.
 
     Attributes:
@@ -516,7 +516,7 @@ def predict(
     flash_attn: bool = False,
     offloaded_layers: int | None = None,
     kernel: str | None = None,
-) -> Speed:
+) -> PredictedSpeed:
     """Speed of a model on a device; of a GPTQ model only that of generation.
 
     Args:
@@ -571,7 +571,7 @@ def predict(
     if device.estimated:
         pp_extra = math.hypot(pp_extra, _ESTIMATED_SCALE)
     tg_rate, pp_rate = 1 / tg_s, n_prompt / pp_s
-    return Speed(
+    return PredictedSpeed(
         tg_rate,
         *tg.spread.ends(tg_rate, device.family, tg_extra),
         pp_rate,
@@ -581,7 +581,7 @@ def predict(
 
 def _predict_gptq(
     device: DeviceSpeed, work: Work, depth: float, outside: float, kernel: str
-) -> Speed:
+) -> PredictedSpeed:
     """Generation of a GPTQ model, whose interval is never narrower than llama.cpp's."""
     if kernel not in gptq.KERNELS:
         raise UsageError(
@@ -594,7 +594,7 @@ def _predict_gptq(
             "ExLlamaV2 and Marlin run a GPTQ model only if all of it is on the device."
         )
     for name in filter(gptq.is_gptq, work.weights):
-        if gptq.code_bits(name) not in gptq.BITS:
+        if gptq.code_bits(name) not in gptq.PREDICTED_BITS:
             raise UsageError(f"No run of a GPTQ model of {gptq.code_bits(name)} bits is published.")
     tg, own = constants()[0], gptq.kernel_speeds()[kernel]
     terms = Terms((*tg.terms.names, *own.terms))
@@ -604,7 +604,7 @@ def _predict_gptq(
     rate = 1 / float(tg_seconds(theta, features([case], terms, "tg"))[0])
     low, high = tg.spread.ends(rate, device.family)
     spread = math.exp(own.half_width)
-    return Speed(
+    return PredictedSpeed(
         rate, min(low, rate / spread), max(high, rate * spread), engine=gptq.ENGINES[kernel]
     )
 

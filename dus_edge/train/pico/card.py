@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict, dataclass
 
 from dus_edge.train.pico import corpus
-from dus_edge.train.pico.package import Scores
+from dus_edge.train.pico.package import PicoScores
 
 TEMPLATE = """\
 ---
@@ -135,8 +135,8 @@ def regulariser_text(recipe) -> str:
     return REGULARISED.format(share=1 - recipe.upscaled_from, every=recipe.upscaled_every)
 
 
-def model_card(
-    split: corpus.Split, scores: Scores, run: Run, recipe, samples: list[tuple[str, str]]
+def pico_card(
+    split: corpus.Split, scores: PicoScores, run: Run, recipe, samples: list[tuple[str, str]]
 ) -> str:
     """Fill in the card; ``samples`` are (title, text) pairs."""
     blocks = [f"{title}:\n\n```text\n{text.rstrip()}\n```" for title, text in samples]

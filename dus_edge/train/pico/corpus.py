@@ -167,7 +167,7 @@ def total_bytes(sources: Iterable[SourceFile]) -> int:
     return sum(source.size for source in sources)
 
 
-def main() -> None:
+def print_corpus() -> None:
     """Print the held-out files (SHA-256, bytes, path) and the size of every part."""
     split = load_split()
     for source in split.heldout:
@@ -178,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    print_corpus()

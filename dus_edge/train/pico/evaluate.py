@@ -49,7 +49,7 @@ def bits_per_byte(logits: Logits, documents: Iterable[np.ndarray], text_bytes: i
     return sum(document_bits(logits, ids) for ids in documents) / text_bytes
 
 
-def code_bits(counts: Counter, symbols: Iterable[int], alphabet: int) -> float:
+def order0_bits(counts: Counter, symbols: Iterable[int], alphabet: int) -> float:
     """Return the bits of ``symbols`` under add-one smoothed order-0 ``counts``."""
     total = sum(counts.values()) + alphabet
     wanted = Counter(symbols)
@@ -62,7 +62,7 @@ def unigram_byte_bits(train: Iterable[str], heldout: Sequence[str]) -> float:
     for text in train:
         counts.update(text.encode("utf-8"))
     data = "".join(heldout).encode("utf-8")
-    return code_bits(counts, data, 256) / len(data)
+    return order0_bits(counts, data, 256) / len(data)
 
 
 def unigram_token_bits(
@@ -73,7 +73,7 @@ def unigram_token_bits(
     for ids in train:
         counts.update(ids[1:].tolist())
     symbols = (token for ids in heldout for token in ids[1:].tolist())
-    return code_bits(counts, symbols, vocab) / text_bytes
+    return order0_bits(counts, symbols, vocab) / text_bytes
 
 
 def xz_bits(heldout: Sequence[str]) -> float:

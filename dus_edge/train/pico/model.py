@@ -83,7 +83,7 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Layer(nn.Module):
+class PicoLayer(nn.Module):
     """One pre-norm decoder layer."""
 
     def __init__(self, config: PicoConfig) -> None:
@@ -105,7 +105,7 @@ class Body(nn.Module):
     def __init__(self, config: PicoConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab, config.hidden)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(PicoLayer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden, eps=config.eps)
 
 

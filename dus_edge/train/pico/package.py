@@ -26,7 +26,7 @@ TRANSFORMERS_VERSION = "5.23.0"
 
 
 @dataclass(frozen=True)
-class Scores:
+class PicoScores:
     """Bits per UTF-8 byte of the whole held-out text."""
 
     pico: float
@@ -86,7 +86,7 @@ def round_to_bf16(model: Pico) -> None:
             weight.copy_(weight.bfloat16().float())
 
 
-def write_checkpoint(folder: Path, model: Pico, tokenizer: bytes) -> None:
+def write_pico(folder: Path, model: Pico, tokenizer: bytes) -> None:
     """Write everything but the card into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.bfloat16().contiguous() for name, value in model.state_dict().items()}
@@ -100,7 +100,7 @@ def write_checkpoint(folder: Path, model: Pico, tokenizer: bytes) -> None:
     write_tokenizer(folder, tokenizer, model.config.context)
 
 
-def score(model: Pico, split: corpus.Split, tokenizer: bytes, pool: Executor) -> Scores:
+def score(model: Pico, split: corpus.Split, tokenizer: bytes, pool: Executor) -> PicoScores:
     """Measure the model, its up-scaled plan and the baselines on whole held-out files."""
     processor = load_sentencepiece(tokenizer)
     texts = [source.text for source in split.heldout]
@@ -115,7 +115,7 @@ def score(model: Pico, split: corpus.Split, tokenizer: bytes, pool: Executor) ->
     def upscaled_bits(ids: np.ndarray) -> float:
         return evaluate.document_bits(lambda tokens: model(tokens, plan), ids)
 
-    return Scores(
+    return PicoScores(
         pico=sum(pool.map(plain_bits, heldout)) / size,
         upscaled=sum(pool.map(upscaled_bits, heldout)) / size,
         unigram_bytes=evaluate.unigram_byte_bits(train, texts),

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from dus_edge.train.pico.model import Pico
 
-Job = tuple[Tensor, list[int] | None]
+GradientJob = tuple[Tensor, list[int] | None]
 """Int64 ids (rows, length + 1) and the plan of layers through which to run them."""
 
 
@@ -50,7 +50,7 @@ def _drain(model: Pico, queue: SimpleQueue, weight: float) -> tuple[list[Tensor]
 
 
 def accumulate(
-    model: Pico, jobs: Sequence[Job], pool: ThreadPoolExecutor, workers: int
+    model: Pico, jobs: Sequence[GradientJob], pool: ThreadPoolExecutor, workers: int
 ) -> list[tuple[bool, float]]:
     """Set every parameter's ``grad`` to the mean over the jobs; return (is plain, nats)."""
     queue: SimpleQueue = SimpleQueue()

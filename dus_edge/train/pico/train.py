@@ -21,15 +21,15 @@ import torch
 
 from dus_edge.train.pico import corpus, evaluate
 from dus_edge.train.pico.batches import Stream
-from dus_edge.train.pico.card import Run, model_card
+from dus_edge.train.pico.card import Run, pico_card
 from dus_edge.train.pico.model import Pico, PicoConfig, initialise, upscaled_plan
 from dus_edge.train.pico.optim import Muon
 from dus_edge.train.pico.package import (
-    Scores,
+    PicoScores,
     continue_text,
     round_to_bf16,
     score,
-    write_checkpoint,
+    write_pico,
 )
 from dus_edge.train.pico.parallel import accumulate, make_pool, mean_loss
 from dus_edge.train.pico.tokenizer import (
@@ -75,7 +75,7 @@ class Recipe:
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """What a checkpoint counts besides weights; ``seconds`` of training, evaluation included."""
 
     step: int = 0
@@ -128,7 +128,9 @@ def make_data(split: corpus.Split, model: bytes, recipe: Recipe) -> Data:
     )
 
 
-def draw(data: Data, progress: Progress, rows: int, length: int, share: float) -> torch.Tensor:
+def draw(
+    data: Data, progress: TrainingProgress, rows: int, length: int, share: float
+) -> torch.Tensor:
     """Draw int64 ids (rows, length + 1), a share of the rows from the library stream."""
     library = round(rows * share)
     picked = []
@@ -161,7 +163,7 @@ def plan_for(micro: int, step: int, done: float, recipe: Recipe, layers: int) ->
 def train_step(
     model: Pico,
     data: Data,
-    progress: Progress,
+    progress: TrainingProgress,
     done: float,
     recipe: Recipe,
     pool: ThreadPoolExecutor,
@@ -223,7 +225,7 @@ def quick_scores(model: Pico, data: Data, pool: ThreadPoolExecutor) -> tuple[flo
     return sum(plain) / size, sum(scaled) / size
 
 
-def save_state(path: Path, model: Pico, optimisers: list, progress: Progress) -> None:
+def save_state(path: Path, model: Pico, optimisers: list, progress: TrainingProgress) -> None:
     """Write a resumable checkpoint, so that an interruption never leaves half of one."""
     state = {
         "model": model.state_dict(),
@@ -235,18 +237,18 @@ def save_state(path: Path, model: Pico, optimisers: list, progress: Progress) ->
     partial.replace(path)
 
 
-def load_state(path: Path, model: Pico, optimisers: list) -> Progress:
-    """Load a checkpoint of :func:`save_state`; a fresh :class:`Progress` if there is none.
+def load_state(path: Path, model: Pico, optimisers: list) -> TrainingProgress:
+    """Load a checkpoint of :func:`save_state`; a fresh :class:`TrainingProgress` if there is none.
 
     Without optimisers only the weights are loaded.
     """
     if not path.exists():
-        return Progress()
+        return TrainingProgress()
     state = torch.load(path, weights_only=True)
     model.load_state_dict(state["model"])
     for optimiser, saved in zip(optimisers, state["optimisers"], strict=bool(optimisers)):
         optimiser.load_state_dict(saved)
-    return Progress(**state["progress"])
+    return TrainingProgress(**state["progress"])
 
 
 def log_point(path: Path, **point: float | int | None) -> None:
@@ -281,7 +283,7 @@ def draw_samples(model: Pico, tokenizer: bytes) -> list[tuple[str, str]]:
     return greedy + drawn
 
 
-def finish(out: Path, recipe: Recipe, command: str, history: str) -> Scores:
+def finish(out: Path, recipe: Recipe, command: str, history: str) -> PicoScores:
     """Score the run in ``out`` and write its checkpoint with card to ``out/model``."""
     split = corpus.load_split()
     tokenizer = (out / "tokenizer.model").read_bytes()
@@ -300,8 +302,8 @@ def finish(out: Path, recipe: Recipe, command: str, history: str) -> Scores:
         history=history,
     )
     folder = out / "model"
-    write_checkpoint(folder, model, tokenizer)
-    card = model_card(split, scores, run, recipe, samples)
+    write_pico(folder, model, tokenizer)
+    card = pico_card(split, scores, run, recipe, samples)
     (folder / "README.md").write_text(card, encoding="utf-8")
     log_point(
         out / "training.jsonl",
@@ -313,7 +315,7 @@ def finish(out: Path, recipe: Recipe, command: str, history: str) -> Scores:
     return scores
 
 
-def train(out: Path, recipe: Recipe) -> tuple[Pico, Progress]:
+def train(out: Path, recipe: Recipe) -> tuple[Pico, TrainingProgress]:
     """Train (or go on training) in the folder ``out`` and return the model."""
     torch.set_num_threads(1)
     pool = make_pool(recipe.threads)
@@ -389,7 +391,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def train_pico() -> None:
     """Run the recipe."""
     arguments = vars(parse_arguments())
     out = arguments.pop("out")
@@ -402,4 +404,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    train_pico()
