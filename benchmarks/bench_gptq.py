@@ -66,7 +66,7 @@ def nearest(folder: Path, settings: gptq_format.GPTQSettings) -> None:
     checkpoint = model.open()
     arrays = {}
     for spec in checkpoint.specs().values():
-        if not sink.is_quantized(spec.name):
+        if not checkpoint.config.family.is_linear(spec.name):
             continue
         bits = checkpoint.read(spec.name).astype(np.uint32) << 16
         w = torch.from_numpy(bits.view(np.float32))

@@ -34,6 +34,10 @@ def plain_kernels(monkeypatch):
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
+def planned_tensors(checkpoint, scheme):
+    return bnb.plan_tensors(checkpoint.config.family, checkpoint.specs(), scheme)
+
+
 def open_model(folder: Path) -> Checkpoint:
     return find_model(str(folder), UP_SCALED, weights=True, say=lambda line: None).open()
 
@@ -95,7 +99,7 @@ def test_equal_to_what_transformers_saves(make_checkpoint, tmp_path, scheme, dty
     theirs.save_pretrained(tmp_path / "theirs")
     checkpoint = open_model(base)
     written = write(checkpoint, tmp_path / "ours", scheme)
-    assert written == sum(s.nbytes for s in bnb.plan_tensors(checkpoint.specs(), scheme))
+    assert written == sum(s.nbytes for s in planned_tensors(checkpoint, scheme))
 
     assert_equal(tensors(tmp_path / "ours"), tensors(tmp_path / "theirs"))
     configs = [load_json(tmp_path / d / "config.json") for d in ("ours", "theirs")]
@@ -240,7 +244,7 @@ def test_shards_have_an_index(make_checkpoint, tmp_path, monkeypatch):
     checkpoint = open_model(make_checkpoint(**WIDE))
     write(checkpoint, tmp_path / "out", bnb.NF4)
     index = load_json(tmp_path / "out" / "model.safetensors.index.json")
-    planned = bnb.plan_tensors(checkpoint.specs(), bnb.NF4)
+    planned = planned_tensors(checkpoint, bnb.NF4)
     assert set(index["weight_map"]) == {s.name for s in planned}
     assert len(set(index["weight_map"].values())) > 2
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu")
@@ -325,7 +329,7 @@ def test_weights_that_cannot_be_stored(make_checkpoint, tmp_path, scheme, value,
     assert left_of(tmp_path) == ["base"]
     write(open_model(base), tmp_path / "out", SCHEMES[scheme], allow_nonfinite=True)
     assert set(tensors(tmp_path / "out")) == {
-        s.name for s in bnb.plan_tensors(open_model(base).specs(), SCHEMES[scheme])
+        s.name for s in planned_tensors(open_model(base), SCHEMES[scheme])
     }
 
 

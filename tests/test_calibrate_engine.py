@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from dus_edge.calibrate import engine
 from dus_edge.calibrate.imatrix import ImatrixCollector
-from dus_edge.calibrate.layer import LINEARS, SITES
 from dus_edge.errors import CheckpointError, UsageError
+from dus_edge.families.family import load_families
 from dus_edge.jobs.gguf import export_gguf
 from dus_edge.quant.recipe import PRESETS
 from dus_edge.upscale.model import find_model, plan_chooser
@@ -25,6 +25,14 @@ PLAN = "0:3,1:4"
 SOURCES = (0, 1, 2, 1, 2, 3)
 TOKENS = np.random.default_rng(3).integers(3, 4096, (5, 32)).astype(np.int32)
 CPU = engine.choose_settings("cpu")
+#: The matrices fed by each site, as transformers' modeling_llama.py computes.
+SITES = {
+    "attn_input": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn_output": ("self_attn.o_proj",),
+    "ffn_input": ("mlp.gate_proj", "mlp.up_proj"),
+    "ffn_output": ("mlp.down_proj",),
+}
+LINEARS = tuple(name for names in SITES.values() for name in names)
 
 
 class Replacer(ImatrixCollector):
@@ -37,7 +45,8 @@ class Replacer(ImatrixCollector):
         self.factor = factor
 
     def finish_site(self, layer, site, weights):
-        assert tuple(weights) == SITES[site]
+        super().finish_site(layer, site, weights)
+        assert tuple(weights) == tuple(f"model.layers.{layer}.{x}.weight" for x in SITES[site])
         return {name: weight.float() * self.factor for name, weight in weights.items()}
 
 
@@ -128,8 +137,8 @@ def test_statistics_are_llama_cpps(pico, tmp_path):
     theirs = llama_imatrix.collect(result.outputs[0].path, tokens)
     visitor = ImatrixCollector()
     engine.run_layers(result.model.open(), tokens, visitor, CPU)
-    from dus_edge.export.gguf.tensors import gguf_name
 
+    gguf_name = load_families()["llama"].gguf_name
     ours = {gguf_name(name): value for name, value in visitor.results().items()}
     assert ours.keys() == theirs.keys()
     for name, (sums, count) in ours.items():

@@ -286,7 +286,7 @@ def gptq_folder(base, out, settings: gptq_format.GPTQSettings):
     rng = np.random.default_rng(0)
     parts = {}
     for spec in checkpoint.specs().values():
-        if not gptq_export.is_quantized(spec.name):
+        if not checkpoint.config.family.is_linear(spec.name):
             continue
         n_out, n_in = spec.shape
         width = settings.group_width(n_in)

@@ -15,7 +15,7 @@ import pytest
 
 from dus_edge.checkpoint.config import load_config, tensor_shapes, with_layers
 from dus_edge.export.gguf.sink import conversions, model_shape, plan_file
-from dus_edge.export.gguf.tensors import gguf_name
+from dus_edge.families.family import load_families
 from dus_edge.jobs.gguf import export_gguf
 from dus_edge.quant import types as t
 from dus_edge.quant.quantizer import DEFAULT, QUANTIZERS, find_quantizer
@@ -26,6 +26,8 @@ from dus_edge.upscale.view import base_tensor_name
 
 SILENT = llama_cpp.llama_log_callback(lambda level, text, data: None)
 llama_cpp.llama_log_set(SILENT, ctypes.c_void_p(0))
+
+LLAMA = load_families()["llama"]
 
 #: Shapes that trigger every rule and fallback, as overrides of the smallest Llama.
 SHAPES = {
@@ -145,9 +147,9 @@ def test_a_tensor_is_quantized_once_per_type(make_checkpoint, tmp_path, monkeypa
     model = model_shape(with_layers(config, plan.sources))
     for preset in ("q4_k_m", "q5_k_m"):
         for name, shape in tensor_shapes(with_layers(config, plan.sources)).items():
-            kind = tensor_type(PRESETS[preset], gguf_name(name), shape, model)
+            kind = tensor_type(PRESETS[preset], LLAMA.gguf_name(name), shape, model)
             if len(shape) == 2:
-                pairs.add((base_tensor_name(name, plan), kind.name))
+                pairs.add((base_tensor_name(name, plan, LLAMA), kind.name))
     assert sum(done.values()) == sum(matrices[name] for name, _ in pairs)
     assert sum(done.values()) < 0.75 * sum(written.values())
 

@@ -19,6 +19,7 @@ from dus_edge.export.gguf import sink as gguf
 from dus_edge.export.gguf.imatrix import quantize_metadata, write_imatrix
 from dus_edge.export.gguf.metadata import build_metadata
 from dus_edge.export.vocab.vocab import read_vocab
+from dus_edge.families.family import load_families
 from dus_edge.quant import ggml
 from dus_edge.quant import types as t
 from dus_edge.quant.imatrix import Importance, match, read_imatrix
@@ -272,7 +273,7 @@ def export(
     metadata = build_metadata(model.config, model.source, model.name, model.plan, vocab)
     weights = said = None
     if importance is not None:
-        weights = match(importance, gguf.gguf_shapes(model.shapes)).weights
+        weights = match(importance, gguf.gguf_shapes(model.config.family, model.shapes)).weights
         said = quantize_metadata(file, importance)
     files = [
         gguf.plan_file(model.config, model.shapes, metadata, PRESETS[p], out / f"{p}.gguf", said)
@@ -344,7 +345,7 @@ def random_importance(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> Impo
     """Every layer's matrices, over six orders of magnitude and with columns never excited."""
     rng = np.random.default_rng(seed)
     sums = {}
-    for name, shape in gguf.gguf_shapes(shapes).items():
+    for name, shape in gguf.gguf_shapes(load_families()["llama"], shapes).items():
         if len(shape) == 2 and name.startswith("blk."):
             sums[name] = np.exp(rng.uniform(-7, 7, shape[-1])).astype(np.float32)
             sums[name][rng.random(shape[-1]) < 0.05] = 0

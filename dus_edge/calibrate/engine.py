@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from dus_edge.calibrate.layer import (
-    SITES,
     DecoderLayer,
     as_tensor,
     positions,
@@ -52,8 +51,8 @@ class Visitor(Protocol):
 
         Args:
             layer: which layer.
-            site: one of `layer.SITES`.
-            weights: the site's matrices ``(out, in)`` by name (``mlp.up_proj``), stored dtype.
+            site: one of the family's `sites`.
+            weights: the site's matrices ``(out, in)`` by transformers' names, stored dtype.
 
         Returns:
             matrices to go on with, where they shall change.
@@ -185,20 +184,20 @@ class _Pass:
             self._show("attn_input", x)
             x = self.layer.attention(x)
             self._show("attn_output", x)
-            h = h + self.layer.linear(x, "self_attn.o_proj")
+            h = h + self.layer.linear(x, "o")
             x = self.layer.ffn_input(h)
             self._show("ffn_input", x)
             x = self.layer.ffn(x)
             self._show("ffn_output", x)
-            self.h[batch] = h + self.layer.linear(x, "mlp.down_proj")
+            self.h[batch] = h + self.layer.linear(x, "down")
             self.advance(h.shape[0] * h.shape[1], 1)
-        for site in SITES:
+        for site in self.layer.config.family.sites:
             self._finish(site)
 
     def by_sites(self) -> None:
         """Site by site through all batches: a site's matrices may change before they are used.
 
-        Attention's output is kept between its two sites; the wide input of `down_proj` is
+        Attention's output is kept between its two sites; the wide input of `down` is
         computed twice instead of being kept.
         """
         layer, c = self.layer, self.layer.config
@@ -212,7 +211,7 @@ class _Pass:
             kept[batch] = x
         self._finish("attn_output")
         for batch, h in self._loaded(share=0.1):
-            h = h + layer.linear(kept[batch].to(self.settings.device), "self_attn.o_proj")
+            h = h + layer.linear(kept[batch].to(self.settings.device), "o")
             self._show("ffn_input", layer.ffn_input(h))
             self.h[batch] = h
         del kept
@@ -222,7 +221,7 @@ class _Pass:
         self._finish("ffn_output")
         for batch, h in self._loaded(share=0.25):
             x = layer.ffn(layer.ffn_input(h))
-            self.h[batch] = h + layer.linear(x, "mlp.down_proj")
+            self.h[batch] = h + layer.linear(x, "down")
 
     def _loaded(self, share: float = 0.0) -> Iterator[tuple[slice, torch.Tensor]]:
         for batch in self.batches:
@@ -234,10 +233,12 @@ class _Pass:
         self.visitor.observe(self.index, site, x.reshape(-1, x.shape[-1]))
 
     def _finish(self, site: str) -> None:
-        weights = {name: self.stored[f"{name}.weight"] for name in SITES[site]}
+        family = self.layer.config.family
+        roles = {family.name(r.role, self.index): r.role for r in family.sites[site]}
+        weights = {name: self.stored[f"{role}.weight"] for name, role in roles.items()}
         for name, weight in self.visitor.finish_site(self.index, site, weights).items():
-            now = self.layer.weights[f"{name}.weight"]
-            self.layer.replace(name, weight.to(now.device, now.dtype))
+            now = self.layer.weights[f"{roles[name]}.weight"]
+            self.layer.replace(roles[name], weight.to(now.device, now.dtype))
 
 
 class _Shares:
@@ -256,7 +257,7 @@ class _Shares:
 
 
 def _embedded(checkpoint: Checkpoint, tokens: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    table = as_tensor(checkpoint.read("model.embed_tokens.weight"))
+    table = as_tensor(checkpoint.read(checkpoint.config.family.name("embedding")))
     return table[torch.from_numpy(tokens.astype(np.int64))].to(dtype)
 
 

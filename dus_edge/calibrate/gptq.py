@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dus_edge.calibrate.layer import SITES
 from dus_edge.quant import gptq, gptq_format
 
 
@@ -42,13 +41,15 @@ class GptqCollector:
     replaces = True
 
     def __init__(
-        self, settings: gptq.Settings, on_fallback: Callable[[Outcome], None] = lambda o: None
+        self, settings: gptq.GPTQSettings, on_fallback: Callable[[Outcome], None] = lambda o: None
     ) -> None:
         self.settings = settings
         self.outcomes: dict[str, Outcome] = {}
         self._on_fallback = on_fallback
         self._hessian: torch.Tensor | None = None
+        # Of the layer that is not saved yet.
         self._arrays: dict[str, np.ndarray] = {}
+        self._unsaved: list[Outcome] = []
 
     def observe(self, layer: int, site: str, x: torch.Tensor) -> None:
         wide = x.float()
@@ -63,27 +64,27 @@ class GptqCollector:
         assert hessian is not None
         factor = gptq.prepare(hessian, self.settings)
         replaced = {}
-        for linear, weight in weights.items():
-            name = f"model.layers.{layer}.{linear}"
+        for tensor, weight in weights.items():
+            name = tensor.removesuffix(".weight")
             solution = gptq.solve(
                 weight.to(hessian.device, torch.float32), factor, self.settings, name
             )
             outcome = Outcome(name, solution.loss, solution.rtn_loss, solution.fallback)
             self.outcomes[name] = outcome
+            self._unsaved.append(outcome)
             if outcome.fallback:
                 self._on_fallback(outcome)
             for part, array in gptq_format.stored(solution, self.settings).items():
                 self._arrays[f"{name}.{part}"] = array
-            replaced[linear] = gptq.dequantize(solution)
+            replaced[tensor] = gptq.dequantize(solution)
         return replaced
 
     def save(self, layer: int, path: Path) -> None:
         from safetensors.numpy import save_file
 
-        names = [f"model.layers.{layer}.{linear}" for site in SITES.values() for linear in site]
-        facts = json.dumps([asdict(self.outcomes[name]) for name in names])
+        facts = json.dumps([asdict(outcome) for outcome in self._unsaved])
         save_file(self._arrays, path, metadata={"outcomes": facts})
-        self._arrays = {}
+        self._arrays, self._unsaved = {}, []
 
     def load(self, layer: int, path: Path) -> None:
         from safetensors import safe_open

@@ -6,12 +6,27 @@ column over all tokens, and how many tokens there were.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from dus_edge.calibrate.layer import SITES
+
+@dataclass
+class _Sums:
+    """Of one site in one layer.
+
+    Attributes:
+        squares: Σx² ``(width,)`` float64.
+        n_tokens: how many inputs were summed.
+        names: the matrices that the site feeds; empty until it is finished.
+    """
+
+    squares: torch.Tensor
+    n_tokens: int
+    names: tuple[str, ...] = ()
 
 
 class ImatrixCollector:
@@ -20,40 +35,45 @@ class ImatrixCollector:
     replaces = False
 
     def __init__(self) -> None:
-        self._sums: dict[tuple[int, str], torch.Tensor] = {}
-        self._counts: dict[tuple[int, str], int] = {}
+        self._sums: dict[int, dict[str, _Sums]] = {}
 
     def observe(self, layer: int, site: str, x: torch.Tensor) -> None:
         # Squares in float32, their sum over many batches in float64 on the CPU.
         part = x.float().square().sum(0).cpu().double()
-        key = layer, site
-        self._sums[key] = self._sums[key] + part if key in self._sums else part
-        self._counts[key] = self._counts.get(key, 0) + x.shape[0]
+        sites = self._sums.setdefault(layer, {})
+        if site in sites:
+            sites[site].squares += part
+            sites[site].n_tokens += x.shape[0]
+        else:
+            sites[site] = _Sums(part, x.shape[0])
 
     def finish_site(
         self, layer: int, site: str, weights: Mapping[str, torch.Tensor]
     ) -> Mapping[str, torch.Tensor]:
+        self._sums[layer][site].names = tuple(weights)
         return {}
 
     def save(self, layer: int, path: Path) -> None:
         from safetensors.torch import save_file
 
-        tensors = {site: self._sums[layer, site] for site in SITES}
-        counts = {site: str(self._counts[layer, site]) for site in SITES}
-        save_file(tensors, path, metadata=counts)
+        sites = self._sums[layer]
+        facts = {site: json.dumps([s.n_tokens, *s.names]) for site, s in sites.items()}
+        save_file({site: s.squares for site, s in sites.items()}, path, metadata=facts)
 
     def load(self, layer: int, path: Path) -> None:
         from safetensors import safe_open
 
         with safe_open(path, "pt") as file:
-            for site in SITES:
-                self._sums[layer, site] = file.get_tensor(site)
-                self._counts[layer, site] = int(file.metadata()[site])
+            sites = self._sums[layer] = {}
+            for site, facts in file.metadata().items():
+                n_tokens, *names = json.loads(facts)
+                sites[site] = _Sums(file.get_tensor(site), n_tokens, tuple(names))
 
     def results(self) -> dict[str, tuple[torch.Tensor, int]]:
         """By Hugging Face name: Σx² ``(n_cols,)`` float64, and the number of tokens."""
         return {
-            f"model.layers.{layer}.{linear}.weight": (self._sums[layer, site], count)
-            for (layer, site), count in sorted(self._counts.items(), key=lambda item: item[0][0])
-            for linear in SITES[site]
+            name: (s.squares, s.n_tokens)
+            for _, sites in sorted(self._sums.items())
+            for s in sites.values()
+            for name in s.names
         }

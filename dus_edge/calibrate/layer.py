@@ -1,6 +1,6 @@
-"""One decoder layer of a Llama-form model, cut where its linear layers take their inputs.
+"""One decoder layer of the arithmetic "llama", cut where its linear layers take their inputs.
 
-The four *sites* are the distinct inputs of a layer's seven matrices; statistics are collected
+The family names the tensors. The four *sites* are the distinct inputs of a layer's seven matrices; statistics are collected
 there, and a quantizer may replace a site's matrices before anything behind them is computed.
 The arithmetic is that of transformers' `modeling_llama.py` and `modeling_mistral.py`; a test holds
 it to theirs.
@@ -8,7 +8,6 @@ it to theirs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,16 +16,6 @@ import torch.nn.functional as F
 
 from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.checkpoint.spec import Checkpoint
-
-#: The matrices fed by each site, in the order in which a layer computes.
-SITES: Mapping[str, tuple[str, ...]] = {
-    "attn_input": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn_output": ("self_attn.o_proj",),
-    "ffn_input": ("mlp.gate_proj", "mlp.up_proj"),
-    "ffn_output": ("mlp.down_proj",),
-}
-LINEARS = tuple(name for names in SITES.values() for name in names)
-_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 @dataclass(frozen=True)
@@ -45,7 +34,10 @@ class Positions:
 
 
 class DecoderLayer:
-    """The weights of one layer on a device, and its computation site by site."""
+    """The weights of one layer on a device, and its computation site by site.
+
+    Weights are called by role: ``q.weight``, ``attn_norm.weight``, ``down.bias``.
+    """
 
     def __init__(
         self, config: ModelConfig, weights: dict[str, torch.Tensor], positions: Positions
@@ -54,25 +46,25 @@ class DecoderLayer:
         self.weights = weights
         self.positions = positions
 
-    def replace(self, linear: str, weight: torch.Tensor) -> None:
-        """Go on with another matrix, e.g. ``mlp.up_proj``; same shape and dtype."""
-        self.weights[f"{linear}.weight"] = weight
+    def replace(self, role: str, weight: torch.Tensor) -> None:
+        """Go on with another matrix, e.g. ``up``; same shape and dtype."""
+        self.weights[f"{role}.weight"] = weight
 
     def attention_input(self, h: torch.Tensor) -> torch.Tensor:
         """Hidden states ``(batch, n_ctx, hidden)`` → input of q, k and v."""
-        return self._norm(h, "input_layernorm")
+        return self._norm(h, "attn_norm")
 
     def attention(self, x: torch.Tensor) -> torch.Tensor:
         """Input of q, k and v → input of the output projection ``(batch, n_ctx, q_width)``."""
         c, p = self.config, self.positions
         batch, n_ctx, _ = x.shape
 
-        def heads(linear: str, n: int) -> torch.Tensor:
-            return self.linear(x, linear).view(batch, n_ctx, n, c.head_dim).transpose(1, 2)
+        def heads(role: str, n: int) -> torch.Tensor:
+            return self.linear(x, role).view(batch, n_ctx, n, c.head_dim).transpose(1, 2)
 
-        q = rotated(heads("self_attn.q_proj", c.n_heads), p.cos, p.sin)
-        k = rotated(heads("self_attn.k_proj", c.n_kv_heads), p.cos, p.sin)
-        v = heads("self_attn.v_proj", c.n_kv_heads)
+        q = rotated(heads("q", c.n_heads), p.cos, p.sin)
+        k = rotated(heads("k", c.n_kv_heads), p.cos, p.sin)
+        v = heads("v", c.n_kv_heads)
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -85,18 +77,18 @@ class DecoderLayer:
 
     def ffn_input(self, h: torch.Tensor) -> torch.Tensor:
         """Hidden states after attention → input of gate and up."""
-        return self._norm(h, "post_attention_layernorm")
+        return self._norm(h, "ffn_norm")
 
     def ffn(self, x: torch.Tensor) -> torch.Tensor:
         """Input of gate and up → input of down ``(batch, n_ctx, intermediate)``."""
-        return F.silu(self.linear(x, "mlp.gate_proj")) * self.linear(x, "mlp.up_proj")
+        return F.silu(self.linear(x, "gate")) * self.linear(x, "up")
 
-    def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, role: str) -> torch.Tensor:
         """One of the seven matrices applied."""
-        return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+        return F.linear(x, self.weights[f"{role}.weight"], self.weights.get(f"{role}.bias"))
 
-    def _norm(self, h: torch.Tensor, name: str) -> torch.Tensor:
-        return rms_norm(h, self.weights[f"{name}.weight"], self.config.rms_norm_eps)
+    def _norm(self, h: torch.Tensor, role: str) -> torch.Tensor:
+        return rms_norm(h, self.weights[f"{role}.weight"], self.config.rms_norm_eps)
 
 
 def rms_norm(h: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -118,9 +110,8 @@ def positions(config: ModelConfig, n_ctx: int, device: str, dtype: torch.dtype) 
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     raw = {key: value for key, value in config.raw.items() if key != "model_type"}
-    kind = "mistral" if config.architecture == "MistralForCausalLM" else "llama"
-    known = AutoConfig.for_model(kind, **raw)
-    # Mistral's has the same formula; only configurations differ.
+    known = AutoConfig.for_model(config.family.model_type, **raw)
+    # One formula for every family of this arithmetic; only configurations differ.
     rotary = LlamaRotaryEmbedding(known)
     cos, sin = rotary(torch.zeros(1, dtype=torch.float32), torch.arange(n_ctx)[None])
     mask = None
@@ -138,11 +129,12 @@ def as_tensor(stored: np.ndarray) -> torch.Tensor:
 
 
 def read_layer(checkpoint: Checkpoint, index: int) -> dict[str, torch.Tensor]:
-    """All tensors of layer `index` by their names within it, in stored dtypes, on the CPU."""
-    prefix = f"model.layers.{index}."
-    wanted = [f"{name}.weight" for name in (*_NORMS, *LINEARS)]
-    wanted += [f"{name}.bias" for name in LINEARS]
-    have = checkpoint.specs()
-    return {
-        name: as_tensor(checkpoint.read(prefix + name)) for name in wanted if prefix + name in have
-    }
+    """All tensors of layer `index` by role (``q.weight``), in stored dtypes, on the CPU."""
+    family = checkpoint.config.family
+    found = {}
+    for name in checkpoint.specs():
+        place = family.layer_of(name)
+        if place is not None and place[0] == index:
+            rule, _, part = family.find(name)
+            found[f"{rule.role}.{part}"] = as_tensor(checkpoint.read(name))
+    return found

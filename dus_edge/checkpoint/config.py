@@ -1,28 +1,29 @@
 """Typed model configurations, read from `config.json` as the hub really holds them.
 
 Both spellings are understood: transformers 4 (`torch_dtype`, `rope_theta`, `rope_scaling`) and
-transformers 5 (`dtype`, `rope_parameters`). Field names and defaults follow
-`transformers/models/{llama,mistral}/configuration_*.py`.
+transformers 5 (`dtype`, `rope_parameters`). Which keys there are, and their defaults, is the
+family's to say.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from dus_edge.errors import CheckpointError, UnsupportedError
+from dus_edge.families.family import (
+    Family,
+    FieldRule,
+    find_family,
+    load_families,
+    named_architecture,
+)
+from dus_edge.families.shape import Shape
 
-#: `architectures[0]` of the checkpoints this program understands.
-KNOWN_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-_MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-
-#: Config entries that are lists with one item per layer.
-PER_LAYER_LISTS = ("layer_types",)
-
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+#: Numbers that a kind of rotary embedding needs.
 _ROPE_NEEDS = {
     "linear": ("factor",),
     "yarn": ("factor",),
@@ -42,7 +43,7 @@ class Rope:
 
     Attributes:
         theta: base of the frequencies, ``inv_freq[i] = theta ** (-2 i / head_dim)``.
-        kind: one of `ROPE_TYPES`.
+        kind: one of the family's `rope_kinds`.
         params: the scaling's own numbers under transformers' names (``factor``, …).
     """
 
@@ -51,19 +52,11 @@ class Rope:
     params: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """What the program needs to know of a Llama-form model, and the raw JSON it came from."""
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Shape):
+    """What the program needs to know of a model beside its shape, and the JSON it came from."""
 
-    architecture: str
-    n_layers: int
-    hidden_size: int
-    intermediate_size: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    context_length: int
+    family: Family = field(repr=False)
     rms_norm_eps: float
     rope: Rope
     sliding_window: int | None
@@ -74,14 +67,9 @@ class ModelConfig:
     raw: Mapping[str, Any] = field(repr=False, compare=False, default_factory=dict)
 
     @property
-    def q_width(self) -> int:
-        """Rows of the query projection: heads × head size."""
-        return self.n_heads * self.head_dim
-
-    @property
-    def kv_width(self) -> int:
-        """Rows of the key and of the value projection: KV heads × head size."""
-        return self.n_kv_heads * self.head_dim
+    def architecture(self) -> str:
+        """transformers' name of the family."""
+        return self.family.architecture
 
 
 def load_config(path: Path) -> ModelConfig:
@@ -106,7 +94,7 @@ def load_config(path: Path) -> ModelConfig:
 
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     """Turn the JSON of a `config.json` into a `ModelConfig`; see `load_config` for errors."""
-    architecture = _architecture(raw, where)
+    family = _family(raw, where)
     if raw.get("quantization_config"):
         details = raw["quantization_config"]
         method = details.get("quant_method") if isinstance(details, dict) else details
@@ -115,118 +103,62 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
             "start from the bf16, f16 or f32 checkpoint instead."
         )
     activation = raw.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
+    if activation not in family.activations:
         raise UnsupportedError(
-            f"{where}: hidden_act is {activation!r}; Llama-form models use 'silu'."
+            f"{where}: hidden_act is {activation!r}; {family.model_type} models use "
+            f"{family.activations[0]!r}."
         )
-    read = _Fields(raw, where)
-    hidden = read.positive("hidden_size")
-    n_heads = read.positive("num_attention_heads")
-    n_kv_heads = read.positive("num_key_value_heads", _default_kv_heads(architecture, n_heads))
-    if n_heads % n_kv_heads:
-        raise CheckpointError(
-            f"{where}: num_attention_heads ({n_heads}) is not a multiple of "
-            f"num_key_value_heads ({n_kv_heads})."
-        )
-    if raw.get("head_dim") is None and hidden % n_heads:
-        raise CheckpointError(
-            f"{where}: hidden_size ({hidden}) is not a multiple of num_attention_heads "
-            f"({n_heads}) and head_dim is not given."
-        )
-    head_dim = read.positive("head_dim", hidden // n_heads)
-    if head_dim % 2:
-        raise CheckpointError(f"{where}: head_dim is {head_dim}; rotary embeddings need it even.")
-    window = None
-    if architecture == "MistralForCausalLM" and raw.get("sliding_window", 0) is not None:
-        # null means none; left out, it is transformers' default
-        window = read.positive("sliding_window", 4096)
-    n_layers = read.positive("num_hidden_layers")
-    for key in PER_LAYER_LISTS:
-        if isinstance(raw.get(key), list) and len(raw[key]) != n_layers:
+    read = _Fields(raw, where, family.fields)
+    sizes = read.sizes()
+    for key in family.layer_lists:
+        if isinstance(raw.get(key), list) and len(raw[key]) != sizes["n_layers"]:
             raise CheckpointError(
-                f"{where}: {key} has {len(raw[key])} entries for {n_layers} layers."
+                f"{where}: {key} has {len(raw[key])} entries for {sizes['n_layers']} layers."
             )
     return ModelConfig(
-        architecture=architecture,
-        n_layers=n_layers,
-        hidden_size=hidden,
-        intermediate_size=read.positive("intermediate_size"),
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
-        vocab_size=read.positive("vocab_size"),
-        context_length=read.positive("max_position_embeddings", 2048),
-        rms_norm_eps=read.number("rms_norm_eps", 1e-6),
-        rope=_rope(raw, where),
-        sliding_window=window,
-        tied_head=bool(raw.get("tie_word_embeddings", False)),
-        attention_bias=bool(raw.get("attention_bias", False)),
-        mlp_bias=bool(raw.get("mlp_bias", False)),
+        **sizes,
+        family=family,
+        rms_norm_eps=read.number("rms_norm_eps"),
+        rope=_rope(raw, where, family),
+        sliding_window=read.count("sliding_window") if "sliding_window" in family.fields else None,
+        tied_head=read.flag("tied_head"),
+        attention_bias=read.flag("attention_bias"),
+        mlp_bias=read.flag("mlp_bias"),
         dtype=_DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")),
         raw=dict(raw),
     )
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a checkpoint of this configuration holds, in model order.
-
-    Names as transformers writes them; shapes are ``(out_features, in_features)``. A tied head
-    is not listed: it is the embedding.
-    """
-    d, ff = config.hidden_size, config.intermediate_size
-    q, kv = config.q_width, config.kv_width
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, d)}
-    for i in range(config.n_layers):
-        layer = f"model.layers.{i}."
-        shapes[layer + "input_layernorm.weight"] = (d,)
-        for name, shape in (("q", (q, d)), ("k", (kv, d)), ("v", (kv, d)), ("o", (d, q))):
-            shapes[f"{layer}self_attn.{name}_proj.weight"] = shape
-            if config.attention_bias:
-                shapes[f"{layer}self_attn.{name}_proj.bias"] = shape[:1]
-        shapes[layer + "post_attention_layernorm.weight"] = (d,)
-        for name, shape in (("gate", (ff, d)), ("up", (ff, d)), ("down", (d, ff))):
-            shapes[f"{layer}mlp.{name}_proj.weight"] = shape
-            if config.mlp_bias:
-                shapes[f"{layer}mlp.{name}_proj.bias"] = shape[:1]
-    shapes["model.norm.weight"] = (d,)
-    if not config.tied_head:
-        shapes["lm_head.weight"] = (config.vocab_size, d)
-    return shapes
+    """Every tensor that a checkpoint of this configuration holds: `Family.shapes`."""
+    return config.family.shapes(config)
 
 
 def with_layers(config: ModelConfig, sources: Sequence[int]) -> ModelConfig:
     """The configuration of a model whose layer i is a copy of this one's layer ``sources[i]``."""
-    raw = dict(config.raw)
-    raw["num_hidden_layers"] = len(sources)
-    for key in PER_LAYER_LISTS:
+    family, raw = config.family, dict(config.raw)
+    raw[family.fields["n_layers"].key] = len(sources)
+    for key in family.layer_lists:
         if isinstance(raw.get(key), list):
             raw[key] = [raw[key][i] for i in sources]
-    if isinstance(raw.get("max_window_layers"), int):
-        raw["max_window_layers"] = min(raw["max_window_layers"], len(sources))
+    for key in family.layer_caps:
+        if isinstance(raw.get(key), int):
+            raw[key] = min(raw[key], len(sources))
     return parse_config(raw)
 
 
-def _architecture(raw: Mapping[str, Any], where: str) -> str:
-    names = raw.get("architectures")
-    if isinstance(names, list) and names:
-        name = str(names[0])
-    else:
-        name = _MODEL_TYPES.get(str(raw.get("model_type")), str(raw.get("model_type")))
-    # The first Llama conversions spelled it LLaMA.
-    name = {"LLaMAForCausalLM": "LlamaForCausalLM"}.get(name, name)
-    if name not in KNOWN_ARCHITECTURES:
+def _family(raw: Mapping[str, Any], where: str) -> Family:
+    family = find_family(raw)
+    if family is None:
+        known = ", ".join(f.architecture for f in load_families().values())
         raise UnsupportedError(
-            f"{where}: the architecture is {name}, which is not supported; "
-            f"known are {', '.join(KNOWN_ARCHITECTURES)}."
+            f"{where}: the architecture is {named_architecture(raw)}, which is not supported; "
+            f"known are {known}."
         )
-    return name
+    return family
 
 
-def _default_kv_heads(architecture: str, n_heads: int) -> int:
-    return 8 if architecture == "MistralForCausalLM" else n_heads
-
-
-def _rope(raw: Mapping[str, Any], where: str) -> Rope:
+def _rope(raw: Mapping[str, Any], where: str, family: Family) -> Rope:
     """Rope of either spelling; transformers 5 keeps theta inside `rope_parameters`."""
     params = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(params, dict):
@@ -235,9 +167,10 @@ def _rope(raw: Mapping[str, Any], where: str) -> Rope:
     kind = str(params.pop("rope_type", None) or params.pop("type", None) or "default").lower()
     params.pop("type", None)
     theta = params.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-    if kind not in ROPE_TYPES:
+    if kind not in family.rope_kinds:
         raise UnsupportedError(
-            f"{where}: rope type {kind!r} is not supported; known are {', '.join(ROPE_TYPES)}."
+            f"{where}: rope type {kind!r} is not supported; "
+            f"known are {', '.join(family.rope_kinds)}."
         )
     for key in _ROPE_NEEDS.get(kind, ()):
         value = params.get(key)
@@ -258,20 +191,68 @@ class _Fields:
 
     raw: Mapping[str, Any]
     where: str
+    rules: Mapping[str, FieldRule]
 
-    def positive(self, key: str, default: int | None = None) -> int:
-        value = self.raw.get(key)
-        value = default if value is None else value
+    def sizes(self) -> dict[str, int]:
+        """The fields of `Shape`."""
+        found: dict[str, int] = {}
+        for f in fields(Shape):
+            if f.name != "head_dim":
+                found[f.name] = self._count(f.name, found)
+        n_heads, n_kv_heads = found["n_heads"], found["n_kv_heads"]
+        if n_heads % n_kv_heads:
+            raise CheckpointError(
+                f"{self.where}: {self.rules['n_heads'].key} ({n_heads}) is not a multiple of "
+                f"{self.rules['n_kv_heads'].key} ({n_kv_heads})."
+            )
+        head_dim = self._count("head_dim", found)
+        if head_dim % 2:
+            raise CheckpointError(
+                f"{self.where}: head_dim is {head_dim}; rotary embeddings need it even."
+            )
+        return {**found, "head_dim": head_dim}
+
+    def count(self, name: str) -> int | None:
+        """A number of its own; None where null says that there is none."""
+        rule = self.rules[name]
+        if rule.optional and self.raw.get(rule.key, 0) is None:
+            return None
+        return self._count(name, {})
+
+    def number(self, name: str) -> float:
+        rule = self.rules[name]
+        value = self.raw.get(rule.key, rule.default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CheckpointError(f"{self.where}: {rule.key} is {value!r}; a number is needed.")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        rule = self.rules[name]
+        return bool(self.raw.get(rule.key, rule.default))
+
+    def _count(self, name: str, found: Mapping[str, int]) -> int:
+        rule = self.rules[name]
+        value = self.raw.get(rule.key)
+        value = self._default(rule, found) if value is None else value
         if value is None:
-            raise CheckpointError(f"{self.where}: the field {key} is missing.")
+            raise CheckpointError(f"{self.where}: the field {rule.key} is missing.")
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
             raise CheckpointError(
-                f"{self.where}: {key} is {value!r}; a positive whole number is needed."
+                f"{self.where}: {rule.key} is {value!r}; a positive whole number is needed."
             )
         return value
 
-    def number(self, key: str, default: float) -> float:
-        value = self.raw.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"{self.where}: {key} is {value!r}; a number is needed.")
-        return float(value)
+    def _default(self, rule: FieldRule, found: Mapping[str, int]) -> Any:
+        """A default: a value, another field, or the quotient of two, which must be whole."""
+        if not isinstance(rule.default, str):
+            return rule.default
+        above, slash, below = rule.default.partition(" / ")
+        if not slash:
+            return found[above]
+        if found[above] % found[below]:
+            keys = [self.rules[name].key for name in (above, below)]
+            raise CheckpointError(
+                f"{self.where}: {keys[0]} ({found[above]}) is not a multiple of {keys[1]} "
+                f"({found[below]}) and {rule.key} is not given."
+            )
+        return found[above] // found[below]

@@ -292,12 +292,12 @@ def _check_extra(
     for name, tensor in stored.items():
         if name in shapes or name.endswith(_IGNORED_SUFFIXES):
             continue
-        if name == "lm_head.weight" and config.tied_head:
+        if config.tied_head and name == config.family.name("head"):
             continue  # saved although tied: the embedding is what counts, as in transformers
-        part = name.removeprefix("model.layers.").split(".")[0]
-        if name.startswith("model.layers.") and part.isdecimal() and int(part) >= config.n_layers:
+        place = config.family.layer_of(name)
+        if place is not None and place[0] >= config.n_layers:
             raise CheckpointError(
-                f"{tensor.file}: tensor {name} belongs to layer {part}, but config.json says "
+                f"{tensor.file}: tensor {name} belongs to layer {place[0]}, but config.json says "
                 f"{config.n_layers} layers (0–{config.n_layers - 1}); correct num_hidden_layers."
             )
         raise UnsupportedError(

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -29,6 +28,7 @@ from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
 from dus_edge.errors import CheckpointError, DependencyError
 from dus_edge.export import finite, hf
 from dus_edge.export.chunks import chunks
+from dus_edge.families.family import Family
 from dus_edge.stream import run_tasks
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 BLOCK = 64
 NESTED_BLOCK = 256
 
-_LINEAR = re.compile(r"^model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight$")
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _QUANT_STATE = "quant_state.bitsandbytes__nf4"
 #: As long as JSON spells a float; see `_quant_state`.
@@ -81,22 +80,20 @@ def check_available() -> None:
         ) from None
 
 
-def is_quantized(name: str) -> bool:
-    """Whether a tensor is the weight of a linear layer of a block."""
-    return bool(_LINEAR.match(name))
-
-
-def plan_tensors(specs: Mapping[str, TensorSpec], scheme: Scheme) -> list[TensorSpec]:
+def plan_tensors(
+    family: Family, specs: Mapping[str, TensorSpec], scheme: Scheme
+) -> list[TensorSpec]:
     """Every tensor of the folder, sizes known to the byte; no weight is read.
 
     Args:
+        family: whose linear layers are quantized.
         specs: the checkpoint's tensors.
         scheme: how linear layers are stored.
     """
     parts = _nf4_parts if scheme.name == "nf4" else _int8_parts
     planned: list[TensorSpec] = []
     for spec in specs.values():
-        planned += parts(spec, scheme) if is_quantized(spec.name) else [spec]
+        planned += parts(spec, scheme) if family.is_linear(spec.name) else [spec]
     return planned
 
 
@@ -122,7 +119,7 @@ def quantization_config(scheme: Scheme) -> dict[str, Any]:
 
 def check_outputs(checkpoint: Checkpoint, folder: Path, scheme: Scheme, overwrite: bool) -> None:
     """Refuse what can be refused before the first byte; see `hf.check_outputs`."""
-    planned = plan_tensors(checkpoint.specs(), scheme)
+    planned = plan_tensors(checkpoint.config.family, checkpoint.specs(), scheme)
     hf.check_outputs(checkpoint, folder, overwrite, planned)
 
 
@@ -157,7 +154,7 @@ def write_checkpoint(
     """
     check_available()
     specs = checkpoint.specs()
-    planned = plan_tensors(specs, scheme)
+    planned = plan_tensors(checkpoint.config.family, specs, scheme)
     config: dict[str, Any] = {"quantization_config": quantization_config(scheme)}
     if checkpoint.config.dtype is None:
         # Left out, a loader takes the first floating tensor's, which may be an F32 absmax.
@@ -169,8 +166,9 @@ def write_checkpoint(
         ) as writer,
         _one_torch_thread(),
     ):
-        copied = [name for name in specs if not is_quantized(name)]
-        groups = hf.by_source(s for s in specs.values() if is_quantized(s.name))
+        is_linear = checkpoint.config.family.is_linear
+        copied = [name for name in specs if not is_linear(name)]
+        groups = hf.by_source(s for s in specs.values() if is_linear(s.name))
         tasks = chain(
             hf.copy_tasks(checkpoint, copied, writer, allow_nonfinite),
             _tasks(checkpoint, groups, scheme, writer, allow_nonfinite),

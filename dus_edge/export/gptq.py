@@ -18,21 +18,14 @@ from dus_edge.quant import gptq_format
 from dus_edge.quant.gptq_format import GPTQSettings
 from dus_edge.stream import run_tasks
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-#: The matrices of a layer; embeddings, head and norms stay as they are.
-_QUANTIZED = ("self_attn.", "mlp.")
 _DTYPES = {"int32": "I32", "float16": "F16"}
-
-
-def is_quantized(name: str) -> bool:
-    """Whether a tensor of that Hugging Face name becomes codes."""
-    return name.endswith("_proj.weight") and any(part in name for part in _QUANTIZED)
 
 
 def check_settings(checkpoint: Checkpoint, settings: GPTQSettings) -> None:
     """Refuse settings that a tensor's shape does not allow; see `GPTQSettings.check`."""
+    is_linear = checkpoint.config.family.is_linear
     for spec in checkpoint.specs().values():
-        if is_quantized(spec.name):
+        if is_linear(spec.name):
             settings.check(spec.name, spec.shape)
 
 
@@ -51,10 +44,12 @@ def plan_tensors(checkpoint: Checkpoint, settings: GPTQSettings) -> list[TensorS
     says nothing. Other loaders tie the two as before.
     """
     planned = []
+    family = checkpoint.config.family
     for spec in checkpoint.specs().values():
-        planned += code_specs(spec, settings) if is_quantized(spec.name) else [spec]
+        planned += code_specs(spec, settings) if family.is_linear(spec.name) else [spec]
     if checkpoint.config.tied_head:
-        planned.append(replace(checkpoint.specs()[_EMBEDDING], name=_HEAD))
+        embedding = checkpoint.specs()[family.name("embedding")]
+        planned.append(replace(embedding, name=family.name("head")))
     return planned
 
 
@@ -82,7 +77,8 @@ def write_checkpoint(
         advance: told of bytes written.
     """
     config = gptq_format.quantize_config(settings)
-    plain = [name for name in checkpoint.specs() if not is_quantized(name)]
+    is_linear = checkpoint.config.family.is_linear
+    plain = [name for name in checkpoint.specs() if not is_linear(name)]
     with hf.checkpoint_folder(
         checkpoint,
         folder,
@@ -103,8 +99,10 @@ def write_checkpoint(
 def _head_tasks(checkpoint: Checkpoint, writer: hf.TensorWriter) -> Iterator[Callable[[], int]]:
     if not checkpoint.config.tied_head:
         return
-    for start, stop in chunks(checkpoint.specs()[_EMBEDDING]):
-        yield lambda a=start, b=stop: writer.put(_HEAD, checkpoint.read(_EMBEDDING, a, b), a)
+    family = checkpoint.config.family
+    embedding, head = family.name("embedding"), family.name("head")
+    for start, stop in chunks(checkpoint.specs()[embedding]):
+        yield lambda a=start, b=stop: writer.put(head, checkpoint.read(embedding, a, b), a)
 
 
 def _code_tasks(files: list[Path], writer: hf.TensorWriter) -> Iterator[Callable[[], int]]:

@@ -60,7 +60,7 @@ class BnbJob(Job[list[TensorSpec]]):
     def check(self, model: Model, checkpoint: Checkpoint) -> list[TensorSpec]:
         """The folder's tensors; its name and the disk must do."""
         bnb.check_outputs(checkpoint, self.folder, self.scheme, self.writing.overwrite)
-        return bnb.plan_tensors(checkpoint.specs(), self.scheme)
+        return bnb.plan_tensors(model.config.family, checkpoint.specs(), self.scheme)
 
     def write(
         self, model: Model, checkpoint: Checkpoint, planned: list[TensorSpec], say: Say

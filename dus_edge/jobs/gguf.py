@@ -178,7 +178,7 @@ def _importance(
 ) -> tuple[Mapping[str, np.ndarray], list[KeyValue], list[str]]:
     """Importance by tensor, what the file says of it, and what the user should know."""
     found = imatrix.get(model, checkpoint)
-    matched = match(found, sink.gguf_shapes(model.shapes), imatrix.label)
+    matched = match(found, sink.gguf_shapes(model.config.family, model.shapes), imatrix.label)
     notes = []
     if matched.missing:
         named = ", ".join(matched.missing[:3]) + (", …" if len(matched.missing) > 3 else "")

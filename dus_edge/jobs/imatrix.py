@@ -7,7 +7,6 @@ from pathlib import Path
 
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.export.gguf.imatrix import write_imatrix
-from dus_edge.export.gguf.tensors import gguf_name
 from dus_edge.files import check_absent, check_writable
 from dus_edge.jobs.calibration import (
     Machine,
@@ -50,6 +49,7 @@ def calibrate_importance(
     compute = engine.choose_settings(machine.device, machine.dtype)
     with kept_state(keep, model, chunks, compute, "imatrix", say) as state:
         run_collector(checkpoint, chunks, collector, compute, state, say)
+    gguf_name = model.config.family.gguf_name
     found = {gguf_name(name): value for name, value in collector.results().items()}
     n_chunks, n_ctx = chunks.tokens.shape
     return Importance(

@@ -10,11 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Self
 
-from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.errors import UsageError
+from dus_edge.families.shape import Shape
 from dus_edge.quant import types as t
 
 MIB = 1 << 20
+#: llama.cpp's names of two tensors, the same for every architecture (gguf-py/gguf/constants.py).
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 #: Cache types by llama.cpp's name.
 KV_TYPES = {"f32": t.F32, "f16": t.F16, "bf16": t.BF16, "q8_0": t.Q8_0, "q4_0": t.Q4_0}
@@ -76,67 +78,35 @@ class TorchForm:
     window: int | None = None
 
 
-@dataclass(frozen=True)
-class StoredModel:
+@dataclass(frozen=True, kw_only=True)
+class StoredModel(Shape):
     """What memory depends on: the shape of a model and its tensors as stored.
 
     Attributes:
         name: what messages call it.
-        context_length: tokens that the model was made for.
         tensors: all of them; a tied head is none of its own.
         torch: of a model that transformers runs; None of one that llama.cpp runs.
     """
 
     name: str
-    n_layers: int
-    hidden_size: int
-    intermediate_size: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    context_length: int
     tensors: tuple[TensorSize, ...] = field(repr=False)
     torch: TorchForm | None = None
 
     def __post_init__(self) -> None:
-        for key in (
-            "n_layers",
-            "hidden_size",
-            "intermediate_size",
-            "n_heads",
-            "n_kv_heads",
-            "head_dim",
-            "vocab_size",
-            "context_length",
-        ):
-            if getattr(self, key) < 1:
-                raise UsageError(
-                    f"{self.name}: {key} is {getattr(self, key)}; at least 1 is needed."
-                )
+        for key, size in self.sizes().items():
+            if size < 1:
+                raise UsageError(f"{self.name}: {key} is {size}; at least 1 is needed.")
 
     @classmethod
-    def of_config(
+    def of_shape(
         cls,
-        config: ModelConfig,
+        shape: Shape,
         name: str,
         tensors: Iterable[TensorSize],
         torch: TorchForm | None = None,
     ) -> Self:
-        """A model of a configuration's shape, stored in these tensors."""
-        return cls(
-            name=name,
-            n_layers=config.n_layers,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            n_heads=config.n_heads,
-            n_kv_heads=config.n_kv_heads,
-            head_dim=config.head_dim,
-            vocab_size=config.vocab_size,
-            context_length=config.context_length,
-            tensors=tuple(tensors),
-            torch=torch,
-        )
+        """A model of that shape, a configuration's for one, stored in these tensors."""
+        return cls(**shape.sizes(), name=name, tensors=tuple(tensors), torch=torch)
 
     @property
     def runtime(self) -> str:
@@ -144,25 +114,15 @@ class StoredModel:
         return "transformers" if self.torch else "llama.cpp"
 
     @property
-    def q_width(self) -> int:
-        """Width of the queries: heads × head size."""
-        return self.n_heads * self.head_dim
-
-    @property
-    def kv_width(self) -> int:
-        """Width of the keys, and of the values: KV heads × head size."""
-        return self.n_kv_heads * self.head_dim
-
-    @property
     def tied_head(self) -> bool:
         """Whether the embedding is the output matrix too."""
-        return self.head.name != "output.weight"
+        return self.head.name != HEAD
 
     @functools.cached_property
     def head(self) -> TensorSize:
         """The matrix that makes the logits."""
         named = {x.name: x for x in self.tensors}
-        return named.get("output.weight", named["token_embd.weight"])
+        return named.get(HEAD, named[EMBEDDING])
 
     @functools.cached_property
     def weights_bytes(self) -> int:

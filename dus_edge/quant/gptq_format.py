@@ -76,7 +76,9 @@ class GPTQSettings:
                 not divide.
         """
         if self.bits not in GPTQ_BITS:
-            raise UsageError(f"GPTQ has no {self.bits}-bit codes; choose one of {_list(GPTQ_BITS)}.")
+            raise UsageError(
+                f"GPTQ has no {self.bits}-bit codes; choose one of {_list(GPTQ_BITS)}."
+            )
         if self.group_size not in GROUP_SIZES:
             raise UsageError(
                 f"GPTQ group size {self.group_size} is not known; "

@@ -66,23 +66,23 @@ _ALIASES = {"q4_k": "q4_k_m", "q5_k": "q5_k_m", "q3_k": "q3_k_m", "fp16": "f16",
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What the rules look at besides the tensor itself."""
+    """What the rules look at besides the tensor itself.
+
+    Attributes:
+        llama_cpp_type: what llama.cpp takes a model of that depth for (`Family.llama_cpp_type`).
+    """
 
     n_layers: int
     n_heads: int
     n_kv_heads: int
     tied_head: bool
     has_imatrix: bool = False
+    llama_cpp_type: str | None = None
 
     @property
     def n_gqa(self) -> int:
         """Query heads per KV head."""
         return self.n_heads // self.n_kv_heads
-
-    @property
-    def is_70b(self) -> bool:
-        """llama.cpp takes any 80-layer Llama with grouped queries for the 70B model."""
-        return self.n_layers == 80 and self.n_heads != self.n_kv_heads
 
 
 def find_preset(name: str) -> Preset:
@@ -156,7 +156,7 @@ def _attn_v(preset: Preset, layer: int, model: ModelShape) -> QuantType:
             chosen = t.Q6_K
         case "q4_k_s" if layer < 4:
             chosen = t.Q5_K
-    if model.is_70b and chosen in (t.Q3_K, t.Q4_K):
+    if model.llama_cpp_type == "70B" and chosen in (t.Q3_K, t.Q4_K):
         # Eight heads share attn_v there, so a better type costs next to nothing.
         chosen = t.Q5_K
     return chosen

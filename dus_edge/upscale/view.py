@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -10,9 +9,8 @@ import numpy as np
 
 from dus_edge.checkpoint.config import tensor_shapes, with_layers
 from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
+from dus_edge.families.family import Family
 from dus_edge.upscale.plan import DepthPlan
-
-_LAYER = re.compile(r"^(model\.layers\.)(\d+)(\..+)$")
 
 
 class UpscaledCheckpoint(Checkpoint):
@@ -24,7 +22,10 @@ class UpscaledCheckpoint(Checkpoint):
         self.source = base.source
         self.config = with_layers(base.config, plan.sources)
         below = base.specs()
-        self._names = {name: base_tensor_name(name, plan) for name in tensor_shapes(self.config)}
+        self._names = {
+            name: base_tensor_name(name, plan, self.config.family)
+            for name in tensor_shapes(self.config)
+        }
         self._specs = {
             name: replace(below[base_name], name=name) for name, base_name in self._names.items()
         }
@@ -36,8 +37,7 @@ class UpscaledCheckpoint(Checkpoint):
         return self.base.read(self._names[name], start, stop)
 
 
-def base_tensor_name(name: str, plan: DepthPlan) -> str:
+def base_tensor_name(name: str, plan: DepthPlan, family: Family) -> str:
     """The base's name of a tensor of the result; what belongs to no layer keeps its own."""
-    if match := _LAYER.match(name):
-        return f"{match[1]}{plan.sources[int(match[2])]}{match[3]}"
-    return name
+    place = family.layer_of(name)
+    return name if place is None else family.in_layer(name, plan.sources[place[0]])

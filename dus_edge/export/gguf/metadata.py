@@ -24,8 +24,6 @@ from dus_edge.quant.recipe import Preset
 from dus_edge.upscale.naming import ModelName
 from dus_edge.upscale.plan import DepthPlan
 
-ARCHITECTURE = "llama"
-
 #: generation_config.json's fields that llama.cpp reads as suggested sampling.
 _SAMPLING = (
     ("top_k", "general.sampling.top_k", Kind.INT32),
@@ -76,7 +74,7 @@ def _f32(key: str, value: float) -> KeyValue:
 def _general(
     config: ModelConfig, source: Source, name: ModelName, plan: DepthPlan
 ) -> Iterator[KeyValue]:
-    yield _text("general.architecture", ARCHITECTURE)
+    yield _text("general.architecture", config.family.gguf_architecture)
     yield _text("general.type", "model")
     generation = _read_json(source.folder / "generation_config.json")
     for field, key, kind in _SAMPLING:
@@ -123,26 +121,22 @@ def _base_models(source: Source, plan: DepthPlan) -> Iterator[KeyValue]:
 
 
 def _hyperparameters(config: ModelConfig) -> Iterator[KeyValue]:
-    a = ARCHITECTURE
-    yield _u32(f"{a}.block_count", config.n_layers)
-    yield _u32(f"{a}.context_length", config.context_length)
-    yield _u32(f"{a}.embedding_length", config.hidden_size)
-    yield _u32(f"{a}.feed_forward_length", config.intermediate_size)
-    yield _u32(f"{a}.attention.head_count", config.n_heads)
-    yield _u32(f"{a}.attention.head_count_kv", config.n_kv_heads)
-    yield from _rope_scaling(config)
-    yield _f32(f"{a}.rope.freq_base", config.rope.theta)
-    yield _f32(f"{a}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
-    if config.raw.get("head_dim") is not None:
-        yield _u32(f"{a}.attention.key_length", config.head_dim)
-        yield _u32(f"{a}.attention.value_length", config.head_dim)
-    yield _u32(f"{a}.vocab_size", config.vocab_size)
-    yield _u32(f"{a}.rope.dimension_count", config.head_dim)
+    """The keys that the family names, in its order."""
+    kinds = {"u32": Kind.UINT32, "f32": Kind.FLOAT32}
+    for entry in config.family.gguf_keys:
+        if entry.if_given and config.raw.get(entry.if_given) is None:
+            continue
+        if entry.value == "rope_scaling":
+            yield from _rope_scaling(config)
+            continue
+        value = config.rope.theta if entry.value == "rope_theta" else getattr(config, entry.value)
+        key = f"{config.family.gguf_architecture}.{entry.key}"
+        yield KeyValue(key, value, kinds[entry.type])
 
 
 def _rope_scaling(config: ModelConfig) -> Iterator[KeyValue]:
     """Linear and YaRN scaling; Llama 3's is a tensor, and `dynamic` starts past the context."""
-    rope, a = config.rope, f"{ARCHITECTURE}.rope.scaling"
+    rope, a = config.rope, f"{config.family.gguf_architecture}.rope.scaling"
     if rope.kind not in ("linear", "yarn"):
         return
     yield _text(f"{a}.type", rope.kind)

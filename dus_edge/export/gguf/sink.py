@@ -30,11 +30,10 @@ from dus_edge.export.gguf.metadata import with_file_type
 from dus_edge.export.gguf.tensors import (
     ROPE_FREQS,
     file_order,
-    gguf_name,
     rope_factors,
-    rope_heads,
     to_interleaved,
 )
+from dus_edge.families.family import Family
 from dus_edge.files import (
     check_absent,
     check_free_space,
@@ -84,13 +83,20 @@ class _Job:
 def model_shape(config: ModelConfig, has_imatrix: bool = False) -> ModelShape:
     """What the presets' rules need of a configuration, and whether importance is given."""
     return ModelShape(
-        config.n_layers, config.n_heads, config.n_kv_heads, config.tied_head, has_imatrix
+        config.n_layers,
+        config.n_heads,
+        config.n_kv_heads,
+        config.tied_head,
+        has_imatrix,
+        llama_cpp_type=config.family.llama_cpp_type(config),
     )
 
 
-def gguf_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def gguf_shapes(
+    family: Family, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
     """Hugging Face names and shapes to GGUF's names and the same shapes, in the file's order."""
-    named = {gguf_name(name): shape for name, shape in shapes.items()}
+    named = {family.gguf_name(name): shape for name, shape in shapes.items()}
     return {name: named[name] for name in sorted(named, key=file_order)}
 
 
@@ -108,7 +114,7 @@ def plan_tensors(
         preset: the mix.
         has_imatrix: whether importance is given, which some mixes look at.
     """
-    named = gguf_shapes(shapes)
+    named = gguf_shapes(config.family, shapes)
     if (factors := rope_factors(config)) is not None:
         named[ROPE_FREQS] = factors.shape
     model = model_shape(config, has_imatrix)
@@ -217,13 +223,14 @@ def _jobs(
 ) -> list[_Job]:
     """One job per stored tensor, in the order in which the first file wants them."""
     jobs: dict[str, _Job] = {}
-    by_gguf_name = {gguf_name(s.name): s for s in checkpoint.specs().values()}
+    config = checkpoint.config
+    by_gguf_name = {config.family.gguf_name(s.name): s for s in checkpoint.specs().values()}
     for index, file in enumerate(files):
         for info in file.tensors:
             if info.name == ROPE_FREQS:
                 continue
             spec = by_gguf_name[info.name]
-            heads = rope_heads(spec.name, checkpoint.config)
+            heads = config.family.rope_heads(spec.name, config)
             job = jobs.setdefault(spec.source, _Job(spec, heads))
             place = (index, len(file.header) + info.offset)
             target = (info.kind, _weights(info, importance))

@@ -1,6 +1,6 @@
-"""From Hugging Face tensors to GGUF's: names, row order, and the tensors computed from the config.
+"""From Hugging Face tensors to GGUF's: order, rows, and the tensors computed from the config.
 
-Follows `gguf-py/gguf/tensor_mapping.py` and `conversion/llama.py` of llama.cpp.
+Names are the family's; the rest follows `conversion/llama.py` of llama.cpp.
 """
 
 from __future__ import annotations
@@ -12,36 +12,9 @@ import numpy as np
 
 from dus_edge.checkpoint.config import ModelConfig
 
-_TOP = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_IN_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)\.(weight|bias)$")
 _BLK = re.compile(r"^blk\.(\d+)\.")
 
 ROPE_FREQS = "rope_freqs.weight"
-
-
-def gguf_name(name: str) -> str:
-    """GGUF's name of a Hugging Face tensor."""
-    if name in _TOP:
-        return _TOP[name]
-    match = _LAYER.match(name)
-    if match is None:
-        raise KeyError(name)
-    return f"blk.{match[1]}.{_IN_LAYER[match[2]]}.{match[3]}"
 
 
 def file_order(name: str) -> tuple[int, str]:
@@ -52,15 +25,6 @@ def file_order(name: str) -> tuple[int, str]:
     """
     match = _BLK.match(name)
     return (int(match[1]) if match else -1, name)
-
-
-def rope_heads(name: str, config: ModelConfig) -> int | None:
-    """Number of heads whose rows must change their order, or None for a tensor left as it is."""
-    if ".q_proj." in name:
-        return config.n_heads
-    if ".k_proj." in name:
-        return config.n_kv_heads
-    return None
 
 
 def to_interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:

@@ -21,8 +21,7 @@ from dus_edge.checkpoint.safetensors import StoredTensor, read_header
 from dus_edge.checkpoint.spec import TensorSpec
 from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
 from dus_edge.export import bnb
-from dus_edge.export.gguf.tensors import gguf_name
-from dus_edge.export.gptq import code_specs, is_quantized
+from dus_edge.export.gptq import code_specs
 from dus_edge.predict.memory.torch import VALUE_BYTES
 from dus_edge.predict.speed.gptq import kind_name
 from dus_edge.predict.stored_model import StoredModel, TensorSize, TorchForm
@@ -31,7 +30,6 @@ from dus_edge.run.source import read_config, weight_files
 
 METHODS = ("gptq", "bitsandbytes")
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TORCH_TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 #: Parts of a quantized matrix beside its name; of bitsandbytes' after ``.weight``.
 _GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -112,7 +110,11 @@ def model_of_preset(config: ModelConfig, preset: TorchPreset, name: str) -> Stor
     """
     if preset.method == "GPTQ":
         for key, shape in tensor_shapes(config).items():
-            if is_quantized(key) and preset.group_size > 0 and shape[1] % preset.group_size:
+            if (
+                config.family.is_linear(key)
+                and preset.group_size > 0
+                and shape[1] % preset.group_size
+            ):
                 raise UsageError(
                     f"{key}: groups of {preset.group_size} do not divide its {shape[1]} inputs; "
                     f"choose a smaller group, such as gptq-int{preset.bits}-g32, or whole rows, "
@@ -206,7 +208,7 @@ def read_folder(folder: Path, name: str | None = None) -> StoredModel:
     if method == "gptq":
         form = _gptq_form(config, details, said_in)
     else:
-        stored = header.get(_EMBEDDING) if header else None
+        stored = header.get(config.family.name("embedding")) if header else None
         values = config.dtype or (stored.dtype if stored and stored.dtype in VALUE_BYTES else "F16")
         form = _bnb_form(details, values, said_in)
     return _model(config, form, header or _planned(config, form), name, str(folder))
@@ -275,11 +277,12 @@ def _planned(config: ModelConfig, form: TorchForm) -> dict[str, TensorSpec]:
     specs = {k: TensorSpec(k, form.values, size, k) for k, size in tensor_shapes(config).items()}
     if form.method != "GPTQ":
         scheme = bnb.INT8 if form.method == "INT8" else bnb.Scheme("nf4", form.nested)
-        return {spec.name: spec for spec in bnb.plan_tensors(specs, scheme)}
+        planned = bnb.plan_tensors(config.family, specs, scheme)
+        return {spec.name: spec for spec in planned}
     settings = gptq_format.GPTQSettings(bits=form.bits, group_size=form.group_size)
     header: dict[str, TensorSpec] = {}
     for key, spec in specs.items():
-        if is_quantized(key):
+        if config.family.is_linear(key):
             settings.check(key, spec.shape)
             header |= {code.name: code for code in code_specs(spec, settings)}
         else:
@@ -299,26 +302,28 @@ def _model(
     config: ModelConfig, form: TorchForm, header: Header, name: str, where: str
 ) -> StoredModel:
     tensors = _resident(config, form, dict(header), where)
-    return StoredModel.of_config(config, name, tensors, replace(form, window=config.sliding_window))
+    return StoredModel.of_shape(config, name, tensors, replace(form, window=config.sliding_window))
 
 
 def _resident(
     config: ModelConfig, form: TorchForm, left: dict[str, TensorSpec | StoredTensor], where: str
 ) -> Iterator[TensorSize]:
     """What is on the device once loaded: one entry a tensor of the unquantized model."""
-    shapes = tensor_shapes(config)
+    shapes, gguf_name = tensor_shapes(config), config.family.gguf_name
     for name, shape in shapes.items():
         parts = _take_parts(form, left, name)
         if parts:
-            yield _matrix(form, name, shape, parts, where)
+            size = _matrix(form, name, shape, parts, where)
         else:
-            yield _plain(form, name, shape, left.pop(name, None), where)
+            size = _plain(form, name, shape, left.pop(name, None), where)
+        yield replace(size, name=gguf_name(name))
         # AutoGPTQ gives every matrix a bias of zeros.
         bias = name.removesuffix("weight") + "bias"
         if parts and bias not in shapes and bias in left:
-            yield _plain(form, bias, shape[:1], left.pop(bias), where)
+            size = _plain(form, bias, shape[:1], left.pop(bias), where)
+            yield replace(size, name=gguf_name(bias))
     if config.tied_head:
-        left.pop(_HEAD, None)  # saved although tied
+        left.pop(config.family.name("head"), None)  # saved although tied
     for name in left:
         if not name.endswith(_DROPPED) and not _QUANT_STATE.search(name):
             raise UnsupportedError(
@@ -375,7 +380,7 @@ def _matrix(
                 f"{where}: tensor {key} {_has(sizes.get(key))}, but the config means {nbytes:,} "
                 f"for {n_out} × {n_in}; correct the config, or fetch the weights again."
             )
-    return TensorSize(gguf_name(name), kind, n_out, n_in, sum(sizes.values()))
+    return TensorSize(name, kind, n_out, n_in, sum(sizes.values()))
 
 
 def _plain(
@@ -396,7 +401,7 @@ def _plain(
             f"{list(shape)} in one of {', '.join(VALUE_BYTES)}."
         )
     nbytes = math.prod(shape) * VALUE_BYTES[form.values]
-    return TensorSize(gguf_name(name), form.values, math.prod(shape[:-1]), shape[-1], nbytes)
+    return TensorSize(name, form.values, math.prod(shape[:-1]), shape[-1], nbytes)
 
 
 def _has(nbytes: int | None) -> str:

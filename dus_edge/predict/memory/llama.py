@@ -16,6 +16,7 @@ from dus_edge.checkpoint.config import ModelConfig, tensor_shapes
 from dus_edge.checkpoint.gguf_header import GGUFTensor, read_header
 from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
 from dus_edge.export.gguf.sink import plan_tensors
+from dus_edge.families.family import find_gguf_family, gguf_architectures
 from dus_edge.predict.devices import Device, load_rules
 from dus_edge.predict.memory import torch as torch_memory
 from dus_edge.predict.memory.cuda import cuda_overhead_bytes
@@ -28,6 +29,7 @@ from dus_edge.predict.memory.graph import (
     tokens_at_once,
 )
 from dus_edge.predict.stored_model import (
+    EMBEDDING,
     KV_TYPES,
     MIB,
     MemoryUse,
@@ -58,7 +60,7 @@ def model_of_config(config: ModelConfig, preset: Preset, name: str = "the model"
         )
         for i in infos
     )
-    return StoredModel.of_config(config, name, tensors)
+    return StoredModel.of_shape(config, name, tensors)
 
 
 def read_gguf(path: Path) -> StoredModel:
@@ -66,7 +68,7 @@ def read_gguf(path: Path) -> StoredModel:
 
     Raises:
         CheckpointError: no such file, no GGUF file, a truncated one, or a field is missing.
-        UnsupportedError: split over several files, or of an architecture that is not Llama's.
+        UnsupportedError: split over several files, or of an architecture that is not known.
     """
     try:
         with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as view:
@@ -78,9 +80,11 @@ def read_gguf(path: Path) -> StoredModel:
     except (OSError, ValueError) as e:  # ValueError: an empty file, or what is wrong
         raise CheckpointError(f"{path} is no whole GGUF file ({e}); fetch it again.") from None
     architecture = values.get("general.architecture")
-    if architecture != "llama":
+    family = find_gguf_family(architecture)
+    if family is None:
         raise UnsupportedError(
-            f"{path}: the architecture is {architecture}; memory is predicted for llama only."
+            f"{path}: the architecture is {architecture}; memory is predicted for "
+            f"{', '.join(gguf_architectures())} only."
         )
     if values.get("split.count", 0) > 1:
         raise UnsupportedError(
@@ -92,25 +96,26 @@ def read_gguf(path: Path) -> StoredModel:
             f"{path} is truncated: {size:,} of at least {max(ends):,} bytes; fetch it again."
         )
 
-    def number(key: str, default: int | None = None) -> int:
-        value = values.get(f"llama.{key}", default)
+    def number(field: str, default: int | None = None) -> int:
+        key = family.gguf_key(field)
+        value = values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"{path}: llama.{key} is {value!r}; a positive one is needed.")
+            raise CheckpointError(f"{path}: {key} is {value!r}; a positive one is needed.")
         return value
 
     named = {tensor.name: tensor for tensor, _ in tensors}
-    if "token_embd.weight" not in named:
-        raise CheckpointError(f"{path}: the tensor token_embd.weight is missing.")
-    hidden, heads = number("embedding_length"), number("attention.head_count")
+    if EMBEDDING not in named:
+        raise CheckpointError(f"{path}: the tensor {EMBEDDING} is missing.")
+    hidden, heads = number("hidden_size"), number("n_heads")
     return StoredModel(
         name=path.name,
-        n_layers=number("block_count"),
+        n_layers=number("n_layers"),
         hidden_size=hidden,
-        intermediate_size=number("feed_forward_length"),
+        intermediate_size=number("intermediate_size"),
         n_heads=heads,
-        n_kv_heads=number("attention.head_count_kv", heads),
-        head_dim=number("attention.key_length", hidden // heads),
-        vocab_size=named["token_embd.weight"].n_rows,
+        n_kv_heads=number("n_kv_heads", heads),
+        head_dim=number("head_dim", hidden // heads),
+        vocab_size=named[EMBEDDING].n_rows,
         context_length=number("context_length"),
         tensors=tuple(named.values()),
     )

@@ -1,0 +1,1 @@
+"""Model families as data: `family.py` reads one TOML for each architecture."""
