@@ -1,9 +1,9 @@
 """One decoder layer of the arithmetic "llama", cut where its linear layers take their inputs.
 
-The family names the tensors. The four *sites* are the distinct inputs of a layer's seven matrices; statistics are collected
-there, and a quantizer may replace a site's matrices before anything behind them is computed.
-The arithmetic is that of transformers' `modeling_llama.py` and `modeling_mistral.py`; a test holds
-it to theirs.
+The family names the tensors. The four *sites* are the distinct inputs of a layer's seven matrices;
+statistics are collected there, and a quantizer may replace a site's matrices before anything behind
+them is computed. The arithmetic is that of transformers' `modeling_llama.py` and
+`modeling_mistral.py`; a test holds it to theirs.
 """
 
 from __future__ import annotations
@@ -88,7 +88,10 @@ class DecoderLayer:
         return F.linear(x, self.weights[f"{role}.weight"], self.weights.get(f"{role}.bias"))
 
     def _norm(self, h: torch.Tensor, role: str) -> torch.Tensor:
-        return rms_norm(h, self.weights[f"{role}.weight"], self.config.rms_norm_eps)
+        weight = self.weights[f"{role}.weight"]
+        if self.config.family.norm_shift:
+            weight = weight + self.config.family.norm_shift
+        return rms_norm(h, weight, self.config.rms_norm_eps)
 
 
 def rms_norm(h: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -222,6 +222,11 @@ class Family:
             return False
         return rule.site is not None and part == "weight"
 
+    def shift(self, name: str) -> float:
+        """What is added to a tensor's stored values to get what llama.cpp multiplies by."""
+        rule, _, part = self.find(name)
+        return self.norm_shift if part == "weight" and rule.role.endswith("norm") else 0.0
+
     def rope_heads(self, name: str, shape: Shape) -> int | None:
         """Number of heads whose rows are reordered; None for a tensor that is left as it is."""
         rule, _, _ = self.find(name)

@@ -87,7 +87,9 @@ def find_model(
 
     def check(folder: Path) -> None:
         config = load_config(folder / CONFIG)
-        choose(config.n_layers)
+        plans.check_pattern(
+            choose(config.n_layers), config.family.period, config.family.architecture
+        )
         early(folder, config)
 
     source = resolve_base(base, weights=weights, on_config=check, progress=say)

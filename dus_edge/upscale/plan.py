@@ -91,6 +91,31 @@ class DepthPlan:
         return DepthPlan(self.n_base, tuple(self.sources[i] for i in following.sources))
 
 
+def check_pattern(plan: DepthPlan, period: int, name: str) -> None:
+    """See that every layer stands where it stood in a pattern that repeats over the base's layers.
+
+    Args:
+        plan: what is asked for.
+        period: layers after which the pattern repeats; 1 for none.
+        name: of the family, for the message.
+
+    Raises:
+        UsageError: a layer would do another layer's part; the nearest m that is allowed is named.
+    """
+    bad = next((i for i, source in enumerate(plan.sources) if (source - i) % period), None)
+    if bad is None:
+        return
+    n, m, hint = plan.n_base, plan.drop, "choose ranges that keep the pattern."
+    if m is not None:
+        fitting = [k for k in range(n // 2 + 1) if (n - 2 * k) % period == 0]
+        if fitting:
+            hint = f"choose --drop {min(fitting, key=lambda k: (abs(k - m), -k))}."
+    raise UsageError(
+        f"The layers of {name} follow a pattern of {period}, and layer {bad} would be a copy of "
+        f"layer {plan.sources[bad]}, which stands elsewhere in it; {hint}"
+    )
+
+
 def identity(n: int) -> DepthPlan:
     """The base as it is."""
     return DepthPlan(n, tuple(range(n)))

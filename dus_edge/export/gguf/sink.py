@@ -77,6 +77,7 @@ class _Job:
 
     spec: TensorSpec
     heads: int | None
+    shift: float
     places: dict[_Target, list[tuple[int, int]]] = field(default_factory=dict)
 
 
@@ -173,7 +174,7 @@ def conversions(
     for job in _jobs(checkpoint, files, importance):
         stored = checkpoint.read(job.spec.name, 0, 0).dtype  # of no rows: nothing is read
         for kind, weights in job.places:
-            if not _passes_through(job.spec, kind):
+            if not _passes_through(job, kind):
                 wanted[kind, stored, weights is not None] = None
     return list(wanted)
 
@@ -231,7 +232,8 @@ def _jobs(
                 continue
             spec = by_gguf_name[info.name]
             heads = config.family.rope_heads(spec.name, config)
-            job = jobs.setdefault(spec.source, _Job(spec, heads))
+            shift = config.family.shift(spec.name)
+            job = jobs.setdefault(spec.source, _Job(spec, heads, shift))
             place = (index, len(file.header) + info.offset)
             target = (info.kind, _weights(info, importance))
             job.places.setdefault(target, []).append(place)
@@ -275,10 +277,12 @@ def _convert(
         finite.check(rows, spec, start)
     if job.heads:
         rows = to_interleaved(rows, spec.n_rows // job.heads)
+    if job.shift:
+        rows = widened(rows) + np.float32(job.shift)
     n_cols = spec.shape[-1]
     ready: np.ndarray | None = None
     for (kind, weights), places in job.places.items():
-        if _passes_through(spec, kind):
+        if _passes_through(job, kind):
             data = rows
         else:
             ready = quantizer.as_input(rows.reshape(-1, n_cols)) if ready is None else ready
@@ -289,8 +293,9 @@ def _convert(
     return rows.size * len(job.places)
 
 
-def _passes_through(spec: TensorSpec, kind: QuantType) -> bool:
-    return (spec.dtype, kind.name) in _SAME
+def _passes_through(job: _Job, kind: QuantType) -> bool:
+    """Whether what is read is what is written; a shifted tensor has become float32."""
+    return ("F32" if job.shift else job.spec.dtype, kind.name) in _SAME
 
 
 def _quantize(
@@ -311,11 +316,16 @@ def _quantize(
         ) from None
 
 
+def widened(rows: np.ndarray) -> np.ndarray:
+    """Stored rows as float32; bf16, which comes as ``uint16``, is its upper half."""
+    if rows.dtype == np.uint16:
+        return (rows.astype(np.uint32) << 16).view(np.float32)
+    return rows.astype(np.float32, copy=False)
+
+
 def _largest(rows: np.ndarray) -> float:
     """The largest absolute weight of stored rows."""
-    if rows.dtype == np.uint16:  # bf16 is the upper half of float32
-        rows = (rows.astype(np.uint32) << 16).view(np.float32)
-    return float(np.abs(rows).max())
+    return float(np.abs(widened(rows)).max())
 
 
 def _write_rope_factors(fd: int, file: GGUFFile, config: ModelConfig) -> None:
