@@ -46,7 +46,8 @@ from dus_edge.quality.scores import (
     summarize,
 )
 from dus_edge.quant.recipe import find_preset
-from dus_edge.run.source import SourceInfo, inspect_source, log_softmax, open_source, split_files
+from dus_edge.run.open import inspect_source, open_source
+from dus_edge.run.source import SourceInfo, log_softmax, split_files
 from dus_edge.text.chunks import Chunks
 from dus_edge.upscale.model import plan_chooser
 

@@ -20,7 +20,10 @@ from dus_edge.errors import CheckpointError, OutputError, UsageError
 from dus_edge.files import check_free_space, check_writable
 from dus_edge.progress import progress
 from dus_edge.quality.scores import PerToken, Scores, compare, first_scored, summarize
-from dus_edge.run.source import LogitSource, SourceInfo, inspect_source, open_source
+from dus_edge.run.folders import check_packages, torch_device
+from dus_edge.run.llama_logits import GGUFTokenizer
+from dus_edge.run.open import inspect_source, open_source
+from dus_edge.run.source import LogitSource, SourceInfo
 from dus_edge.text.chunks import (
     DEFAULT_N_CTX,
     Chunks,
@@ -210,8 +213,6 @@ def check_runnable(infos: Sequence[SourceInfo], device: str) -> None:
     folders = [info for info in infos if info.kind != "gguf"]
     if not folders:
         return
-    from dus_edge.run.folders import check_packages, torch_device
-
     for info in folders:
         check_packages(info)
     torch_device(device)
@@ -220,8 +221,6 @@ def check_runnable(infos: Sequence[SourceInfo], device: str) -> None:
 @contextmanager
 def _tokenizer(reference: SourceInfo) -> Iterator[Tokenizer]:
     if reference.kind == "gguf":
-        from dus_edge.run.llama_logits import GGUFTokenizer
-
         with GGUFTokenizer(reference.path) as tokenizer:
             yield tokenizer
     else:

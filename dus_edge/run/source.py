@@ -1,10 +1,12 @@
-"""Models as sources of next-token log-probabilities, whatever format their weights have."""
+"""Models as sources of next-token log-probabilities, whatever format their weights have.
+
+`open` makes them; nothing here knows an engine.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,11 +14,9 @@ from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
-from dus_edge.checkpoint.config import parse_config, tensor_shapes
-from dus_edge.checkpoint.gguf_header import GGUF_MAGIC
 from dus_edge.checkpoint.names import CONFIG, INDEX, SINGLE
 from dus_edge.checkpoint.safetensors import shard_files
-from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
+from dus_edge.errors import CheckpointError, UsageError
 
 Kind = Literal["gguf", "hf", "gptq", "bitsandbytes"]
 
@@ -81,59 +81,6 @@ class LogitSource(Protocol):
     ) -> None: ...
 
 
-def inspect_source(path: Path, name: str | None = None) -> SourceInfo:
-    """Look at a model without loading its weights; a truncated GGUF file is found here.
-
-    Args:
-        path: a GGUF file or a folder.
-        name: what people call it; None for the file's name without its ending, or the folder's.
-
-    Raises:
-        UsageError: nothing is there, or it is neither a GGUF file nor a checkpoint folder.
-        CheckpointError: it is damaged.
-        UnsupportedError: no Llama-form model, or weights of a kind that is not known.
-        DependencyError: a GGUF file, and llama-cpp-python is not installed.
-    """
-    if path.is_dir():
-        return _inspect_folder(path, name or path.absolute().name)
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist; name a GGUF file or a checkpoint folder.")
-    try:
-        with path.open("rb") as f:
-            magic = f.read(len(GGUF_MAGIC))
-    except OSError as e:
-        raise CheckpointError(f"{path} cannot be read ({e.strerror}).") from None
-    if magic != GGUF_MAGIC:
-        raise UsageError(f"{path} is no GGUF file; name one, or a checkpoint's folder.")
-    from dus_edge.run.llama_logits import inspect_gguf
-
-    n_bytes = sum(file.stat().st_size for file in split_files(path))
-    return inspect_gguf(path, name or path.stem, n_bytes)
-
-
-def open_source(info: SourceInfo, device: str = "cpu", n_threads: int | None = None) -> LogitSource:
-    """Load a model.
-
-    Args:
-        info: of `inspect_source`.
-        device: where transformers runs folders: ``cpu``, ``cuda``, ``mps``, …; for anything but
-            ``cpu`` llama.cpp puts all layers on its GPU, if it was built for one.
-        n_threads: of the CPU; None for all cores.
-
-    Raises:
-        CheckpointError: the weights are damaged or incomplete.
-        DependencyError: a package that reads this kind is not installed.
-        UsageError: there is no such device.
-    """
-    if info.kind == "gguf":
-        from dus_edge.run.llama_logits import GGUFSource
-
-        return GGUFSource(info, device, n_threads)
-    from dus_edge.run.torch_logits import FolderSource
-
-    return FolderSource(info, device, n_threads)
-
-
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Natural log-probabilities of float32 logits ``(n, vocab)``, as float32.
 
@@ -187,32 +134,3 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} is not a JSON object; fetch it again.")
     return raw
-
-
-def _inspect_folder(folder: Path, name: str) -> SourceInfo:
-    raw = read_config(folder)
-    kind = _kind(raw, folder / CONFIG)
-    plain = {k: v for k, v in raw.items() if k != "quantization_config"}
-    config = parse_config(plain, str(folder / CONFIG))
-    return SourceInfo(
-        path=folder,
-        name=name,
-        kind=kind,
-        vocab_size=config.vocab_size,
-        n_bytes=sum(file.stat().st_size for file in weight_files(folder, kind)),
-        n_parameters=sum(int(np.prod(shape)) for shape in tensor_shapes(config).values()),
-        context_length=config.context_length,
-    )
-
-
-def _kind(raw: Mapping[str, Any], where: Path) -> Kind:
-    details = raw.get("quantization_config")
-    if not details:
-        return "hf"
-    method = details.get("quant_method") if isinstance(details, dict) else details
-    if method not in ("gptq", "bitsandbytes"):
-        raise UnsupportedError(
-            f"{where}: the weights are quantized by {method!r}; plain, gptq and bitsandbytes "
-            "folders can be measured."
-        )
-    return method
