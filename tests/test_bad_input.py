@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dus_edge.errors import DusEdgeError
-from dus_edge.quant.quantizer import QUANTIZERS
+from dus_edge.quant.choose import QUANTIZERS
 
 SINGLE = "model.safetensors"
 

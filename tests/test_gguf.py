@@ -18,7 +18,7 @@ from dus_edge.export.gguf.sink import conversions, model_shape, plan_file
 from dus_edge.families.family import load_families
 from dus_edge.jobs.gguf import export_gguf
 from dus_edge.quant import types as t
-from dus_edge.quant.quantizer import DEFAULT, QUANTIZERS, find_quantizer
+from dus_edge.quant.choose import DEFAULT, QUANTIZERS, find_quantizer
 from dus_edge.quant.recipe import PRESETS, tensor_type
 from dus_edge.upscale.model import find_model, plan_chooser
 from dus_edge.upscale.plan import from_drop

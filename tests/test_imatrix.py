@@ -22,8 +22,8 @@ from dus_edge.export.vocab.vocab import read_vocab
 from dus_edge.families.family import load_families
 from dus_edge.quant import ggml
 from dus_edge.quant import types as t
+from dus_edge.quant.choose import find_quantizer
 from dus_edge.quant.imatrix import Importance, match, read_imatrix
-from dus_edge.quant.quantizer import find_quantizer
 from dus_edge.quant.recipe import PRESETS
 from dus_edge.upscale.model import find_model, plan_chooser
 

@@ -10,7 +10,7 @@ import pytest
 from dus_edge.errors import UsageError
 from dus_edge.quant import ggml
 from dus_edge.quant import types as t
-from dus_edge.quant.quantizer import DEFAULT, QUANTIZERS, find_quantizer
+from dus_edge.quant.choose import DEFAULT, QUANTIZERS, find_quantizer
 
 COLUMNS = 512
 #: Types whose search weighs errors by importance, and one whose does not.

@@ -15,7 +15,7 @@ from dus_edge.cli.options import (
     plan_options,
 )
 from dus_edge.cli.say import print_folder, print_json, say_to
-from dus_edge.quant.quantizer import DEFAULT, QUANTIZERS
+from dus_edge.quant.choose import DEFAULT, QUANTIZERS
 from dus_edge.words import counts_text, duration, format_bytes
 
 

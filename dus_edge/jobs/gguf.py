@@ -21,7 +21,7 @@ from dus_edge.files import check_absent, point_to, write_text
 from dus_edge.jobs.job import Job, Result, Writing, Written, quiet, run_job
 from dus_edge.ollama.facts import model_facts, render_facts
 from dus_edge.progress import progress
-from dus_edge.quant import quantizer as quantizers
+from dus_edge.quant import choose
 from dus_edge.quant.imatrix import Importance, match
 from dus_edge.quant.recipe import Preset
 from dus_edge.upscale.model import ChoosePlan, Model, Say
@@ -46,7 +46,7 @@ def export_gguf(
     presets: Sequence[Preset],
     folder: Path,
     *,
-    quantizer: str = quantizers.DEFAULT,
+    quantizer: str = choose.DEFAULT,
     imatrix: ImatrixSource | None = None,
     alias: str | None = None,
     n_threads: int | None = None,
@@ -61,7 +61,7 @@ def export_gguf(
         choose: gives the plan for a base's depth.
         presets: one output each.
         folder: where the files go, under names of the GGUF convention.
-        quantizer: name of the one that makes the blocks, see `quantizer.QUANTIZERS`.
+        quantizer: name of the one that makes the blocks, see `choose.QUANTIZERS`.
         imatrix: how much an error in each column of a matrix counts; nothing known if None.
         alias: also link ``<alias>.gguf`` to the first and ``<alias>-<preset>.gguf`` to each.
         n_threads: worker threads; all cores by default.
@@ -103,7 +103,7 @@ class GGUFJob(Job[GGUFPlan]):
 
     def need(self, say: Say) -> None:
         """A missing library is met before any work."""
-        quantizers.find_quantizer(self.quantizer).prepare((), say)
+        choose.find_quantizer(self.quantizer).prepare((), say)
 
     def early(self, folder: Path, config: ModelConfig) -> None:
         """A tokenizer that GGUF cannot hold is met before the weights are fetched."""
@@ -128,7 +128,7 @@ class GGUFJob(Job[GGUFPlan]):
             files = self._files(model, planned.metadata, said)
         facts = model_facts(model, planned.vocab)
         texts = [render_facts(facts, f"./{f.path.name}") for f in files]
-        chosen = quantizers.find_quantizer(self.quantizer)
+        chosen = choose.find_quantizer(self.quantizer)
         chosen.prepare(sink.conversions(checkpoint, files, weights), say)
         total = sink.total_work(checkpoint, files, weights)
         with progress("Quantizing", total, unit="weights") as tick:

@@ -15,16 +15,13 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dus_edge.errors import DependencyError
 from dus_edge.quant import types as t
+from dus_edge.quant.quantizer import Conversion
 from dus_edge.quant.types import QuantType
-
-if TYPE_CHECKING:
-    from dus_edge.quant.quantizer import Conversion
 
 NAME = "ggml"
 

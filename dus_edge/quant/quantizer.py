@@ -1,27 +1,16 @@
-"""What every quantizer offers, and the choice among them by name.
-
-A quantizer is a module: `native` is this program's own, `ggml` calls llama.cpp's. Neither is
-imported before it is chosen, so the one never needs what only the other needs.
-"""
+"""What every quantizer offers. A quantizer is a module; `choose` finds it by its name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
-from dus_edge.errors import UsageError
+import numpy as np
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from dus_edge.quant.types import QuantType
+from dus_edge.quant.types import QuantType
 
 #: One conversion: target type, dtype of the stored rows, whether importance is given.
-Conversion: TypeAlias = "tuple[QuantType, np.dtype, bool]"
-
-#: Names of the quantizers, the default first.
-QUANTIZERS = ("native", "ggml")
-DEFAULT = QUANTIZERS[0]
+Conversion: TypeAlias = tuple[QuantType, np.dtype, bool]
 
 
 class Quantizer(Protocol):
@@ -76,21 +65,3 @@ class Quantizer(Protocol):
         Raises:
             OverflowError: a value or a scale is too large for the type (F16 ends at 65,504).
         """
-
-
-def find_quantizer(name: str) -> Quantizer:
-    """The quantizer of a name, imported now.
-
-    Raises:
-        UsageError: no quantizer has that name.
-    """
-    match name:
-        case "native":
-            from dus_edge.quant import native
-
-            return native
-        case "ggml":
-            from dus_edge.quant import ggml
-
-            return ggml
-    raise UsageError(f"there is no quantizer '{name}'; choose one of {', '.join(QUANTIZERS)}.")
