@@ -43,10 +43,12 @@ THEIRS, OURS, AGAIN = SIDES
 
 RUN_OURS = """
 import json, pathlib, sys
-from dus_edge.measure.measure import Settings, bench_run, json_lines
+from dus_edge.measure.bench import bench_run
+from dus_edge.measure.measurement import json_lines
+from dus_edge.measure.workload import BenchSettings
 options = json.loads(sys.argv[2])
 options["depths"] = tuple(options["depths"])
-print(json_lines(bench_run([pathlib.Path(sys.argv[1])], Settings(**options))), end="")
+print(json_lines(bench_run([pathlib.Path(sys.argv[1])], BenchSettings(**options))), end="")
 """
 
 

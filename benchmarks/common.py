@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from dus_edge.predict.devices import processor
+from dus_edge.machine import default_threads, processor_name
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -25,8 +24,8 @@ def machine() -> dict[str, object]:
         ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
     ).stdout.strip()
     return {
-        "cpu": processor() or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        "cpu": processor_name(),
+        "cores": default_threads(),
         "python": platform.python_version(),
         "commit": commit,
         "date": datetime.date.today().isoformat(),

@@ -6,6 +6,7 @@ import pytest
 
 from dus_edge import data
 from dus_edge.errors import DusEdgeError, UsageError
+from dus_edge.machine import cpu_name
 from dus_edge.predict import devices
 from dus_edge.predict.devices import find_device, load_devices, load_rules, parse_devices
 from dus_edge.predict.memory.llama import MIB, usable_bytes
@@ -142,10 +143,8 @@ def test_a_mac_by_its_tools():
 
 
 def test_a_processor_by_its_file():
-    assert devices.cpu_name("processor\t: 0\nmodel name\t: AMD Ryzen 7 5700X\n") == (
-        "AMD Ryzen 7 5700X"
-    )
-    assert devices.cpu_name("nothing") is None
+    assert cpu_name("processor\t: 0\nmodel name\t: AMD Ryzen 7 5700X\n") == ("AMD Ryzen 7 5700X")
+    assert cpu_name("nothing") is None
 
 
 def test_the_present_machine():

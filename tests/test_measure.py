@@ -17,19 +17,10 @@ from hypothesis import strategies as st
 
 from dus_edge.errors import CheckpointError, DependencyError, DusEdgeError, UsageError
 from dus_edge.jobs.gguf import export_gguf
-from dus_edge.measure import measure as measuring
+from dus_edge.machine import physical_cores
 from dus_edge.measure import resources
-from dus_edge.measure.measure import (
-    About,
-    BenchSettings,
-    Measurement,
-    Workload,
-    bench_run,
-    json_lines,
-    measurement_json,
-    speed,
-    speed_table,
-)
+from dus_edge.measure.bench import bench_run
+from dus_edge.measure.measurement import About, Measurement, json_lines, measurement_json, speed
 from dus_edge.measure.resources import (
     MeasuredMemory,
     Meter,
@@ -38,6 +29,8 @@ from dus_edge.measure.resources import (
     joules_per_token,
     rapl_counters,
 )
+from dus_edge.measure.speed_table import speed_table
+from dus_edge.measure.workload import BenchSettings, Workload
 from dus_edge.quant.recipe import find_preset
 from dus_edge.upscale.model import plan_chooser
 
@@ -437,5 +430,5 @@ def test_boards_without_a_counter_and_machines_without_boards(monkeypatch):
 
 
 def test_cores_are_no_more_than_this_process_may_use():
-    assert 1 <= measuring.physical_cores() <= (os.cpu_count() or 1)
-    assert math.isfinite(measuring.physical_cores())
+    assert 1 <= physical_cores() <= (os.cpu_count() or 1)
+    assert math.isfinite(physical_cores())

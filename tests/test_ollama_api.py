@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dus_edge.errors import DusEdgeError, UsageError
-from dus_edge.measure.measure import BenchSettings, json_lines, measurement_json, speed_table
+from dus_edge.measure.measurement import json_lines, measurement_json
 from dus_edge.measure.ollama import host_url, measure_ollama
+from dus_edge.measure.speed_table import speed_table
+from dus_edge.measure.workload import BenchSettings
 
 NAME = "solar-dus:latest"
 PROMPT_NS, GEN_NS, LOAD_NS = 2_000_000, 50_000_000, 3_210_000_000

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from dus_edge.errors import UsageError
 from dus_edge.jobs.gguf import export_gguf
 from dus_edge.measure import record
-from dus_edge.measure.measure import About, Measurement, Workload, measurement_json
+from dus_edge.measure.measurement import About, Measurement, measurement_json
+from dus_edge.measure.workload import Workload
 from dus_edge.quant.recipe import PRESETS
 from dus_edge.upscale.model import plan_chooser
 

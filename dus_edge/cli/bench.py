@@ -97,7 +97,11 @@ def bench_run_command(
     FILEs are GGUF files, or folders: plain, GPTQ or bitsandbytes.
     """
     from dus_edge.errors import UsageError
-    from dus_edge.measure import measure, record
+    from dus_edge.measure import record
+    from dus_edge.measure.bench import bench_run
+    from dus_edge.measure.measurement import json_lines
+    from dus_edge.measure.speed_table import speed_table
+    from dus_edge.measure.workload import BenchSettings
 
     try:
         at = tuple(int(d) for d in depths.split(","))
@@ -105,17 +109,17 @@ def bench_run_command(
         raise UsageError(f"--depth {depths}: give numbers of tokens, such as 0,4096.") from None
     if not models and not ollama:
         raise UsageError("Give a GGUF file or folder to measure, or --ollama NAME.")
-    settings = measure.BenchSettings(depths=at, **options)
+    settings = BenchSettings(depths=at, **options)
     if out is not None:
         record.check_record(out, ollama=bool(ollama))
-    found = measure.bench_run([Path(m) for m in models], settings) if models else []
+    found = bench_run([Path(m) for m in models], settings) if models else []
     for name in ollama:
         from dus_edge.measure.ollama import measure_ollama
 
         found += measure_ollama(name, settings)
     if out is not None:
         record.append_record(out, found)
-    click.echo(measure.json_lines(found) if as_json else measure.speed_table(found), nl=not as_json)
+    click.echo(json_lines(found) if as_json else speed_table(found), nl=not as_json)
 
 
 @bench_command.command("tables")

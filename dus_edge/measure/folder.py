@@ -15,17 +15,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dus_edge.errors import DusEdgeError
-from dus_edge.measure.measure import (
-    About,
-    BenchSettings,
-    Measurement,
-    Workload,
-    measurement,
-    physical_cores,
-    repeat,
-)
+from dus_edge.machine import physical_cores, processor_name
+from dus_edge.measure.measurement import About, Measurement
 from dus_edge.measure.resources import Meter
-from dus_edge.predict.devices import processor
+from dus_edge.measure.timing import measurement, repeat
+from dus_edge.measure.workload import BenchSettings, Workload
 from dus_edge.progress import Advance
 from dus_edge.run.folders import (
     check_packages,
@@ -45,7 +39,7 @@ if TYPE_CHECKING:
 def measure_folder(
     info: SourceInfo, settings: BenchSettings, advance: Advance = lambda n: None
 ) -> list[Measurement]:
-    """All tests of a folder; see `measure.measure`.
+    """All tests of a folder; see `bench`.
 
     The prompt goes in at once or in pieces of `n_batch`; ubatches, types of the cache, layers on
     the GPU and flash attention are llama.cpp's alone.
@@ -218,7 +212,7 @@ def _about(
     return About(
         engine=", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("transformers", "torch")),
         build_commit=None,
-        cpu_info=processor(),
+        cpu_info=processor_name(),
         gpu_info=torch.cuda.get_device_name(device) if device.type == "cuda" else "",
         backends=device.type,
         model_filename=str(info.path),

@@ -1,6 +1,6 @@
 """GGUF files as llama-bench measures them, in this process, by llama-cpp-python.
 
-Source of the method: ``tools/llama-bench/llama-bench.cpp`` of llama.cpp; see `measure`.
+Source of the method: ``tools/llama-bench/llama-bench.cpp`` of llama.cpp; see `bench`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,11 @@ from typing import Any
 import numpy as np
 
 from dus_edge.errors import DusEdgeError
-from dus_edge.measure.measure import (
-    FLASH_ATTN,
-    About,
-    BenchSettings,
-    Measurement,
-    Workload,
-    measurement,
-    physical_cores,
-    repeat,
-)
+from dus_edge.machine import physical_cores
+from dus_edge.measure.measurement import About, Measurement
 from dus_edge.measure.resources import Meter
+from dus_edge.measure.timing import measurement, repeat
+from dus_edge.measure.workload import FLASH_ATTN, BenchSettings, Workload
 from dus_edge.progress import Advance
 from dus_edge.run.ggml import Ggml
 from dus_edge.run.llama import errors, llama_library, load_model, why
@@ -37,7 +31,7 @@ from dus_edge.run.source import SourceInfo
 def measure_gguf(
     info: SourceInfo, settings: BenchSettings, advance: Advance = lambda n: None
 ) -> list[Measurement]:
-    """All tests of a GGUF file; see `measure`."""
+    """All tests of a GGUF file; see `bench`."""
     lib, ggml = llama_library(), Ggml()
     meter = Meter(on_gpu=settings.n_gpu_layers != 0 and "CUDA" in ggml.backends())
     n_threads = settings.n_threads or physical_cores()

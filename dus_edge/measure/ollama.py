@@ -24,15 +24,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dus_edge.errors import DusEdgeError, UsageError
-from dus_edge.measure.measure import (
-    About,
-    BenchSettings,
-    Measurement,
-    Workload,
-    check_test_context,
-    now,
-)
+from dus_edge.measure.measurement import About, Measurement
 from dus_edge.measure.resources import MeasuredMemory
+from dus_edge.measure.timing import now
+from dus_edge.measure.workload import BenchSettings, Workload, check_test_context
 from dus_edge.progress import Advance
 
 _DEFAULT_PORT = 11434

@@ -1,7 +1,7 @@
 """What was measured, as files keep it: lines with their machine, and quality; both checked.
 
-A kept line is one of `measure.to_json` with the machine's facts beside it. Whoever reads a file
-back gets lines that are known to be whole, or one sentence that says where they are not.
+A kept line is one of `measurement.json_lines` with the machine's facts beside it. Whoever reads a
+file back gets lines that are known to be whole, or one sentence that says where they are not.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import json
 import math
 import os
 import platform
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,15 @@ from urllib.parse import urlsplit
 from dus_edge import __version__
 from dus_edge.errors import UsageError
 from dus_edge.files import check_writable, write_text
-from dus_edge.measure.measure import Measurement, measurement_json
+from dus_edge.machine import (
+    command_output,
+    default_threads,
+    memory_bytes,
+    processor_name,
+    system_name,
+)
+from dus_edge.measure.measurement import Measurement, measurement_json
 from dus_edge.measure.ollama import host_url
-from dus_edge.predict.devices import processor
-from dus_edge.stream import default_threads
 
 _ROOT = Path(__file__).parent.parent
 
@@ -85,10 +88,10 @@ def machine() -> dict[str, Any]:
         program's checkout, with ``-dirty`` if its code was changed; None if it runs from none).
     """
     return {
-        "cpu": _cpu(),
+        "cpu": processor_name(),
         "cores": default_threads(),
-        "memory_bytes": _memory_bytes(),
-        "os": _system(),
+        "memory_bytes": memory_bytes(),
+        "os": system_name(),
         "python": platform.python_version(),
         "dus_edge": __version__,
         "commit": _commit(_ROOT),
@@ -157,7 +160,7 @@ def parse_lines(text: str, name: str) -> list[dict[str, Any]]:
 
 
 def read_quality(path: Path) -> dict[str, Any]:
-    """What `dus-edge quality -o DIR` wrote as ``quality.json``; see `quality_report.to_json`.
+    """What `dus-edge quality -o DIR` wrote as ``quality.json``; see `quality.report.quality_json`.
 
     Raises:
         UsageError: there is no such file, or it is of another shape.
@@ -253,45 +256,11 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:39]}…"
 
 
-def _cpu() -> str:
-    if sys.platform == "darwin":
-        name = _output("sysctl", "-n", "machdep.cpu.brand_string")
-    else:
-        name = processor()
-    return name or platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return None
-
-
-def _system() -> str:
-    """E.g. ``Debian GNU/Linux 13 (trixie)``, ``macOS 26.1``."""
-    if sys.platform == "darwin":
-        return f"macOS {platform.mac_ver()[0]}"
-    try:
-        return platform.freedesktop_os_release()["PRETTY_NAME"]
-    except (OSError, KeyError):
-        return f"{platform.system()} {platform.release()}"
-
-
 def _commit(package: Path) -> str | None:
     """Of the checkout that a package lies in, and only of its own: not one around a `.venv`."""
     root = package.parent
     if not (root / ".git").exists():
         return None
-    commit = _output("git", "-C", str(root), "rev-parse", "--short", "HEAD")
-    changed = _output("git", "-C", str(root), "status", "--porcelain", "--", package.name)
+    commit = command_output("git", "-C", str(root), "rev-parse", "--short", "HEAD")
+    changed = command_output("git", "-C", str(root), "status", "--porcelain", "--", package.name)
     return f"{commit}-dirty" if commit and changed else commit or None
-
-
-def _output(*command: str) -> str:
-    """What a command prints; empty if it fails or is not there."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""

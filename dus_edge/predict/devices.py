@@ -9,15 +9,14 @@ import difflib
 import functools
 import platform
 import re
-import subprocess
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from dus_edge import data
 from dus_edge.errors import DusEdgeError, UsageError
+from dus_edge.machine import command_output, meminfo_kib, processor_name
 
 DEVICES_FILE = "devices.toml"
 _BACKENDS = ("CUDA", "Metal", "CPU")
@@ -226,18 +225,6 @@ def match_apple(chip: str, gpu_cores: int) -> Device | None:
     return next((d for d in load_devices() if d.id == wanted), None)
 
 
-def cpu_name(cpuinfo: str) -> str | None:
-    """The processor's name in the text of `/proc/cpuinfo`."""
-    match = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    return match[1].strip() if match else None
-
-
-def processor() -> str | None:
-    """The name of the processor that this runs on, where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    return cpu_name(info.read_text(encoding="utf-8")) if info.exists() else None
-
-
 @functools.cache
 def _tables() -> tuple[tuple[Device, ...], Rules]:
     return parse_devices(data.read_text(DEVICES_FILE))
@@ -311,7 +298,7 @@ def _apple(run: Callable[[Sequence[str]], str] | None = None) -> Device | None:
     """The Apple chip of a Mac by `sysctl` and `ioreg`; None elsewhere."""
     if platform.system() != "Darwin" and run is None:
         return None
-    ask = run or _output
+    ask = run or (lambda command: command_output(*command))
     chip = ask(("sysctl", "-n", "machdep.cpu.brand_string")).strip()
     ram_gb = int(ask(("sysctl", "-n", "hw.memsize")).strip() or 0) / 2**30
     cores = re.search(r'"gpu-core-count"\s*=\s*(\d+)', ask(("ioreg", "-rc", "AGXAccelerator")))
@@ -330,15 +317,13 @@ def _apple(run: Callable[[Sequence[str]], str] | None = None) -> Device | None:
 
 def _cpu() -> Device:
     """The processor, with the memory that is free now."""
-    memory = Path("/proc/meminfo")
-    sizes = memory.read_text() if memory.exists() else ""
-    kib = {k: int(v) for k, v in re.findall(r"^(\w+):\s+(\d+) kB", sizes, re.MULTILINE)}
+    kib = meminfo_kib()
     total = kib.get("MemTotal", 0) / 2**20
     if not total:
         raise DusEdgeError("This machine's memory cannot be told; name a device with --device.")
     return Device(
         id="cpu",
-        name=processor() or platform.processor() or platform.machine(),
+        name=processor_name(),
         vendor="",
         family="cpu",
         architecture=platform.machine(),
@@ -352,13 +337,3 @@ def _cpu() -> Device:
 
 def _present(device: Device, memory_gb: float, usable_mib: float) -> Device:
     return replace(device, memory_gb_options=(memory_gb,), usable_mib=usable_mib)
-
-
-def _output(command: Sequence[str]) -> str:
-    """What a command prints; empty if it fails or is not there."""
-    try:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=False
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""

@@ -15,9 +15,9 @@ from typing import Any, Self
 import numpy as np
 
 from dus_edge.errors import DusEdgeError, UsageError
+from dus_edge.machine import default_threads
 from dus_edge.run.llama import errors, llama_library, load_model, why
 from dus_edge.run.source import SourceInfo, log_softmax
-from dus_edge.stream import default_threads
 
 _GGML_TYPE_F32 = 0
 #: Tokens that llama.cpp computes at once; its own default, and what bounds its buffers.

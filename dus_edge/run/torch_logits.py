@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from dus_edge.errors import DusEdgeError
+from dus_edge.machine import default_threads
 from dus_edge.run.folders import (
     check_packages,
     check_whole,
@@ -23,7 +24,6 @@ from dus_edge.run.folders import (
     without_packed_4bit,
 )
 from dus_edge.run.source import SourceInfo, log_softmax
-from dus_edge.stream import default_threads
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,88 @@
+"""The machine that the program runs on: its processor, cores, memory and system.
+
+What a system does not tell is None, empty or the next best; nothing here raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+
+def default_threads() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def physical_cores() -> int:
+    """Cores without their hyper-threads, no more than this process may use.
+
+    llama-bench's default of threads. Linux: different lines of ``thread_siblings``. macOS: the
+    performance cores.
+    """
+    n = 0
+    if sys.platform == "darwin":
+        for key in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):
+            n = n or int(command_output("sysctl", "-n", key) or 0)
+    else:
+        files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings")
+        with contextlib.suppress(OSError):
+            n = len({file.read_text() for file in files})
+    return min(n, default_threads()) or default_threads()
+
+
+def processor_name() -> str:
+    """E.g. ``AMD Ryzen 7 5700X``; the architecture where the system has no name for it."""
+    info = Path("/proc/cpuinfo")
+    if sys.platform == "darwin":
+        name = command_output("sysctl", "-n", "machdep.cpu.brand_string")
+    else:
+        name = cpu_name(info.read_text(encoding="utf-8")) if info.exists() else None
+    return name or platform.processor() or platform.machine()
+
+
+def cpu_name(cpuinfo: str) -> str | None:
+    """The processor's name in the text of `/proc/cpuinfo`."""
+    match = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    return match[1].strip() if match else None
+
+
+def memory_bytes() -> int | None:
+    """The machine's memory."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+
+
+def meminfo_kib() -> dict[str, int]:
+    """Linux' ``/proc/meminfo``: ``MemTotal``, ``MemAvailable``, …; empty elsewhere."""
+    file = Path("/proc/meminfo")
+    text = file.read_text() if file.exists() else ""
+    return {k: int(v) for k, v in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
+
+
+def system_name() -> str:
+    """E.g. ``Debian GNU/Linux 13 (trixie)``, ``macOS 26.1``."""
+    if sys.platform == "darwin":
+        return f"macOS {platform.mac_ver()[0]}"
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        return f"{platform.system()} {platform.release()}"
+
+
+def command_output(*command: str) -> str:
+    """What a command prints, without the space around it; empty if it fails or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
