@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench_imatrix import held_out, python_sources
-from common import HERE, RESULTS, append, machine, markdown_table, read
+from common import HERE, RESULTS, append, machine, read
 
 from dus_edge.checkpoint.builtin import BUILTIN
 from dus_edge.export import gptq as sink
@@ -41,6 +41,7 @@ from dus_edge.jobs.checkpoint import export_checkpoint
 from dus_edge.quality import compare as quality_run
 from dus_edge.quant import gptq, gptq_format
 from dus_edge.upscale.model import find_model, plan_chooser
+from dus_edge.words import markdown_table
 
 OUT = RESULTS / "gptq.jsonl"
 SIDE = HERE / "gptqmodel_side.py"
@@ -222,7 +223,7 @@ def markdown() -> str:
             ]
         )
     head = ["model", "side", "tokens", "runs", "whole process", "quantizing", "peak memory"]
-    return f"{text}\n\n{markdown_table(head, rows, 2)}"
+    return f"{text}\n\n{markdown_table(head, rows, left=range(2))}"
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from bench_perplexity import choose_text
-from common import HERE, RESULTS, append, machine, markdown_table, read
+from common import HERE, RESULTS, append, machine, read
 
 from dus_edge.checkpoint.builtin import BUILTIN
 from dus_edge.jobs.calibration import Machine, TextChoice
@@ -29,6 +29,7 @@ from dus_edge.quality import plot as quality_plot
 from dus_edge.quant.recipe import find_preset
 from dus_edge.train.pico.corpus import load_split
 from dus_edge.upscale.model import plan_chooser
+from dus_edge.words import markdown_table
 
 PRESETS = ("q4_k_m", "q3_k_m", "q2_k")
 KINDS = ("none", "built-in mix", "Python sources")

@@ -36,7 +36,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, append, machine, markdown_table, read
+from common import RESULTS, append, machine, read
+
+from dus_edge.words import markdown_table
 
 SIDES = ("llama-bench", "ours", "llama-bench again")
 THEIRS, OURS, AGAIN = SIDES
@@ -211,7 +213,7 @@ def render(lines: list[dict]) -> str:
         ]
         for line in newest.values()
     ]
-    return markdown_table(head, rows, 3)
+    return markdown_table(head, rows, left=range(3))
 
 
 def percent(ratio: float) -> str:

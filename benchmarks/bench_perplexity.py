@@ -32,7 +32,7 @@ from pathlib import Path
 
 import llama_cpp
 import numpy as np
-from common import RESULTS, append, machine, markdown_table, read
+from common import RESULTS, append, machine, read
 
 from dus_edge.checkpoint.builtin import BUILTIN
 from dus_edge.jobs.gguf import export_gguf
@@ -40,6 +40,7 @@ from dus_edge.quant import ggml
 from dus_edge.quant.recipe import find_preset
 from dus_edge.train.pico.corpus import SourceFile, load_split, total_bytes
 from dus_edge.upscale.model import plan_chooser
+from dus_edge.words import markdown_table
 
 QUANTIZERS = ("ggml", "native")
 REFERENCE = "f16"

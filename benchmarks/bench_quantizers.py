@@ -30,13 +30,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, append, machine, markdown_table, read
+from common import RESULTS, append, machine, read
 
 from dus_edge.checkpoint.builtin import BUILTIN
 from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint
 from dus_edge.quant import ggml, native
 from dus_edge.quant.types import TYPES, QuantType
+from dus_edge.words import markdown_table
 
 #: The types measured: those for which ggml has no use for importance, and those for which it has.
 UNWEIGHTED = ["F16", "BF16", "Q8_0"]
@@ -413,7 +414,7 @@ def render_speeds(lines: list[dict]) -> str:
         cells += [ratios["gaussian"], f"{best_ours / best_theirs:.2f}"]
         cells += [ratios.get(data, "–") for data in ("heavy", "pico")]
         rows.append([name, "yes" if weighted else "no", *cells])
-    return markdown_table(head, rows, n_left=2)
+    return markdown_table(head, rows, left=range(2))
 
 
 def render_errors(lines: list[dict], weighted: bool, form: str) -> str:

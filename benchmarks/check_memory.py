@@ -20,13 +20,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, append, machine, markdown_table
+from common import RESULTS, append, machine
 
 from dus_edge import data
 from dus_edge.checkpoint.config import parse_config
 from dus_edge.predict.memory import llama as memory
 from dus_edge.predict.stored_model import BACKENDS, MIB, RunSettings, StoredModel, kv_types
 from dus_edge.quant.recipe import find_preset
+from dus_edge.words import markdown_table
 
 LIMIT = 0.03
 
@@ -206,7 +207,7 @@ def print_published(rows: Sequence[Mapping[str, Any]], n_all: int) -> None:
                 ]
                 for r in rows
             ),
-            n_left=3,
+            left=range(3),
         )
     )
     worst = max(abs(r["error"]) for r in rows)
@@ -244,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
                     ]
                     for r in here
                 ),
-                n_left=3,
+                left=range(3),
             )
         )
         lines += [{"kind": "measured", **r, **machine()} for r in here]

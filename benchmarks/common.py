@@ -54,9 +54,3 @@ def toml_text(about: Iterable[str], tables: Mapping[str, Mapping]) -> str:
             quoted = key if key.isidentifier() else json.dumps(key)
             out.append(f"{quoted} = {round(value, 5)}")
     return "\n".join(out) + "\n"
-
-
-def markdown_table(head: list[str], rows: Iterable[list[str]], n_left: int = 1) -> str:
-    """A table of GitHub's Markdown; the first `n_left` columns hold text, the others figures."""
-    marks = ["---" if i < n_left else "---:" for i in range(len(head))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, marks, *rows))

@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, markdown_table, toml_text
+from common import RESULTS, toml_text
 from fit_speed import KNEE, NOISE, VARIANTS
 
 from dus_edge import data
@@ -34,6 +34,7 @@ from dus_edge.files import write_text
 from dus_edge.predict.devices import Device, load_devices
 from dus_edge.predict.speed import gptq as g
 from dus_edge.predict.speed import roofline as s
+from dus_edge.words import markdown_table
 
 TOML = Path(data.__file__).parent / "gptq_speed.toml"
 #: Parts of the formula that may deviate by kernel, sets of them from small to large.
@@ -231,7 +232,7 @@ def markdown(lines: Sequence[Mapping]) -> str:
         cells = [kernel, use, str(x["sources"]), str(x["cards"]), str(x["rows"])]
         cells += [f"{100 * x[k]:.1f} %" for k in ("mean_absolute_error", "largest")]
         table.append([*cells, f"{100 * x['bias']:+.1f} %", f"{100 * x['coverage']:.0f} %"])
-    parts = [markdown_table(head, table, 2)]
+    parts = [markdown_table(head, table, left=range(2))]
     head = ["kernel", "card", "model", "source", "depth", "published", "predicted"]
     table = [
         [
@@ -240,7 +241,7 @@ def markdown(lines: Sequence[Mapping]) -> str:
         ]
         for x in lines if x["use"] in HELD
     ]  # fmt: skip
-    return "\n\n".join([*parts, markdown_table(head, table, 4)])
+    return "\n\n".join([*parts, markdown_table(head, table, left=range(4))])
 
 
 def main() -> None:

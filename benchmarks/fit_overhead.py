@@ -19,11 +19,10 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from common import markdown_table
-
 from dus_edge import data
 from dus_edge.predict.memory.cuda import LOADED_MIB, THREADS, context_bytes, cuda_overhead_bytes
 from dus_edge.predict.stored_model import MIB
+from dus_edge.words import markdown_table
 
 #: The one constant that the rule replaced, MiB.
 BEFORE = 135

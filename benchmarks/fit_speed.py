@@ -24,13 +24,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, markdown_table, toml_text
+from common import RESULTS, toml_text
 
 from dus_edge import data
 from dus_edge.files import write_text
 from dus_edge.predict.devices import Device, load_devices
 from dus_edge.predict.speed import roofline as s
 from dus_edge.quant.recipe import PRESETS
+from dus_edge.words import markdown_table
 
 #: Layers, hidden, ffn (active experts together), heads, KV heads, head dimension, vocabulary, tied
 #: head, as config.json has them; a test compares them with the published parameter counts.
@@ -554,7 +555,7 @@ def markdown(lines: Sequence[Mapping]) -> str:
         for x in others
     ]  # fmt: skip
     head = ["", "mark", "run", "measured", "predicted, all layers on the device"]
-    parts.append(f"### Rows that take no part\n\n{markdown_table(head, table, 3)}")
+    parts.append(f"### Rows that take no part\n\n{markdown_table(head, table, left=range(3))}")
     return "\n\n".join(parts)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import textwrap
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 #: Columns of everything that is printed.
 WIDTH = 80
@@ -55,3 +57,121 @@ def duration(seconds: float) -> str:
 def counts_text(types: Mapping[str, int]) -> str:
     """``72 Q4_K, 13 Q6_K, 25 F32``, the most frequent first."""
     return ", ".join(f"{n} {t}" for t, n in sorted(types.items(), key=lambda item: -item[1]))
+
+
+def figure(x: float, whole_from: float = 100) -> str:
+    """``7.4``, ``1,234``: one digit after the point, none from `whole_from` on."""
+    return f"{x:,.0f}" if x >= whole_from else f"{x:.1f}"
+
+
+def with_error(value: float, error: float, most: int = 6) -> str:
+    """``12.346 ± 0.021``: the error with two digits, the value as far as that.
+
+    Args:
+        value: finite.
+        error: above 0.
+        most: digits after the point at most.
+    """
+    decimals = min(max(0, 1 - math.floor(math.log10(error))), most)
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
+
+
+def brief_time(seconds: float) -> str:
+    """``812 ms``, ``9.6 s``."""
+    return f"{1e3 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def cut_end(text: str, width: int) -> str:
+    """At most `width` characters: what is too long ends in ``…``."""
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def cut_middle(text: str, width: int) -> str:
+    """The same without its middle: names of files differ at their ends."""
+    if len(text) <= width:
+        return text
+    left = (width - 1) // 3
+    return f"{text[:left]}…{text[len(text) - (width - 1 - left) :]}"
+
+
+def wrap(
+    text: str,
+    width: int = WIDTH,
+    *,
+    first: str = "",
+    rest: str = "",
+    long_words: bool = True,
+    hyphens: bool = True,
+) -> str:
+    """Lines of at most `width` columns.
+
+    Args:
+        text: one paragraph.
+        width: columns.
+        first: what the first line begins with.
+        rest: what the others begin with.
+        long_words: whether a word that is longer than a line is broken.
+        hyphens: whether a line may end after a hyphen.
+    """
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=long_words,
+        break_on_hyphens=hyphens,
+    )
+
+
+def markdown_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)
+) -> str:
+    """A table of GitHub's Markdown, to be rendered.
+
+    Args:
+        head: a title for each column.
+        rows: cells.
+        left: columns of text, by number; the others are figures and stand on the right.
+    """
+    marks = ["---" if i in left else "---:" for i in range(len(head))]
+    return "\n".join(map(_cells_line, (_safe(head), marks, *map(_safe, rows))))
+
+
+def aligned_table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    left: Collection[int] = (0,),
+    *,
+    least: int = 8,
+) -> str:
+    """The same to be read as it is: aligned, and no line over `WIDTH`.
+
+    Args:
+        head: a title for each column.
+        rows: cells.
+        left: columns of text, by number.
+        least: the first column's cells lose their middles where there is too little room, down to
+            so many characters.
+    """
+    lines = [_safe(line) for line in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    room = WIDTH - sum(n + 3 for n in widths[1:]) - 4
+    lines = [[cut_middle(name, max(room, least)), *rest] for name, *rest in lines]
+    widths[0] = max(len(line[0]) for line in lines)
+    rule = ["-" * n if i in left else "-" * (n - 1) + ":" for i, n in enumerate(widths)]
+
+    def aligned(cells: Sequence[str]) -> list[str]:
+        pairs = enumerate(zip(cells, widths, strict=True))
+        return [c.ljust(n) if i in left else c.rjust(n) for i, (c, n) in pairs]
+
+    first, *others = map(aligned, lines)
+    return "\n".join(map(_cells_line, (first, rule, *others)))
+
+
+def _safe(cells: Sequence[str]) -> list[str]:
+    """A bar in a name would begin a cell."""
+    return [cell.replace("|", "/") for cell in cells]
+
+
+def _cells_line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

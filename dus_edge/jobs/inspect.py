@@ -14,7 +14,7 @@ from dus_edge.export.vocab.vocab import read_vocab
 from dus_edge.jobs.job import model_json
 from dus_edge.quant.recipe import PRESETS, Preset
 from dus_edge.upscale.model import Model
-from dus_edge.words import format_bytes, format_count
+from dus_edge.words import cut_end, format_bytes, format_count
 
 
 def preset_sizes(model: Model, presets: Mapping[str, Preset]) -> tuple[dict[str, int], bool]:
@@ -61,7 +61,7 @@ def inspection(model: Model) -> str:
     ]
     if not plan.is_identity:
         drop = f", m = {plan.drop}" if plan.drop is not None else ""
-        lines.append(_row("Plan", _shorten(plan.spelled, 52 - len(drop)) + drop))
+        lines.append(_row("Plan", cut_end(plan.spelled, 52 - len(drop)) + drop))
         for seam in plan.seams[:4]:
             lines.append(
                 _row(
@@ -116,8 +116,4 @@ def _context(model: Model) -> str:
 
 
 def _row(label: str, value: str) -> str:
-    return f"{label:13} {_shorten(value, 66)}"
-
-
-def _shorten(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
+    return f"{label:13} {cut_end(value, 66)}"

@@ -27,6 +27,7 @@ from dus_edge.machine import (
 )
 from dus_edge.measure.measurement import Measurement, measurement_json
 from dus_edge.measure.ollama import host_url
+from dus_edge.words import cut_end
 
 _ROOT = Path(__file__).parent.parent
 
@@ -252,8 +253,7 @@ def _is(value: Any, kind: str | None) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else f"{text[:39]}…"
+    return cut_end(json.dumps(value, ensure_ascii=False), 40)
 
 
 def _commit(package: Path) -> str | None:

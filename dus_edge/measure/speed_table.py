@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dus_edge.measure.measurement import Measurement, speed
-from dus_edge.words import WIDTH, format_bytes
+from dus_edge.words import aligned_table, format_bytes
 
 
 def speed_table(measurements: Sequence[Measurement]) -> str:
@@ -27,22 +27,6 @@ def speed_table(measurements: Sequence[Measurement]) -> str:
         )
     # Columns that say nothing are left out.
     kept = [i for i in range(len(head)) if i < 3 or any(row[i] for row in rows)]
-    lines = [[line[i] for i in kept] for line in (head, *rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(kept))]
-    room = WIDTH - sum(widths[1:]) - 3 * len(widths) - 1
-    widths[0] = max(8, min(widths[0], room))
-    rule = "|".join("-" * (w + 1) + ("-" if i < 2 else ":") for i, w in enumerate(widths))
-    out = []
-    for line in lines:
-        cells = [_shortened(line[0], widths[0]).ljust(widths[0]), line[1].ljust(widths[1])]
-        cells += [cell.rjust(w) for cell, w in zip(line[2:], widths[2:], strict=True)]
-        out.append(f"| {' | '.join(cells)} |")
-    return "\n".join([out[0], f"|{rule}|", *out[1:]])
-
-
-def _shortened(text: str, width: int) -> str:
-    """The beginning and the end, which names the format."""
-    if len(text) <= width:
-        return text
-    tail = (width - 1) * 2 // 3
-    return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
+    return aligned_table(
+        [head[i] for i in kept], [[row[i] for i in kept] for row in rows], left=(0, 1)
+    )

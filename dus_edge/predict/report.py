@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from dus_edge.predict.fit import Verdict
 from dus_edge.predict.prediction import Prediction
 from dus_edge.predict.speed.roofline import PredictedSpeed
 from dus_edge.predict.stored_model import MemoryUse, RunSettings
-from dus_edge.words import format_bytes
+from dus_edge.words import WIDTH, cut_end, figure, format_bytes, wrap
 
 
 def device_table(devices: Sequence[Device]) -> str:
@@ -23,7 +22,7 @@ def device_table(devices: Sequence[Device]) -> str:
             sizes = f"{d.memory_gb_options[0]:g}–{d.memory_gb_options[-1]:g}"
         name = d.name.removeprefix("NVIDIA ").removeprefix("Apple ")
         rate = f"{d.bandwidth_gbps:g}" if d.bandwidth_gbps else "–"
-        lines.append(f"{d.id:26} {_cut(name, 30):30} {sizes:>8} {rate:>7}")
+        lines.append(f"{d.id:26} {cut_end(name, 30):30} {sizes:>8} {rate:>7}")
     return "\n".join(lines)
 
 
@@ -114,7 +113,7 @@ def prediction_text(p: Prediction) -> str:
     """What `dus-edge bench predict` prints."""
     lines = [_head(p), *_memory_lines(p.verdict), "", _sentence(p)]
     if p.speed is None:
-        why = _wrap(f"No speed is predicted: {p.why_no_speed}")
+        why = _note(f"No speed is predicted: {p.why_no_speed}")
         return "\n".join([*lines, why, *_notes(p.verdict)])
     s = p.speed
     rows = (
@@ -122,7 +121,7 @@ def prediction_text(p: Prediction) -> str:
         ("Prompt", s.pp_tokens_per_s, s.pp_tokens_per_s_low, s.pp_tokens_per_s_high),
     )
     lines += [
-        f"{name:14} {_rate(x):>8} tok/s, 80 % interval {_rate(low)} to {_rate(high)} (predicted)"
+        f"{name:14} {figure(x):>8} tok/s, 80 % interval {figure(low)} to {figure(high)} (predicted)"
         for name, x, low, high in rows
         if x is not None
     ]
@@ -150,7 +149,7 @@ def runs_table(name: str, settings: RunSettings, found: Sequence[Verdict]) -> st
             f"{v.longest_context or 0:>13,}"
         )
     notes = dict.fromkeys((v.device.backend, v.note) for v in found if v.note)
-    lines += [_wrap(f"{backend}: {note}") for backend, note in notes]
+    lines += [_note(f"{backend}: {note}") for backend, note in notes]
     return "\n".join(lines)
 
 
@@ -180,7 +179,7 @@ def _sentence(p: Prediction) -> str:
     if v.fits:
         said = f"It fits whole, with {format_bytes(spare)} to spare."
     elif v.runtime != "llama.cpp":
-        said = _wrap(
+        said = _note(
             f"It does not fit, {format_bytes(-spare)} are missing. transformers can leave layers "
             "on the CPU (device_map); that is not predicted."
         )
@@ -202,16 +201,8 @@ def _notes(v: Verdict) -> list[str]:
         "Compute is the peak while a prompt of the whole context is read at once; what "
         "torch's allocator keeps in reserve is not in it."
     )
-    return ["", *(_wrap(text) for text in (compute, v.note) if text)]
+    return ["", *(_note(text) for text in (compute, v.note) if text)]
 
 
-def _wrap(text: str) -> str:
-    return textwrap.fill(text, 79, break_long_words=False)
-
-
-def _rate(x: float) -> str:
-    return f"{x:,.0f}" if x >= 100 else f"{x:.1f}"
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
+def _note(text: str) -> str:
+    return wrap(text, WIDTH - 1, long_words=False)

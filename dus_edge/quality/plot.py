@@ -12,7 +12,7 @@ from dus_edge.files import output_files, pwrite_all
 from dus_edge.quality.compare import Results
 from dus_edge.quality.label_layout import Box, place_labels
 from dus_edge.quality.names import labels
-from dus_edge.words import format_bytes
+from dus_edge.words import cut_end, format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -148,10 +148,8 @@ def _draw(results: Results) -> Any:
 def _caption(results: Results) -> str:
     reference = results.reference
     n_tokens = sum(results.chunks.values()) * (results.n_ctx - 1 - results.first_scored)
-    name = reference.name
-    name = name if len(name) <= 48 else name[:47] + "…"
     lines = [
-        f"Reference: {name} ({format_bytes(reference.n_bytes)}); "
+        f"Reference: {cut_end(reference.name, 48)} ({format_bytes(reference.n_bytes)}); "
         f"{n_tokens:,} tokens of {', '.join(results.chunks)}"
     ]
     same = [
@@ -161,7 +159,7 @@ def _caption(results: Results) -> str:
     ]
     if same:
         lines.append(f"No divergence at all: {', '.join(same)}")
-    return "\n".join(line if len(line) <= 100 else line[:99] + "…" for line in lines)
+    return "\n".join(cut_end(line, 100) for line in lines)
 
 
 # -- labels -------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,7 @@ from dus_edge.quality.names import labels
 from dus_edge.quality.plot import import_matplotlib, render_plot
 from dus_edge.quality.scores import Estimate, Scores
 from dus_edge.run.source import SourceInfo
-from dus_edge.words import WIDTH, format_bytes
-
-_MIN_LABEL = 8
+from dus_edge.words import WIDTH, aligned_table, cut_middle, format_bytes, with_error, wrap
 
 
 def quality_report(results: Results) -> str:
@@ -32,7 +29,7 @@ def quality_report(results: Results) -> str:
     parts = [
         "# Quality against the reference",
         _about(results),
-        _table(
+        aligned_table(
             ["file", "size", "bits/weight", "mean KL", "99 % KL", "top-1"],
             [
                 [
@@ -46,7 +43,7 @@ def quality_report(results: Results) -> str:
                 for name, c in zip(names, results.candidates, strict=True)
             ],
         ),
-        _table(
+        aligned_table(
             ["file", "perplexity", "change", "mean KL"],
             [
                 ["reference", _with_error(total[0].perplexity_reference), "", ""],
@@ -143,11 +140,7 @@ def _about(results: Results) -> str:
         "often both put the same token first, change that of the perplexity. ± is one standard "
         "error over chunks."
     )
-    return _wrap(text)
-
-
-def _wrap(text: str) -> str:
-    return "\n".join(textwrap.wrap(text, WIDTH, break_long_words=True, break_on_hyphens=False))
+    return wrap(text, hyphens=False)
 
 
 _BY_LANGUAGE: tuple[tuple[str, Callable[[Scores], str]], ...] = (
@@ -169,7 +162,7 @@ def _matrix(
         scores = results.candidates[0].by_language
         rows.insert(0, [_number(scores[k].perplexity_reference.value, 5) for k in languages])
         names = ["reference", *names]
-    columns = [[_shorten(k, 16), *(r[i] for r in rows)] for i, k in enumerate(languages)]
+    columns = [[cut_middle(k, 16), *(r[i] for r in rows)] for i, k in enumerate(languages)]
     label_width = min(max(map(len, names)), 30)
     while columns:
         room, n = WIDTH - label_width - 4, 0
@@ -177,33 +170,9 @@ def _matrix(
             n += 1
         now, columns = columns[: max(n, 1)], columns[max(n, 1) :]
         head_row, *body = zip(*now, strict=True)
-        yield _table(["file", *head_row], [[name, *r] for name, r in zip(names, body, strict=True)])
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns; the first column shrinks to fit the width."""
-    rows = [[cell.replace("|", "/") for cell in row] for row in rows]
-    others = [max(map(len, column)) for column in zip(head, *rows, strict=True)][1:]
-    room = WIDTH - sum(n + 3 for n in others) - 4
-    rows = [[_shorten(row[0], max(room, _MIN_LABEL)), *row[1:]] for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = cells
-        padded = [first.ljust(widths[0])]
-        padded += [c.rjust(n) for c, n in zip(rest, widths[1:], strict=True)]
-        return f"| {' | '.join(padded)} |"
-
-    rule = ["-" * widths[0], *("-" * (n - 1) + ":" for n in widths[1:])]
-    return "\n".join(line(cells) for cells in (head, rule, *rows))
-
-
-def _shorten(text: str, width: int) -> str:
-    """Without its middle, if it is too long: names differ at their ends."""
-    if len(text) <= width:
-        return text
-    left = (width - 1) // 3
-    return f"{text[:left]}…{text[len(text) - (width - 1 - left) :]}"
+        yield aligned_table(
+            ["file", *head_row], [[name, *r] for name, r in zip(names, body, strict=True)]
+        )
 
 
 def _number(x: float, digits: int = 3) -> str:
@@ -224,8 +193,7 @@ def _with_error(e: Estimate) -> str:
         power = math.floor(math.log10(max(abs(e.value), e.error)))
         scaled = Estimate(e.value / 10.0**power, e.error / 10.0**power)
         return f"({_with_error(scaled)})e{power}"
-    decimals = min(max(0, 1 - math.floor(math.log10(e.error))), 6)
-    return f"{e.value:.{decimals}f} ± {e.error:.{decimals}f}"
+    return with_error(e.value, e.error)
 
 
 def _change(log_ratio: Estimate) -> str:

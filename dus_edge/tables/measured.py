@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 from dus_edge.checkpoint.builtin import BUILTIN
-from dus_edge.words import format_bytes, format_count
+from dus_edge.words import brief_time, format_bytes, format_count, markdown_table, with_error
 
 Line = Mapping[str, Any]
 #: What makes two lines of one machine comparable, beside the engine's release.
@@ -61,7 +61,7 @@ def measured_rows(lines: Iterable[Line]) -> list[dict[str, Any]]:
 def quality_rows(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of tables.json: one for each candidate and language, and one for all of its text.
 
-    ``language`` is null for all text. Keys are those of `quality_report.to_json`, flat; the
+    ``language`` is null for all text. Keys are those of `quality.report.quality_json`, flat; the
     reference's have the prefix ``reference_``, the text's ``text_``.
     """
     rows = []
@@ -188,16 +188,16 @@ def _speed_table(lines: Sequence[Line]) -> str:
         "test": lambda x: x["test"],
         "tok/s": lambda x: " ± ".join(_rate(x[k], x["avg_ts"]) for k in ("avg_ts", "stddev_ts")),
         "peak memory": lambda x: _shown(x["peak_memory_bytes"], format_bytes),
-        "load": lambda x: _shown(x["load_s"], _seconds),
-        "first token": lambda x: _shown(x["time_to_first_token_s"], _seconds),
+        "load": lambda x: _shown(x["load_s"], brief_time),
+        "first token": lambda x: _shown(x["time_to_first_token_s"], brief_time),
         "J/token": lambda x: _shown(x["joules_per_token"], lambda j: f"{j:.3g}"),
     }
     cells = {head: [cell(x) for x in lines] for head, cell in columns.items()}
     kept = {head: column for head, column in cells.items() if any(column)}
     if len(set(cells["parameters"])) == 1:
         kept.pop("parameters", None)  # they are in the line above
-    text = ("model", "stored as", "test")
-    return markdown_table(list(kept), zip(*kept.values(), strict=True), [h in text for h in kept])
+    text = [i for i, h in enumerate(kept) if h in ("model", "stored as", "test")]
+    return markdown_table(list(kept), zip(*kept.values(), strict=True), text) + "\n"
 
 
 # Quality
@@ -241,6 +241,7 @@ def quality_markdown(
                     ),
                 ],
             )
+            + "\n"
         )
         if len(result["text"]["chunks"]) > 1:
             parts.append(_languages(result))
@@ -307,21 +308,10 @@ def _languages(result: Mapping[str, Any]) -> str:
     for c in result["candidates"]:
         cells = [_quality_cells("", 0, 0, c["languages"][k]) for k in names]
         rows.append([c["name"], *(x[i].split(" ±")[0] for x in cells for i in (4, 5, 7))])
-    return "The same by language:\n\n" + markdown_table(head, rows)
+    return f"The same by language:\n\n{markdown_table(head, rows)}\n"
 
 
 # Cells
-
-
-def markdown_table(
-    head: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[bool] | None = None
-) -> str:
-    """A table of GitHub's Markdown; the first column holds text, or those of `left`."""
-    left = left or [i == 0 for i in range(len(head))]
-    marks = ["---" if text else "---:" for text in left]
-    # A bar in a name would begin a cell.
-    safe = [[cell.replace("|", "/") for cell in cells] for cells in (head, *rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (safe[0], marks, *safe[1:])) + "\n"
 
 
 def _grouped(lines: Iterable[Line], key: Callable[[Line], Any]) -> dict[Any, list[Line]]:
@@ -343,15 +333,10 @@ def _rate(x: float, of: float) -> str:
     return f"{x:,.{0 if of >= 1000 else 1 if of >= 100 else 2}f}"
 
 
-def _seconds(s: float) -> str:
-    return f"{1e3 * s:.0f} ms" if s < 1 else f"{s:.1f} s"
-
-
 def _with_error(value: float | None, error: float | None) -> str:
     """``12.346 ± 0.021``: the error with two digits, the value as far as that."""
     if value is None:
         return "∞"
     if not error:
         return f"{value:.4g}"
-    decimals = min(max(0, 1 - math.floor(math.log10(error))), 7)
-    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
+    return with_error(value, error, most=7)

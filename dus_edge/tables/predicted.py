@@ -5,7 +5,7 @@ kind for another: ``{"predicted": […], "measured": […], "quality": […]}``.
 ``"source"``, ``"predicted"`` or ``"measured"``. Rows of ``predicted`` have the keys of `bench
 predict --json` and their ``preset``; of ``measured``, those of a line of `bench run -o`; of
 ``quality``, those of `tables_measured.quality_rows`. ``tables.csv`` has the rows of all three, told
-apart by its columns ``source`` and ``markdown_table`` (``predicted``, ``measured``, ``quality``). Every
+apart by its columns ``source`` and ``table`` (``predicted``, ``measured``, ``quality``). Every
 other column belongs to one of the three and is empty in the rest; those of the last two begin with
 ``measured_`` and ``quality_``.
 """
@@ -39,13 +39,12 @@ from dus_edge.tables.measured import (
     CSV_KEYS,
     Line,
     machine_names,
-    markdown_table,
     measured_markdown,
     measured_rows,
     quality_markdown,
     quality_rows,
 )
-from dus_edge.words import format_bytes
+from dus_edge.words import figure, format_bytes, markdown_table
 
 SOLAR = "solar-10.7b.json"
 MODEL = "SOLAR-DUS 10.7B"
@@ -295,6 +294,7 @@ def solar_parameters() -> int:
 def _in_short(settings: RunSettings, rows: Sequence[Row]) -> str:
     """One line per size of memory: does the usual file fit, how fast, which is the largest."""
     title = _column(USUAL).title
+    split = ", ".join(c.title for c in PRESET_COLUMNS if c.splits)
     found = []
     for what, family, kinds, sizes in _CLASSES:
         for gb in sizes:
@@ -315,11 +315,11 @@ def _in_short(settings: RunSettings, rows: Sequence[Row]) -> str:
             markdown_table(
                 ["GPU memory", "devices", f"{title} on the GPU", "spare", "tok/s", "largest sure"],
                 found,
-                [True, False, True, False, False, True],
-            ),
-            "*Largest sure* is the largest of "
-            f"{', '.join(c.title for c in PRESET_COLUMNS if c.splits)} that is on the GPU whole with more "
-            "than 3 % to spare on all of them; *?* marks verdicts that are closer than that.\n",
+                left=(0, 2, 5),
+            )
+            + "\n",
+            f"*Largest sure* is the largest of {split} that is on the GPU whole with more than 3 % "
+            "to spare on all of them; *?* marks verdicts that are closer than that.\n",
         ]
     )
 
@@ -351,7 +351,7 @@ def _short_cells(rows: Sequence[Row]) -> list[str]:
         f"{len(rows)}",
         whole + " ?" * close,
         _spare(spare),
-        _span(speeds, _rate) if speeds else "–",
+        _span(speeds, _speed) if speeds else "–",
         sure,
     ]
 
@@ -370,7 +370,8 @@ def _family_table(rows: Sequence[Row]) -> str:
         sizes = ", ".join(f"{r.memory_gb:g}" for r in same)
         usable = ", ".join(f"{_usable(r) / 2**30:.1f}" for r in same)
         lines.append([same[0].device.short_name, sizes, usable, *cells])
-    return markdown_table(["device", "GB", "usable", *(c.title for c in PRESET_COLUMNS)], lines)
+    head = ["device", "GB", "usable", *(c.title for c in PRESET_COLUMNS)]
+    return markdown_table(head, lines) + "\n"
 
 
 def _cell(row: Row) -> Callable[[Column], str]:
@@ -383,8 +384,8 @@ def _cell(row: Row) -> Callable[[Column], str]:
         ngl = "" if v.fits else f"<br>-ngl {v.offloaded_layers}"
         if s is None:
             return f"{'slow' if v.note else 'fits' if v.fits else '–'}{ngl}{mark}"
-        rate = _rate(s.tg_tokens_per_s)
-        interval = f"{_rate(s.tg_tokens_per_s_low)}–{_rate(s.tg_tokens_per_s_high)}"
+        rate = _speed(s.tg_tokens_per_s)
+        interval = f"{_speed(s.tg_tokens_per_s_low)}–{_speed(s.tg_tokens_per_s_high)}"
         return f"{f'**{rate}**' if v.fits else rate} ({interval}){ngl}{mark}"
 
     return cell
@@ -410,7 +411,8 @@ def _guides(rows: Sequence[Row]) -> str:
         "RTX 4090; VRAM is predicted):\n",
         markdown_table(
             ["preset", "file, guides", "file, ours", "VRAM, guides", "VRAM, ours"], lines
-        ),
+        )
+        + "\n",
         "They also say that Q4_K_M runs on these:\n",
     ]
     found = []
@@ -428,7 +430,7 @@ def _guides(rows: Sequence[Row]) -> str:
             ]
         )
     head = ["device", "GB", "whole at 4,096", "to spare", "longest context whole"]
-    text.append(markdown_table(head, found))
+    text.append(markdown_table(head, found) + "\n")
     text.append(_guides_verdict(rows))
     return "\n".join(text)
 
@@ -498,5 +500,5 @@ def _spare(n_bytes: int) -> str:
     return f"{'−' if n_bytes < 0 else ''}{format_bytes(abs(n_bytes))}"
 
 
-def _rate(x: float) -> str:
-    return f"{x:.0f}" if x >= 20 else f"{x:.1f}"
+def _speed(x: float) -> str:
+    return figure(x, whole_from=20)
