@@ -197,8 +197,8 @@ def test_pico_adds_its_bos() -> None:
         ({}, "neither tokenizer.json nor tokenizer.model"),
         ({"tokenizer.json": b"{"}, "tokenizers package cannot read"),
         ({"tokenizer.model": b"\xff\xfe"}, "sentencepiece cannot read"),
-        ({"tokenizer.model": None, "tokenizer_config.json": b"[]"}, "JSON object is expected"),
-        ({"tokenizer.model": None, "config.json": b"{"}, "not valid JSON"),
+        ({"tokenizer.model": None, "tokenizer_config.json": b"[]"}, "not a JSON object"),
+        ({"tokenizer.model": None, "config.json": b"{"}, "cannot be read as JSON"),
     ],
 )
 def test_damaged_tokenizers_are_refused(

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ import numpy as np
 
 from dus_edge.checkpoint.names import CONFIG, INDEX, SINGLE
 from dus_edge.checkpoint.safetensors import shard_files
-from dus_edge.errors import CheckpointError, UsageError
+from dus_edge.errors import UsageError
+from dus_edge.jsonfile import find_object
 
 Kind = Literal["gguf", "hf", "gptq", "bitsandbytes"]
 
@@ -122,15 +122,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         UsageError: there is none.
         CheckpointError: it is not a JSON object.
     """
-    path = folder / CONFIG
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(
-            f"{folder} has no {CONFIG}; name a checkpoint's folder or a GGUF file."
-        ) from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path} cannot be read as JSON ({e}); fetch it again.") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} is not a JSON object; fetch it again.")
+    raw = find_object(folder / CONFIG)
+    if raw is None:
+        raise UsageError(f"{folder} has no {CONFIG}; name a checkpoint's folder or a GGUF file.")
     return raw

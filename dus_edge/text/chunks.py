@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from dus_edge.errors import CheckpointError, DependencyError, UsageError
+from dus_edge.errors import CheckpointError, UsageError
+from dus_edge.jsonfile import find_object
+from dus_edge.packages import require
 from dus_edge.text.documents import Document
 
 if TYPE_CHECKING:
@@ -244,7 +246,7 @@ class _SentencePiece:
         self.path = folder / _SENTENCEPIECE
         self._vocab_size = vocab_size
         self._model = _load_sentencepiece(self.path)
-        config = _read_json(folder / "tokenizer_config.json")
+        config = find_object(folder / "tokenizer_config.json") or {}
         # As for transformers' Llama class: added unless the config says otherwise.
         added = config.get("add_bos_token") is not False
         bos_id = _configured_bos(folder, config, self._piece_id)
@@ -263,10 +265,9 @@ class _SentencePiece:
 
 
 def _load_fast(path: Path) -> tokenizers.Tokenizer:
-    try:
-        from tokenizers import Tokenizer as Fast
-    except ImportError:
-        raise _missing("tokenizers", path) from None
+    require("hf", f"{path} is read by the package", "tokenizers")
+    from tokenizers import Tokenizer as Fast
+
     try:
         model = Fast.from_file(str(path))
     except Exception as e:  # the package has no exceptions of its own
@@ -281,10 +282,9 @@ def _load_fast(path: Path) -> tokenizers.Tokenizer:
 
 
 def _load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
-    try:
-        import sentencepiece
-    except ImportError:
-        raise _missing("sentencepiece", path) from None
+    require("hf", f"{path} is read by the package", "sentencepiece")
+    import sentencepiece
+
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except (OSError, RuntimeError) as e:
@@ -293,13 +293,6 @@ def _load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
             f"{path}: sentencepiece cannot read it ({reason}); put the tokenizer.json of the "
             "same model beside it."
         ) from None
-
-
-def _missing(package: str, path: Path) -> DependencyError:
-    return DependencyError(
-        f"{path} is read by the package {package}, which is not installed; "
-        "pip install 'dus-edge[hf]'."
-    )
 
 
 def _fast_bos(model: tokenizers.Tokenizer, folder: Path) -> int | None:
@@ -312,12 +305,12 @@ def _fast_bos(model: tokenizers.Tokenizer, folder: Path) -> int | None:
     whole = model.encode("a", add_special_tokens=True).ids
     if whole != bare:
         return whole[0] if whole[: len(bare)] != bare else None
-    parsed = _read_json(folder / _FAST)
+    parsed = find_object(folder / _FAST) or {}
     post = parsed.get("post_processor") or {}
     steps = post.get("processors") or [post]
     if any(step.get("type") in ("TemplateProcessing", "ByteLevel") for step in steps):
         return None
-    config = _read_json(folder / "tokenizer_config.json")
+    config = find_object(folder / "tokenizer_config.json") or {}
     added = config.get("add_bos_token")
     if not isinstance(added, bool):
         llama = (folder / _SENTENCEPIECE).is_file() or "Llama" in str(config.get("tokenizer_class"))
@@ -331,25 +324,8 @@ def _configured_bos(folder: Path, tokenizer_config: dict[str, Any], find: Any) -
     name = name.get("content") if isinstance(name, dict) else name
     token = find(name) if isinstance(name, str) else None
     if token is None:
-        token = _read_json(folder / "config.json").get("bos_token_id")
+        token = (find_object(folder / "config.json") or {}).get("bos_token_id")
     return token if isinstance(token, int) and token >= 0 else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """An object; empty if there is no such file.
-
-    Raises:
-        CheckpointError: the file is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path}: not valid JSON ({e}); download the file again.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON object is expected, not {type(value).__name__}.")
-    return value
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int, path: Path) -> None:

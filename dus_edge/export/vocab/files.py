@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dus_edge.errors import CheckpointError
+from dus_edge.jsonfile import find_object
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,8 @@ def read_files(folder: Path) -> TokenizerFiles:
     Raises:
         CheckpointError: a file is not JSON, or a token in it has no usable id or content.
     """
-    tokenizer = read_json(folder / "tokenizer.json")
-    tokenizer_config = read_json(folder / "tokenizer_config.json")
+    tokenizer = find_object(folder / "tokenizer.json")
+    tokenizer_config = find_object(folder / "tokenizer_config.json")
     listed = (tokenizer or {}).get("added_tokens") or []
     decoder = (tokenizer_config or {}).get("added_tokens_decoder") or {}
     if not isinstance(listed, list):
@@ -69,15 +69,15 @@ def read_files(folder: Path) -> TokenizerFiles:
         raise CheckpointError(
             f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is not an object."
         )
-    added_json = read_json(folder / "added_tokens.json") or {}
+    added_json = find_object(folder / "added_tokens.json") or {}
     for content, token_id in added_json.items():
         check_id(token_id, f"{folder / 'added_tokens.json'}: {content!r}")
     return TokenizerFiles(
         folder=folder,
-        config=read_json(folder / "config.json"),
-        generation_config=read_json(folder / "generation_config.json"),
+        config=find_object(folder / "config.json"),
+        generation_config=find_object(folder / "generation_config.json"),
         tokenizer_config=tokenizer_config,
-        special_tokens_map=read_json(folder / "special_tokens_map.json"),
+        special_tokens_map=find_object(folder / "special_tokens_map.json"),
         tokenizer=tokenizer,
         added_tokens_json=added_json,
         added=tuple(
@@ -89,29 +89,6 @@ def read_files(folder: Path) -> TokenizerFiles:
             for key, entry in decoder.items()
         ),
     )
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in `path`, or None if there is no such file.
-
-    Raises:
-        CheckpointError: the file cannot be read, is not JSON, or is not an object.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: not valid JSON ({error}); download the file again."
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON object is expected, not {type(value).__name__}.")
-    return value
 
 
 def check_id(value: object, where: str) -> int:

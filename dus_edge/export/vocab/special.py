@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dus_edge.errors import CheckpointError
-from dus_edge.export.vocab.files import TokenizerFiles, read_json, token_text
+from dus_edge.export.vocab.files import TokenizerFiles, token_text
+from dus_edge.jsonfile import find_object
 
 #: Kinds of special tokens, in the converter's order.
 KINDS = ("bos", "eos", "unk", "sep", "pad", "mask")
@@ -130,7 +131,7 @@ def _template_files(folder: Path) -> tuple[Any, Path]:
     path = folder / "chat_template.jinja"
     if not path.is_file():
         path = folder / "chat_template.json"
-        return (read_json(path) or {}).get("chat_template"), path
+        return (find_object(path) or {}).get("chat_template"), path
     additional = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     default = _read_template(path)
     if not additional:
