@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
-from dus_edge.errors import CheckpointError, DependencyError
+from dus_edge.errors import CheckpointError
 from dus_edge.export import finite, hf
 from dus_edge.export.chunks import chunks
 from dus_edge.families.family import Family
+from dus_edge.packages import cannot_import, require
 from dus_edge.stream import run_tasks
 
 if TYPE_CHECKING:
@@ -71,13 +72,12 @@ def check_available() -> None:
     Raises:
         DependencyError: it is not installed.
     """
+    require("bnb", "this checkpoint needs", "torch", "bitsandbytes")
     try:
         import bitsandbytes  # noqa: F401
         import torch  # noqa: F401
     except ImportError as e:
-        raise DependencyError(
-            f"this checkpoint needs bitsandbytes and torch ({e}): pip install 'dus-edge[bnb]'."
-        ) from None
+        raise cannot_import("bnb", "this checkpoint needs bitsandbytes and torch", e) from None
 
 
 def plan_tensors(

@@ -19,7 +19,7 @@ from dus_edge.jobs.calibration import (
     run_collector,
 )
 from dus_edge.jobs.job import Job, Result, Writing, Written, quiet, run_job
-from dus_edge.packages import require_packages
+from dus_edge.packages import require
 from dus_edge.quant.gptq_format import GPTQSettings
 from dus_edge.text.chunks import Chunks
 from dus_edge.upscale.model import ChoosePlan, Model, Say
@@ -62,7 +62,7 @@ class GPTQJob(Job[GPTQPlan]):
 
     def need(self, say: Say) -> None:
         """PyTorch must be there."""
-        require_packages()
+        require("hf", "calibration needs")
 
     def check(self, model: Model, checkpoint: Checkpoint) -> GPTQPlan:
         """Settings, the folder's name, the disk and the text must do."""

@@ -18,7 +18,7 @@ from dus_edge.jobs.calibration import (
 )
 from dus_edge.jobs.gguf import ImatrixSource
 from dus_edge.jobs.job import Job, Result, Written, quiet, run_job
-from dus_edge.packages import require_packages
+from dus_edge.packages import require
 from dus_edge.quant.imatrix import Importance, read_imatrix
 from dus_edge.upscale.model import ChoosePlan, Model, Say
 
@@ -79,7 +79,7 @@ def imatrix_source(
     if choice != "auto":
         read = read_imatrix(Path(choice))
         return ImatrixSource(choice, lambda model, checkpoint: read)
-    require_packages()
+    require("hf", "calibration needs")
 
     def collect(model: Model, checkpoint: Checkpoint) -> Importance:
         keep = folder / f"{model.name.stem}.imatrix"
@@ -115,7 +115,7 @@ class ImatrixJob(Job[None]):
 
     def need(self, say: Say) -> None:
         """PyTorch must be there, and the output's name free."""
-        require_packages()
+        require("hf", "calibration needs")
         check_absent([self.path], self.overwrite)
         check_writable(self.path.parent)
 

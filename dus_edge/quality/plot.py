@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dus_edge.errors import DependencyError, UsageError
+from dus_edge.errors import UsageError
 from dus_edge.files import output_files, pwrite_all
+from dus_edge.packages import require
 from dus_edge.quality.compare import Results
 from dus_edge.quality.label_layout import Box, place_labels
 from dus_edge.quality.names import labels
@@ -55,7 +56,7 @@ def plot(results: Results, path: Path) -> None:
 
 def render_plot(results: Results, form: str) -> bytes:
     """The picture's bytes; `form` is ``png`` or ``svg``."""
-    import_matplotlib()
+    check_plots()
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -70,18 +71,13 @@ def render_plot(results: Results, form: str) -> bytes:
     return out.getvalue()
 
 
-def import_matplotlib() -> None:
+def check_plots() -> None:
     """Find out whether plots can be drawn.
 
     Raises:
         DependencyError: matplotlib is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise DependencyError(
-            "plots are drawn by matplotlib, which is not installed; pip install 'dus-edge[plots]'."
-        ) from None
+    require("plots", "plots are drawn by")
 
 
 def _unit(results: Results) -> tuple[float, str]:

@@ -16,7 +16,7 @@ from dus_edge.files import (
 )
 from dus_edge.quality.compare import Results
 from dus_edge.quality.names import labels
-from dus_edge.quality.plot import import_matplotlib, render_plot
+from dus_edge.quality.plot import check_plots, render_plot
 from dus_edge.quality.scores import Estimate, Scores
 from dus_edge.run.source import SourceInfo
 from dus_edge.words import WIDTH, aligned_table, cut_middle, format_bytes, with_error, wrap
@@ -97,7 +97,7 @@ def check_report_outputs(folder: Path, *, plots: bool, overwrite: bool = False) 
     check_absent(output_paths(folder, plots=plots), overwrite)
     check_writable(folder)
     if plots:
-        import_matplotlib()
+        check_plots()
 
 
 def write(results: Results, folder: Path, *, plots: bool, overwrite: bool = False) -> list[Path]:

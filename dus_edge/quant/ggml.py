@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from dus_edge.errors import DependencyError
+from dus_edge.packages import require
 from dus_edge.quant import types as t
 from dus_edge.quant.quantizer import Conversion
 from dus_edge.quant.types import QuantType
@@ -51,13 +52,10 @@ def library() -> ctypes.CDLL:
     Raises:
         DependencyError: llama-cpp-python is not installed or carries no such library.
     """
+    require("llama", "ggml's quantizers need", instead="or use --quantizer native")
     spec = importlib.util.find_spec("llama_cpp")
-    if spec is None or not spec.submodule_search_locations:
-        raise DependencyError(
-            "ggml's quantizers need llama-cpp-python, which is not installed; "
-            "pip install 'dus-edge[llama]', or use --quantizer native."
-        )
-    path = Path(spec.submodule_search_locations[0]) / "lib" / _LIBRARY
+    places = spec.submodule_search_locations if spec else None
+    path = Path(places[0] if places else "llama_cpp") / "lib" / _LIBRARY
     try:
         lib = ctypes.CDLL(str(path))
     except OSError as e:

@@ -16,11 +16,11 @@ import numpy as np
 from dus_edge.checkpoint.names import CONFIG
 from dus_edge.errors import (
     CheckpointError,
-    DependencyError,
     DusEdgeError,
     UnsupportedError,
     UsageError,
 )
+from dus_edge.packages import require
 from dus_edge.run.source import SourceInfo, read_config, weight_files
 
 if TYPE_CHECKING:
@@ -160,17 +160,8 @@ def check_packages(info: SourceInfo) -> None:
     Raises:
         DependencyError: one is not.
     """
-    import importlib.util
-
-    extra, packages = "hf", ("torch", "transformers", "safetensors")
-    if info.kind == "bitsandbytes":
-        extra, packages = "bnb", (*packages, "accelerate", "bitsandbytes")
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise DependencyError(
-                f"{info.path} is run by {package}, which is not installed; "
-                f"pip install 'dus-edge[{extra}]'."
-            )
+    extra = "bnb" if info.kind == "bitsandbytes" else "hf"
+    require(extra, f"{info.path} is run by")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dus_edge.errors import CheckpointError, DependencyError
+from dus_edge.errors import CheckpointError
+from dus_edge.packages import cannot_import
 
 _LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
@@ -55,10 +56,7 @@ def llama_library() -> ModuleType:
     try:
         import llama_cpp
     except (ImportError, OSError, RuntimeError) as e:
-        raise DependencyError(
-            f"GGUF files are run by llama-cpp-python, which cannot be imported ({e}); "
-            "pip install 'dus-edge[llama]'."
-        ) from None
+        raise cannot_import("llama", "GGUF files are run by llama-cpp-python", e) from None
     llama_cpp.llama_log_set(_log_callback(llama_cpp), ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     return llama_cpp
