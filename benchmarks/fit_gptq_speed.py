@@ -33,7 +33,10 @@ from dus_edge import data
 from dus_edge.files import write_text
 from dus_edge.predict.devices import Device, load_devices
 from dus_edge.predict.speed import gptq as g
-from dus_edge.predict.speed import roofline as s
+from dus_edge.predict.speed.device import device_speed
+from dus_edge.predict.speed.predict import constants
+from dus_edge.predict.speed.roofline import ERAS, Case, Terms, features, tg_seconds
+from dus_edge.predict.speed.work import Work
 from dus_edge.words import markdown_table
 
 TOML = Path(data.__file__).parent / "gptq_speed.toml"
@@ -56,7 +59,7 @@ ABOUT = (
 )
 
 
-def work_of(row: Mapping) -> s.Work:
+def work_of(row: Mapping) -> Work:
     """The work of a published run's model: linear layers as GPTQ, the head as float16."""
     q, kv = (row[k] * row["head_dim"] for k in ("n_heads", "n_kv_heads"))
     a_layer = row["hidden"] * (2 * q + 2 * kv + 3 * row["ffn"])
@@ -64,17 +67,15 @@ def work_of(row: Mapping) -> s.Work:
         g.kind_name(row["bits"], row["group_size"]): row["n_layers"] * a_layer,
         "F16": row["vocab"] * row["hidden"],
     }
-    return s.Work(row["n_layers"], row["n_heads"], row["n_kv_heads"], row["head_dim"], weights)
+    return Work(row["n_layers"], row["n_heads"], row["n_kv_heads"], row["head_dim"], weights)
 
 
-def case_of(row: Mapping, devices: Mapping[str, Device]) -> s.Case:
+def case_of(row: Mapping, devices: Mapping[str, Device]) -> Case:
     """What a published rate was taken at; N tokens have a mean depth of N/2."""
     named = row["device_id"]
-    device = s.device_speed(devices[VARIANTS.get(named, (named,))[0]])
+    device = device_speed(devices[VARIANTS.get(named, (named,))[0]])
     depth = (row["context_depth"] or 0) + (row["n_gen"] or 256) / 2
-    return s.Case(
-        device, work_of(row), s.ERAS[-1], flash_attn=True, depth=depth, kernel=row["kernel"]
-    )
+    return Case(device, work_of(row), ERAS[-1], flash_attn=True, depth=depth, kernel=row["kernel"])
 
 
 class Rows:
@@ -90,11 +91,9 @@ class Rows:
 
     def errors(self, names: Sequence[str], values: np.ndarray) -> np.ndarray:
         """``(n_rows,)`` log(measured / predicted) with these deviations from llama.cpp."""
-        tg = s.constants()[0]
-        terms = s.Terms((*tg.terms.names, *names))
-        seconds = s.tg_seconds(
-            np.concatenate([tg.theta, values]), s.features(self.cases, terms, "tg")
-        )
+        tg = constants()[0]
+        terms = Terms((*tg.terms.names, *names))
+        seconds = tg_seconds(np.concatenate([tg.theta, values]), features(self.cases, terms, "tg"))
         return self.logs + np.log(seconds)
 
     def fit(self, names: Sequence[str], mask: np.ndarray) -> np.ndarray:
@@ -162,7 +161,7 @@ def interval(errors: np.ndarray, rows: Rows, n_fitted: int) -> dict[str, float]:
 
 def lines_of(rows: Rows, errors: np.ndarray, half_width: float) -> list[dict]:
     """Rows with their predictions, as they are written to the results."""
-    spread = s.constants()[0].spread
+    spread = constants()[0].spread
     kept = (
         "source", "use", "kernel", "device_id", "model", "group_size", "context_depth", "n_gen",
     )  # fmt: skip

@@ -29,7 +29,20 @@ from common import RESULTS, toml_text
 from dus_edge import data
 from dus_edge.files import write_text
 from dus_edge.predict.devices import Device, load_devices
-from dus_edge.predict.speed import roofline as s
+from dus_edge.predict.speed.device import BACKENDS, device_speed
+from dus_edge.predict.speed.predict import Spread
+from dus_edge.predict.speed.roofline import (
+    MIXED_ERA,
+    Case,
+    Features,
+    Terms,
+    features,
+    pp_seconds,
+    pp_terms,
+    tg_seconds,
+    tg_terms,
+)
+from dus_edge.predict.speed.work import GROUPS, Work, dense_work, group
 from dus_edge.quant.recipe import PRESETS
 from dus_edge.words import markdown_table
 
@@ -191,7 +204,8 @@ TARGETS = {"tg": (0.08, 0.18), "pp": (0.15, math.inf)}
 TOML = Path(data.__file__).parent / "speed.toml"
 #: What stands above the constants.
 ABOUT = (
-    "Constants of dus_edge/predict/speed/roofline.py: logarithms or logits of efficiencies and costs.",
+    "Constants of dus_edge/predict/speed/roofline.py: "
+    "logarithms or logits of efficiencies and costs.",
     "Written by benchmarks/fit_speed.py from published_runs.json, whose rows name their",
     "sources; cross_validation is of fits without the device predicted.",
     "offload is from one published run (24 of 33 layers on an RTX 4060 Laptop), its scale a",
@@ -215,7 +229,7 @@ class Row:
     device: str
     may_be: tuple[str, ...]
     rate: float
-    cases: tuple[s.Case, ...]
+    cases: tuple[Case, ...]
 
     @property
     def family(self) -> str:
@@ -227,12 +241,12 @@ def shape_of(model: str) -> tuple:
     return SHAPES[next(shape for piece, shape in NAMES if piece in model.lower())]
 
 
-def work_of(row: Mapping) -> s.Work:
+def work_of(row: Mapping) -> Work:
     """The work of a row's model; Unsloth's dynamic mixes are taken for Q4_K_M."""
     n_layers, hidden, ffn, n_heads, n_kv_heads, head_dim, vocab, tied = shape_of(row["model"])
     quant = row["quant"].lower()
     preset = {"q3_k_s": "q3_k_m"}.get(quant, "q4_k_m" if "xl" in quant else quant)
-    return s.dense_work(
+    return dense_work(
         PRESETS[preset],
         n_layers=n_layers,
         hidden=hidden,
@@ -253,7 +267,7 @@ def era_of(row: Mapping) -> str:
     """
     if row["metric"].startswith("LocalScore"):
         return "llamafile"
-    return {"mixed (2023-2025)": s.MIXED_ERA, None: "2025+"}.get(row["era"], row["era"])
+    return {"mixed (2023-2025)": MIXED_ERA, None: "2025+"}.get(row["era"], row["era"])
 
 
 def backend_of(row: Mapping) -> str:
@@ -271,8 +285,8 @@ def rows_of(runs: Sequence[Mapping], devices: Mapping[str, Device], which: str) 
         device, may_be = VARIANTS.get(named, (named.rstrip("?"), (named.rstrip("?"),)))
         if not rate or device not in devices:
             continue
-        case = s.Case(
-            s.device_speed(devices[device], backend_of(run)),
+        case = Case(
+            device_speed(devices[device], backend_of(run)),
             work_of(run),
             era_of(run),
             bool(run["flash_attn"]),
@@ -282,7 +296,7 @@ def rows_of(runs: Sequence[Mapping], devices: Mapping[str, Device], which: str) 
     return rows
 
 
-def tg_cases(run: Mapping, case: s.Case) -> tuple[s.Case, ...]:
+def tg_cases(run: Mapping, case: Case) -> tuple[Case, ...]:
     """What a published generation rate was taken at; N tokens have a mean depth of N/2."""
     depth = run["context_depth"] or 0
     if run["metric"] == "LocalScore average":
@@ -292,7 +306,7 @@ def tg_cases(run: Mapping, case: s.Case) -> tuple[s.Case, ...]:
     return (replace(case, depth=depth + (run["n_gen"] or 256) / 2),)
 
 
-def pp_cases(run: Mapping, case: s.Case) -> tuple[s.Case, ...]:
+def pp_cases(run: Mapping, case: Case) -> tuple[Case, ...]:
     """What a published prompt rate was taken at: an empty cache, or 512 tokens at a depth."""
     depth = run["context_depth"] or 0
     if run["metric"] == "LocalScore average":
@@ -317,7 +331,7 @@ class Problem:
         cases = [case for row in rows for case in row.cases]
         self.owner = np.array([i for i, row in enumerate(rows) for _ in row.cases])
         self.tokens = np.array([1.0 if which == "tg" else c.n_prompt for c in cases])
-        self.features = s.features(cases, s.Terms(self.names), which)
+        self.features = features(cases, Terms(self.names), which)
         self.logs = np.log([row.rate for row in rows])
         self.devices = np.array([row.device for row in rows])
         self.families = np.array([row.family for row in rows])
@@ -334,13 +348,13 @@ class Problem:
 
     def _part(self, mask: np.ndarray):
         keep = mask[self.owner]
-        f = s.Features(
+        f = Features(
             {k: v[keep] for k, v in self.features.arrays.items()},
             {k: v[keep] for k, v in self.features.terms.items()},
         )
         owner = (np.cumsum(mask) - 1)[self.owner[keep]]
         tokens, count = self.tokens[keep], np.bincount(owner)
-        seconds = s.tg_seconds if self.which == "tg" else s.pp_seconds
+        seconds = tg_seconds if self.which == "tg" else pp_seconds
         return lambda theta: np.log(np.bincount(owner, tokens / seconds(theta, f)) / count)
 
     def fit(self, mask: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
@@ -383,7 +397,7 @@ class Problem:
                 break
         return theta
 
-    def spread(self, mask: np.ndarray, start: np.ndarray) -> s.Spread:
+    def spread(self, mask: np.ndarray, start: np.ndarray) -> Spread:
         """How far rows in `mask` lie from fits to other devices of `mask`."""
         devices = sorted(set(self.devices[mask]), key=lambda d: (self._family(d), d))
         out = np.full(len(self.rows), np.nan)
@@ -400,7 +414,7 @@ class Problem:
         return str(self.families[self.devices == device][0])
 
 
-def spread_of(errors: np.ndarray, families: np.ndarray, devices: np.ndarray) -> s.Spread:
+def spread_of(errors: np.ndarray, families: np.ndarray, devices: np.ndarray) -> Spread:
     """Scales and quantiles of log(measured / predicted)."""
     # For normal errors this is the standard deviation; outliers count only linearly.
     overall = math.sqrt(math.pi / 2) * np.abs(errors).mean()
@@ -412,7 +426,7 @@ def spread_of(errors: np.ndarray, families: np.ndarray, devices: np.ndarray) -> 
         scales[str(family)] = float(drawn * math.sqrt(1 + 1 / n))
     units = errors / np.array([scales[f] for f in families])
     low, high = np.quantile(units, (0.1, 0.9))
-    return s.Spread(float(overall), scales, float(low), float(high))
+    return Spread(float(overall), scales, float(low), float(high))
 
 
 def _names(rows: Sequence[Row], which: str) -> tuple[str, ...]:
@@ -420,8 +434,8 @@ def _names(rows: Sequence[Row], which: str) -> tuple[str, ...]:
     found: set[str] = set()
     for row in rows:
         for case in row.cases:
-            for lists in (s.tg_terms if which == "tg" else s.pp_terms)(case).values():
-                held = {s.GROUPS.index(s.group(t)) for t in case.work.weights}
+            for lists in (tg_terms if which == "tg" else pp_terms)(case).values():
+                held = {GROUPS.index(group(t)) for t in case.work.weights}
                 for i, terms in enumerate(lists):
                     if len(lists) == 1 or i in held:
                         found.update(t if isinstance(t, str) else t[0] for t in terms)
@@ -430,7 +444,7 @@ def _names(rows: Sequence[Row], which: str) -> tuple[str, ...]:
 
 def _prior(name: str, which: str) -> tuple[float, float]:
     part, *rest = name.split(".")
-    if len(rest) == 1 and rest[0] in s.BACKENDS:
+    if len(rest) == 1 and rest[0] in BACKENDS:
         return PRIORS[which][part]
     return 0.0, DEVIATION
 
@@ -451,7 +465,7 @@ def cross_validate(problem: Problem, start: np.ndarray) -> list[dict]:
     return [lines[i] for i in sorted(lines)]
 
 
-def line(row: Row, which: str, predicted: float, spread: s.Spread) -> dict:
+def line(row: Row, which: str, predicted: float, spread: Spread) -> dict:
     """A row with its prediction, as it is written to the results."""
     case = row.cases[0]
     low, high = spread.ends(predicted, row.family)

@@ -16,7 +16,7 @@ from dus_edge.checkpoint.builtin import BUILTIN
 from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint
 from dus_edge.errors import CheckpointError, UsageError
-from dus_edge.quant import gptq, gptq_format
+from dus_edge.quant import gptq, gptq_format, gptq_loops
 from dus_edge.quant.gptq import GPTQSettings
 
 #: Shares of the covering scale that are tried: first and last, by bits.
@@ -194,7 +194,7 @@ def test_compiled_and_tensor_loops_agree(bits, sym):
     x = weight.T[factor.columns].contiguous()
     scales, zeros = gptq._candidates(x, chosen)
     found = []
-    for function in (gptq._solve_group, gptq.solve_group_by_tensors):
+    for function in (gptq_loops.solve_group, gptq_loops.solve_group_by_tensors):
         codes, delta = torch.zeros(x.shape, dtype=torch.uint8), x.clone()
         cost = torch.ones(512)
         chose = function(
@@ -210,7 +210,7 @@ def test_compiled_and_tensor_loops_agree(bits, sym):
     weights = hessian.diagonal()[factor.columns].contiguous()
     pair = [
         torch.stack(function(x, weights, scales, zeros, chosen.top))
-        for function in (gptq._choose_scales, gptq.choose_scales_by_tensors)
+        for function in (gptq_loops.choose_scales, gptq_loops.choose_scales_by_tensors)
     ]
     assert (pair[0] == pair[1]).all(0).float().mean() > 0.98
 

@@ -16,7 +16,10 @@ from dus_edge import data
 from dus_edge.errors import UsageError
 from dus_edge.predict.devices import find_device, load_devices
 from dus_edge.predict.speed import gptq as g
-from dus_edge.predict.speed import roofline as s
+from dus_edge.predict.speed.device import DeviceSpeed, device_speed
+from dus_edge.predict.speed.predict import constants, predict
+from dus_edge.predict.speed.roofline import Case, tg_terms
+from dus_edge.predict.speed.work import Work, bytes_per_weight, dense_work
 from dus_edge.quant import gptq_format
 from dus_edge.quant.recipe import PRESETS
 
@@ -30,12 +33,12 @@ SOLAR = {
 LINEAR, HEAD = 48 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336), 32000 * 4096
 
 
-def work(kind: str = "GPTQ4_128") -> s.Work:
-    return s.Work(48, 32, 8, 128, {kind: LINEAR, "F16": HEAD})
+def work(kind: str = "GPTQ4_128") -> Work:
+    return Work(48, 32, 8, 128, {kind: LINEAR, "F16": HEAD})
 
 
-def device(name: str = "rtx-3060-12gb") -> s.DeviceSpeed:
-    return s.device_speed(find_device(name))
+def device(name: str = "rtx-3060-12gb") -> DeviceSpeed:
+    return device_speed(find_device(name))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,7 @@ def test_bytes_are_those_of_the_stored_tensors(bits, group_size):
     whole_row = group_size == -1
     kind = g.kind_name(bits, None if whole_row else group_size)
     parts = ("qweight",) if whole_row else ("qweight", "qzeros", "scales")
-    assert s.bytes_per_weight(kind) * n_out * n_in == sum(sizes[x] for x in parts)
+    assert bytes_per_weight(kind) * n_out * n_in == sum(sizes[x] for x in parts)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +94,7 @@ def test_other_names_are_none_of_gptq(name):
 @pytest.mark.parametrize("name", CUDA)
 def test_every_card_has_an_ordered_prediction_of_generation_alone(name, kernel):
     d = device(name)
-    speed = s.predict(d, work(), kernel=kernel)
+    speed = predict(d, work(), kernel=kernel)
     assert 0 < speed.tg_tokens_per_s_low < speed.tg_tokens_per_s < speed.tg_tokens_per_s_high
     assert speed.tg_tokens_per_s < d.bandwidth_gbps * 1e9 / work().weight_bytes
     assert speed.pp_tokens_per_s is speed.pp_tokens_per_s_low is speed.pp_tokens_per_s_high is None
@@ -100,8 +103,8 @@ def test_every_card_has_an_ordered_prediction_of_generation_alone(name, kernel):
 @pytest.mark.parametrize("kernel", g.KERNELS)
 @pytest.mark.parametrize("name", CUDA)
 def test_the_interval_is_no_narrower_than_llama_cpps(name, kernel):
-    ours = s.predict(device(name), work(), kernel=kernel)
-    theirs = s.predict(device(name), s.dense_work(PRESETS["q4_0"], **SOLAR))
+    ours = predict(device(name), work(), kernel=kernel)
+    theirs = predict(device(name), dense_work(PRESETS["q4_0"], **SOLAR))
     for end in ("low", "high"):
         mine, other = (
             abs(math.log(getattr(x, f"tg_tokens_per_s_{end}") / x.tg_tokens_per_s))
@@ -113,20 +116,20 @@ def test_the_interval_is_no_narrower_than_llama_cpps(name, kernel):
 @pytest.mark.parametrize("name", CUDA)
 def test_the_server_costs_and_exllamav2_is_the_default(name):
     d = device(name)
-    first, second = (s.predict(d, work(), kernel=k) for k in g.KERNELS)
-    assert s.predict(d, work()) == first
+    first, second = (predict(d, work(), kernel=k) for k in g.KERNELS)
+    assert predict(d, work()) == first
     assert (first.engine, second.engine) == ("ExLlamaV2", "vLLM (Marlin)")
-    assert s.predict(d, s.dense_work(PRESETS["q4_0"], **SOLAR)).engine == "llama.cpp"
+    assert predict(d, dense_work(PRESETS["q4_0"], **SOLAR)).engine == "llama.cpp"
     assert second.tg_tokens_per_s < first.tg_tokens_per_s
 
 
 def test_codes_smaller_than_q4_0_are_faster_and_smaller_groups_slower():
     rates = [
-        s.predict(device(), work(kind)).tg_tokens_per_s
+        predict(device(), work(kind)).tg_tokens_per_s
         for kind in ("GPTQ4_32", "GPTQ4_64", "GPTQ4_128", "GPTQ4_ROW")
     ]
     assert rates == sorted(rates)
-    q4_0 = s.predict(device(), s.dense_work(PRESETS["q4_0"], **SOLAR), flash_attn=True)
+    q4_0 = predict(device(), dense_work(PRESETS["q4_0"], **SOLAR), flash_attn=True)
     assert 1 < rates[2] / q4_0.tg_tokens_per_s < 1.1
 
 
@@ -139,27 +142,27 @@ def test_codes_smaller_than_q4_0_are_faster_and_smaller_groups_slower():
 )
 def test_monotone(name, kernel, depth, more):
     d, w = device(name), work()
-    here = s.predict(d, w, depth=depth, kernel=kernel).tg_tokens_per_s
-    assert s.predict(d, w, depth=depth * more + 1, kernel=kernel).tg_tokens_per_s < here
+    here = predict(d, w, depth=depth, kernel=kernel).tg_tokens_per_s
+    assert predict(d, w, depth=depth * more + 1, kernel=kernel).tg_tokens_per_s < here
     faster = replace(d, bandwidth_gbps=d.bandwidth_gbps * more)
-    assert s.predict(faster, w, depth=depth, kernel=kernel).tg_tokens_per_s > here
+    assert predict(faster, w, depth=depth, kernel=kernel).tg_tokens_per_s > here
     heavier = replace(w, weights={k: v * more for k, v in w.weights.items()})
-    assert s.predict(d, heavier, depth=depth, kernel=kernel).tg_tokens_per_s < here
+    assert predict(d, heavier, depth=depth, kernel=kernel).tg_tokens_per_s < here
 
 
 def test_what_belongs_to_llama_cpp_changes_nothing():
-    plain = s.predict(device(), work())
-    assert s.predict(device(), work(), era="2023", flash_attn=True, n_prompt=9) == plain
-    assert s.predict(device(), work(), offloaded_layers=49) == plain
+    plain = predict(device(), work())
+    assert predict(device(), work(), era="2023", flash_attn=True, n_prompt=9) == plain
+    assert predict(device(), work(), offloaded_layers=49) == plain
 
 
 def test_kernels_add_no_terms_to_llama_cpps():
-    case = s.Case(device(), s.dense_work(PRESETS["q4_0"], **SOLAR))
+    case = Case(device(), dense_work(PRESETS["q4_0"], **SOLAR))
     names = {
-        t if isinstance(t, str) else t[0] for rows in s.tg_terms(case).values() for r in rows
+        t if isinstance(t, str) else t[0] for rows in tg_terms(case).values() for r in rows
         for t in r
     }  # fmt: skip
-    assert names <= {*s.constants()[0].terms.names, "eta.cuda.q8", "eta.arch.ampere"}
+    assert names <= {*constants()[0].terms.names, "eta.cuda.q8", "eta.arch.ampere"}
     assert not any(k in name for name in names for k in (*g.KERNELS, "None"))
 
 
@@ -176,12 +179,12 @@ def test_kernels_add_no_terms_to_llama_cpps():
 )
 def test_what_is_not_known_is_said(device_name, kind, options, word):
     with pytest.raises(UsageError, match=word):
-        s.predict(device(device_name), work(kind), **options)
+        predict(device(device_name), work(kind), **options)
 
 
 def test_vulkan_is_not_known_either():
     with pytest.raises(UsageError, match="Vulkan"):
-        s.predict(s.device_speed(find_device("rtx-4090"), backend="vulkan"), work())
+        predict(device_speed(find_device("rtx-4090"), backend="vulkan"), work())
 
 
 # --- published runs -----------------------------------------------------------------------------
@@ -215,7 +218,7 @@ def test_torch_allocated_what_the_sizes_say(published):
         q, kv = (row[k] * row["head_dim"] for k in ("n_heads", "n_kv_heads"))
         linear = row["n_layers"] * row["hidden"] * (2 * q + 2 * kv + 3 * row["ffn"])
         kind = g.kind_name(row["bits"], row["group_size"])
-        mib = (linear * s.bytes_per_weight(kind) + 2 * row["vocab"] * row["hidden"]) / 2**20
+        mib = (linear * bytes_per_weight(kind) + 2 * row["vocab"] * row["hidden"]) / 2**20
         assert mib < row["vram_mib"] < 1.06 * mib
 
 
@@ -269,7 +272,7 @@ def test_predict_says_what_the_script_says(fit_gptq_speed, fresh, published):
     row = next(r for r in published if r["device_id"] == "rtx-4090" and r["kernel"] == "exllamav2")
     line = next(x for x in fresh[1] if x["measured"] == row["tg_tps"])
     depth = row["context_depth"] + row["n_gen"] / 2
-    speed = s.predict(device("rtx-4090"), fit_gptq_speed.work_of(row), depth=depth)
+    speed = predict(device("rtx-4090"), fit_gptq_speed.work_of(row), depth=depth)
     ends = speed.tg_tokens_per_s_low, speed.tg_tokens_per_s_high
     assert speed.tg_tokens_per_s == pytest.approx(line["predicted"], rel=1e-3)
     assert ends == pytest.approx((line["low"], line["high"]), rel=1e-3)

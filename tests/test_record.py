@@ -201,7 +201,7 @@ QUALITY = json.loads((RESULTS / "quality.json").read_text())
 @given(st.sampled_from(places(QUALITY)), st.sampled_from(["gone", 3, -1, "x", None, [], {}, True]))
 def test_quality_of_another_shape_is_an_error_or_can_be_shown(place, junk):
     from dus_edge.tables.measured import quality_markdown
-    from dus_edge.tables.predicted import as_csv, as_json
+    from dus_edge.tables.write import as_csv, as_json
 
     damaged = copy.deepcopy(QUALITY)
     inner = damaged
@@ -223,7 +223,7 @@ def test_quality_of_another_shape_is_an_error_or_can_be_shown(place, junk):
 @given(st.sampled_from(sorted(GOOD)), st.sampled_from(["gone", 3, -1, "x", None, [], {}, True]))
 def test_measured_lines_of_another_shape_are_an_error_or_can_be_shown(key, junk):
     from dus_edge.tables.measured import measured_markdown
-    from dus_edge.tables.predicted import as_csv, as_json
+    from dus_edge.tables.write import as_csv, as_json
 
     damaged = {k: v for k, v in GOOD.items() if k != key}
     if junk != "gone":

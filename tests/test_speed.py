@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 from dus_edge import data
 from dus_edge.errors import UsageError
 from dus_edge.predict.devices import find_device, load_devices
-from dus_edge.predict.speed import roofline as s
+from dus_edge.predict.speed.device import DeviceSpeed, device_speed
+from dus_edge.predict.speed.predict import predict
+from dus_edge.predict.speed.roofline import ERAS
+from dus_edge.predict.speed.work import Work, dense_work
 from dus_edge.quant.recipe import PRESETS
 
 from .scripts import BENCHMARKS, load_script
@@ -34,12 +37,12 @@ SOLAR = {**LLAMA3_8B, "n_layers": 48, "vocab": 32000}
 IDS = [d.id for d in load_devices() if d.backend in ("CUDA", "Metal")]
 
 
-def work(preset: str = "q4_k_m", shape: Mapping = SOLAR, **changes) -> s.Work:
-    return s.dense_work(PRESETS[preset], **{**shape, **changes})
+def work(preset: str = "q4_k_m", shape: Mapping = SOLAR, **changes) -> Work:
+    return dense_work(PRESETS[preset], **{**shape, **changes})
 
 
-def device(name: str = "rtx-3060-12gb") -> s.DeviceSpeed:
-    return s.device_speed(find_device(name))
+def device(name: str = "rtx-3060-12gb") -> DeviceSpeed:
+    return device_speed(find_device(name))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,7 @@ def test_kv_bytes_per_token():
 
 @pytest.mark.parametrize("name", IDS)
 def test_every_device_has_an_ordered_positive_prediction(name):
-    speed = s.predict(device(name), work())
+    speed = predict(device(name), work())
     assert 0 < speed.tg_tokens_per_s_low < speed.tg_tokens_per_s < speed.tg_tokens_per_s_high
     assert 0 < speed.pp_tokens_per_s_low < speed.pp_tokens_per_s < speed.pp_tokens_per_s_high
     # A token cannot be faster than its bytes through the memory.
@@ -94,7 +97,7 @@ def test_every_device_has_an_ordered_positive_prediction(name):
 
 @pytest.mark.parametrize("name", IDS)
 def test_smaller_files_generate_faster(name):
-    rates = [s.predict(device(name), work(p)).tg_tokens_per_s for p in ("f16", "q8_0", "q4_0")]
+    rates = [predict(device(name), work(p)).tg_tokens_per_s for p in ("f16", "q8_0", "q4_0")]
     assert rates == sorted(rates)
     assert rates[2] > 1.8 * rates[0]
 
@@ -102,7 +105,7 @@ def test_smaller_files_generate_faster(name):
 @settings(max_examples=60, deadline=None)
 @given(
     name=st.sampled_from(IDS),
-    era=st.sampled_from(s.ERAS),
+    era=st.sampled_from(ERAS),
     flash_attn=st.booleans(),
     depth=st.floats(0, 100_000),
     more=st.floats(1.01, 4),
@@ -110,24 +113,24 @@ def test_smaller_files_generate_faster(name):
 def test_monotone(name, era, flash_attn, depth, more):
     d, w = device(name), work()
     options = {"era": era, "flash_attn": flash_attn}
-    here = s.predict(d, w, depth=depth, **options)
-    deeper = s.predict(d, w, depth=depth * more + 1, **options)
+    here = predict(d, w, depth=depth, **options)
+    deeper = predict(d, w, depth=depth * more + 1, **options)
     assert deeper.tg_tokens_per_s < here.tg_tokens_per_s
     assert deeper.pp_tokens_per_s < here.pp_tokens_per_s
     faster = replace(d, bandwidth_gbps=d.bandwidth_gbps * more)
-    assert s.predict(faster, w, depth=depth, **options).tg_tokens_per_s > here.tg_tokens_per_s
+    assert predict(faster, w, depth=depth, **options).tg_tokens_per_s > here.tg_tokens_per_s
     stronger = replace(d, matmul_tflops=d.matmul_tflops * more)
-    assert s.predict(stronger, w, depth=depth, **options).pp_tokens_per_s > here.pp_tokens_per_s
+    assert predict(stronger, w, depth=depth, **options).pp_tokens_per_s > here.pp_tokens_per_s
     heavier = replace(w, weights={k: v * more for k, v in w.weights.items()})
-    slower = s.predict(d, heavier, depth=depth, **options)
+    slower = predict(d, heavier, depth=depth, **options)
     assert slower.tg_tokens_per_s < here.tg_tokens_per_s
     assert slower.pp_tokens_per_s < here.pp_tokens_per_s
 
 
 @pytest.mark.parametrize("name", ["rtx-3060-12gb", "m1-8c"])
 def test_fewer_layers_on_the_device_are_never_faster(name):
-    speeds = [s.predict(device(name), work(), offloaded_layers=n) for n in (49, 48, 40, 20, 0)]
-    whole = s.predict(device(name), work())
+    speeds = [predict(device(name), work(), offloaded_layers=n) for n in (49, 48, 40, 20, 0)]
+    whole = predict(device(name), work())
     assert speeds[0] == whole
     tg = [x.tg_tokens_per_s for x in speeds]
     pp = [x.pp_tokens_per_s for x in speeds]
@@ -150,21 +153,21 @@ def test_partial_offload_reproduces_the_run_it_came_from(stored):
 
 def test_a_quantized_cache_costs_less_at_depth():
     d = device()
-    f16 = s.predict(d, work(), depth=8192)
-    q8 = s.predict(d, replace(work(), kv_bytes_per_value=34 / 32), depth=8192)
+    f16 = predict(d, work(), depth=8192)
+    q8 = predict(d, replace(work(), kv_bytes_per_value=34 / 32), depth=8192)
     assert q8.tg_tokens_per_s > f16.tg_tokens_per_s
 
 
 def test_fused_attention_pays_at_depth():
     d = device("rtx-4090")
-    plain, fused = (s.predict(d, work(), depth=30_000, flash_attn=x) for x in (False, True))
+    plain, fused = (predict(d, work(), depth=30_000, flash_attn=x) for x in (False, True))
     assert fused.tg_tokens_per_s > plain.tg_tokens_per_s
     assert fused.pp_tokens_per_s > plain.pp_tokens_per_s
 
 
 def test_unknown_family_has_a_wider_interval():
     d = device()
-    known, unknown = (s.predict(x, work()) for x in (d, replace(d, family="nvidia-60-desktop")))
+    known, unknown = (predict(x, work()) for x in (d, replace(d, family="nvidia-60-desktop")))
     assert unknown.tg_tokens_per_s_high > known.tg_tokens_per_s_high
     assert unknown.tg_tokens_per_s_low < known.tg_tokens_per_s_low
 
@@ -258,25 +261,25 @@ def test_validated_rows_are_of_fits_without_their_device(fit_speed, validated):
 )
 def test_bad_options(options, word):
     with pytest.raises(UsageError, match=word):
-        s.predict(device(), work(), **options)
+        predict(device(), work(), **options)
 
 
 def test_bad_models_and_devices():
     with pytest.raises(UsageError, match="hidden"):
         work(hidden=-4096)
     with pytest.raises(UsageError, match="IQ4_NL"):
-        s.Work(32, 32, 8, 128, {"IQ4_NL": 1e9})
+        Work(32, 32, 8, 128, {"IQ4_NL": 1e9})
     with pytest.raises(UsageError, match="no weights"):
-        s.Work(32, 32, 8, 128, {})
+        Work(32, 32, 8, 128, {})
     with pytest.raises(UsageError, match="negative"):
-        s.Work(32, 32, 8, 128, {"F16": -1.0})
+        Work(32, 32, 8, 128, {"F16": -1.0})
     with pytest.raises(UsageError, match="n_layers"):
-        s.Work(0, 32, 8, 128, {"F16": 1e9})
+        Work(0, 32, 8, 128, {"F16": 1e9})
     with pytest.raises(UsageError, match="bandwidth_gbps"):
         replace(device(), bandwidth_gbps=0)
     with pytest.raises(UsageError, match="bandwidth"):
-        s.device_speed(replace(find_device("rtx-4090"), bandwidth_gbps=None))
+        device_speed(replace(find_device("rtx-4090"), bandwidth_gbps=None))
     with pytest.raises(UsageError, match="cuda_cores"):
-        s.device_speed(replace(find_device("rtx-4090"), fp32_tflops=None, cuda_cores=None))
+        device_speed(replace(find_device("rtx-4090"), fp32_tflops=None, cuda_cores=None))
     with pytest.raises(UsageError, match="cpu"):
-        s.device_speed(find_device("rtx-4090"), backend="CPU")
+        device_speed(find_device("rtx-4090"), backend="CPU")

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dus_edge.predict.devices import load_devices
-from dus_edge.tables.predicted import PRESET_COLUMNS, anchor
+from dus_edge.tables.predicted import PRESET_COLUMNS
+from dus_edge.tables.predicted_markdown import anchor
 
 TRACKED = Path(__file__).parent.parent / "benchmarks"
 PRESET_KEYS = [c.key for c in PRESET_COLUMNS]

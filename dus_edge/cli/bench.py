@@ -159,7 +159,7 @@ def bench_tables(
     from dus_edge.predict.devices import load_devices
     from dus_edge.progress import progress
     from dus_edge.tables import page
-    from dus_edge.tables.predicted import write_tables
+    from dus_edge.tables.write import write_tables
 
     n_rows = sum(len(d.memory_gb_options) for d in load_devices())
     with progress("Predicting", 2 * n_rows, unit="devices") as advance:

@@ -73,7 +73,8 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         era: str,
         **rest: Any,
     ) -> Any:
-        from dus_edge.jobs.predict import choose_preset, find_candidate
+        from dus_edge.jobs.predict import find_candidate
+        from dus_edge.predict.fit import choose_preset
         from dus_edge.predict.prediction import (
             memory_settings,
         )

@@ -11,9 +11,7 @@ from dus_edge.errors import UsageError
 from dus_edge.predict.fit import models_of_presets
 from dus_edge.predict.memory.folder import (
     TorchPreset,
-    find_torch_preset,
     is_quantized_folder,
-    is_torch_preset,
     model_of_preset,
     models_of_torch_presets,
     read_folder,
@@ -22,15 +20,6 @@ from dus_edge.predict.memory.llama import model_of_config, read_gguf
 from dus_edge.predict.prediction import StorableModel
 from dus_edge.quant.recipe import Preset, find_preset
 from dus_edge.upscale.model import ChoosePlan, Model, Say
-
-
-def choose_preset(name: str) -> Preset | TorchPreset:
-    """The preset of that name: one of GGUF's, or of those for transformers.
-
-    Raises:
-        UsageError: no such preset; the nearest one is suggested.
-    """
-    return find_torch_preset(name) if is_torch_preset(name) else find_preset(name)
 
 
 def find_candidate(

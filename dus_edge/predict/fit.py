@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.predict.devices import Device, load_devices
 from dus_edge.predict.memory.cuda import multiprocessors
+from dus_edge.predict.memory.folder import TorchPreset, find_torch_preset, is_torch_preset
 from dus_edge.predict.memory.llama import (
     check_context,
     memory_use,
@@ -20,7 +21,7 @@ from dus_edge.predict.memory.llama import (
 )
 from dus_edge.predict.memory.torch import kernel_note
 from dus_edge.predict.stored_model import MemoryUse, RunSettings, StoredModel
-from dus_edge.quant.recipe import PRESETS
+from dus_edge.quant.recipe import PRESETS, Preset, find_preset
 
 #: Contexts are answered in these steps: llama.cpp rounds up to them.
 CONTEXT_STEP = 256
@@ -201,3 +202,12 @@ def devices_that_run(
             if needed <= usable_bytes(device, platform, gb)
         ]
     return found
+
+
+def choose_preset(name: str) -> Preset | TorchPreset:
+    """The preset of that name: one of GGUF's, or of those for transformers.
+
+    Raises:
+        UsageError: no such preset; the nearest one is suggested.
+    """
+    return find_torch_preset(name) if is_torch_preset(name) else find_preset(name)

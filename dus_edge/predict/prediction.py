@@ -8,7 +8,9 @@ from dus_edge.errors import UsageError
 from dus_edge.predict.devices import Device, find_device, recognise
 from dus_edge.predict.fit import Verdict, best_preset, devices_that_run, judge, settings_on
 from dus_edge.predict.memory.torch import VALUE_BYTES
-from dus_edge.predict.speed.roofline import PredictedSpeed, Work, device_speed, predict
+from dus_edge.predict.speed.device import device_speed
+from dus_edge.predict.speed.predict import PredictedSpeed, predict
+from dus_edge.predict.speed.work import Work
 from dus_edge.predict.stored_model import KV_TYPES, RunSettings, StoredModel, kv_types
 
 #: Context that fit is judged at unless asked otherwise; or the model's own, if that is shorter.

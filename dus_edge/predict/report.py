@@ -8,7 +8,7 @@ from typing import Any
 from dus_edge.predict.devices import Device
 from dus_edge.predict.fit import Verdict
 from dus_edge.predict.prediction import Prediction
-from dus_edge.predict.speed.roofline import PredictedSpeed
+from dus_edge.predict.speed.predict import PredictedSpeed
 from dus_edge.predict.stored_model import MemoryUse, RunSettings
 from dus_edge.words import WIDTH, cut_end, figure, format_bytes, wrap
 

@@ -17,15 +17,16 @@ from urllib.parse import quote
 
 from dus_edge import data
 from dus_edge.errors import UsageError
-from dus_edge.jobs.predict import choose_preset
 from dus_edge.predict.devices import Device, load_devices, load_rules
-from dus_edge.predict.fit import UNSURE, layers_that_fit, settings_on
+from dus_edge.predict.fit import UNSURE, choose_preset, layers_that_fit, settings_on
 from dus_edge.predict.memory.folder import TorchPreset, model_of_preset
 from dus_edge.predict.memory.llama import memory_use, model_of_config, usable_bytes, usual_platform
 from dus_edge.predict.memory.torch import kernel_note
 from dus_edge.predict.prediction import StorableModel, memory_settings, predict_on, work_of
 from dus_edge.predict.report import speed_json
-from dus_edge.predict.speed.roofline import DeviceSpeed, Work, device_speed, predict
+from dus_edge.predict.speed.device import DeviceSpeed, device_speed
+from dus_edge.predict.speed.predict import predict
+from dus_edge.predict.speed.work import Work
 from dus_edge.predict.stored_model import RunSettings, StoredModel
 from dus_edge.progress import Advance
 from dus_edge.tables.predicted import solar_config

@@ -8,8 +8,8 @@ llama.cpp does not run GPTQ folders. Two kernels do that most people meet:
 - ``marlin``: Marlin in vLLM, which chooses it for 4 bits and symmetric groups on cards of compute
   capability 8.0 and up. The server's own time for every token is part of its speed.
 
-Both read the same bytes for a token, so both have the formula of `dus_edge.predict.speed.roofline` with the
-constants of llama.cpp's 4-bit kernels of the latest era, and the deviations in
+Both read the same bytes for a token, so both have the formula of `dus_edge.predict.speed.roofline`
+with the constants of llama.cpp's 4-bit kernels of the latest era, and the deviations in
 `data/gptq_speed.toml`: none for ExLlamaV2, a longer time for every layer for Marlin.
 `benchmarks/fit_gptq_speed.py` checks and fits them on published runs, `data/published_gptq.json`.
 Prompts are not predicted: published rates lie up to 75 % from llama.cpp's, in both directions, and

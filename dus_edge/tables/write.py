@@ -1,0 +1,134 @@
+"""The tables of what fits and how fast: SOLAR's shape on every device, and what was measured.
+
+``TABLES.md`` is for people. ``tables.json`` is one object of three lists, so that nobody takes one
+kind for another: ``{"predicted": […], "measured": […], "quality": […]}``. Every row has
+``"source"``, ``"predicted"`` or ``"measured"``. Rows of ``predicted`` have the keys of `bench
+predict --json` and their ``preset``; of ``measured``, those of a line of `bench run -o`; of
+``quality``, those of `measured.quality_rows`. ``tables.csv`` has the rows of all three, told
+apart by its columns ``source`` and ``table`` (``predicted``, ``measured``, ``quality``). Every
+other column belongs to one of the three and is empty in the rest; those of the last two begin with
+``measured_`` and ``quality_``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dus_edge.files import check_absent, check_writable, output_files, pwrite_all
+from dus_edge.measure.record import read_lines, read_quality
+from dus_edge.predict.report import prediction_json
+from dus_edge.progress import Advance
+from dus_edge.tables.measured import (
+    CSV_KEYS,
+    Line,
+    measured_rows,
+    quality_rows,
+)
+from dus_edge.tables.predicted import (
+    MODEL,
+    Row,
+    predict_all,
+    solar_config,
+)
+from dus_edge.tables.predicted_markdown import tables_markdown
+
+#: Files below the tables' folder that are read where no others are named.
+MEASURED = Path("results") / "measured.jsonl"
+QUALITY = Path("results") / "quality.json"
+
+
+def write_tables(
+    folder: Path,
+    *,
+    overwrite: bool,
+    measured: Sequence[Path] = (),
+    quality: Sequence[Path] = (),
+    also: Mapping[str, Callable[[], str]] | None = None,
+    advance: Advance = lambda n: None,
+) -> list[Path]:
+    """Write TABLES.md, tables.csv and tables.json, all or none; returns their paths.
+
+    Args:
+        folder: for them.
+        overwrite: whether they may be replaced.
+        measured: files of `bench run -o`; none means `MEASURED` of the folder, if it is there.
+        quality: files of `dus-edge quality -o`; none means `QUALITY` of the folder, if it is there.
+        also: other files that are written with them, by name, and what makes their text.
+        advance: is told of every device and size of memory that is done.
+
+    Raises:
+        OutputError: one exists and is not to be replaced, or the folder cannot be written.
+        UsageError: a file of what was measured is missing or damaged.
+    """
+    also = also or {}
+    paths = [folder / name for name in ("TABLES.md", "tables.csv", "tables.json", *also)]
+    check_absent(paths, overwrite)
+    check_writable(folder)
+    lines = [line for path in measured or _there(folder / MEASURED) for line in read_lines(path)]
+    results = [read_quality(path) for path in quality or _there(folder / QUALITY)]
+    settings, rows = predict_all(solar_config(), MODEL.replace(" ", "-"), advance)
+    found = as_json(rows, lines, results)
+    texts = (
+        tables_markdown(settings, rows, lines, results),
+        as_csv(found),
+        json.dumps(found) + "\n",
+    )
+    texts += tuple(make() for make in also.values())
+    blobs = [text.encode() for text in texts]
+    sizes = [(path, len(blob)) for path, blob in zip(paths, blobs, strict=True)]
+    with output_files(sizes) as fds:
+        for fd, blob in zip(fds, blobs, strict=True):
+            pwrite_all(fd, blob, 0)
+    return paths
+
+
+def _there(path: Path) -> tuple[Path, ...]:
+    return (path,) if path.exists() else ()
+
+
+# For programs
+
+
+def as_json(
+    rows: Sequence[Row], lines: Iterable[Line] = (), results: Iterable[Mapping[str, Any]] = ()
+) -> dict[str, list[dict[str, Any]]]:
+    """The object of tables.json; see the module."""
+    predicted = [
+        {"source": "predicted", "preset": preset, **prediction_json(p)}
+        for row in rows
+        for preset, p in row.cells.items()
+    ]
+    return {
+        "predicted": predicted,
+        "measured": measured_rows(lines),
+        "quality": quality_rows(results),
+    }
+
+
+def as_csv(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The rows of `as_json`, flat."""
+    columns: dict[str, Mapping[str, str]] = {}
+    flat: list[dict[str, Any]] = []
+    for name, rows in tables.items():
+        for row in rows:
+            cells = {k: v for k, v in row.items() if k not in ("source", "memory")}
+            cells |= row.get("memory", {})
+            if name == "measured":
+                cells = {k: row[k] for k in CSV_KEYS}
+            prefix = "" if name == "predicted" else f"{name}_"
+            columns.setdefault(name, {k: prefix + k for k in cells})
+            flat.append(
+                {"source": row["source"], "table": name}
+                | {columns[name][k]: v for k, v in cells.items()}
+            )
+    head = ["source", "table", *(k for names in columns.values() for k in names.values())]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, head, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return out.getvalue()
