@@ -7,7 +7,6 @@ family's to say.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,6 +21,7 @@ from dus_edge.families.family import (
     named_architecture,
 )
 from dus_edge.families.shape import Shape
+from dus_edge.jsonfile import read_object
 
 #: Numbers that a kind of rotary embedding needs.
 _ROPE_NEEDS = {
@@ -79,16 +79,8 @@ def load_config(path: Path) -> ModelConfig:
         CheckpointError: the file is missing, not JSON, or a field is absent or absurd.
         UnsupportedError: another architecture, activation, rope or a quantized checkpoint.
     """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing; a checkpoint folder holds config.json beside its safetensors."
-        ) from None
-    except (OSError, ValueError, RecursionError) as e:  # ValueError: no UTF-8, or no JSON
-        raise CheckpointError(f"{path} cannot be read as JSON ({e}); fetch it again.") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} is not a JSON object; fetch it again.")
+    remedy = "a checkpoint folder holds config.json beside its safetensors"
+    raw = read_object(path, missing=remedy)
     return parse_config(raw, str(path))
 
 

@@ -6,10 +6,7 @@ Keys and their order follow `conversion/base.py` (`TextModel.set_gguf_parameters
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import gguf
 from gguf import GGUFValueType as Kind
@@ -20,6 +17,7 @@ from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.checkpoint.spec import Source
 from dus_edge.export.gguf.format import KeyValue
 from dus_edge.export.vocab.vocab import Vocab, vocab_metadata
+from dus_edge.jsonfile import find_object
 from dus_edge.quant.recipe import Preset
 from dus_edge.upscale.naming import ModelName
 from dus_edge.upscale.plan import DepthPlan
@@ -76,7 +74,7 @@ def _general(
 ) -> Iterator[KeyValue]:
     yield _text("general.architecture", config.family.gguf_architecture)
     yield _text("general.type", "model")
-    generation = _read_json(source.folder / "generation_config.json")
+    generation = find_object(source.folder / "generation_config.json") or {}
     for field, key, kind in _SAMPLING:
         value = generation.get(field)
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9:
@@ -170,11 +168,3 @@ def _plan(source: Source, plan: DepthPlan) -> Iterator[KeyValue]:
     yield _text("dus.base", source.repo_id or source.name)
     if source.revision:
         yield _text("dus.base_revision", source.revision)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -7,7 +7,6 @@ configuration and a preset give the same sizes: the tensors that our own exports
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from dus_edge.checkpoint.spec import TensorSpec
 from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
 from dus_edge.export import bnb
 from dus_edge.export.gptq import code_specs
+from dus_edge.jsonfile import read_object
 from dus_edge.predict.memory.torch import VALUE_BYTES
 from dus_edge.predict.speed.gptq import kind_name
 from dus_edge.predict.stored_model import StoredModel, TensorSize, TorchForm
@@ -223,12 +223,7 @@ def _details(raw: Mapping[str, Any], folder: Path) -> tuple[Mapping[str, Any], s
     details, where = raw.get("quantization_config"), folder / CONFIG
     if not details:
         where = folder / QUANTIZE_CONFIG
-        try:
-            details = json.loads(where.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as e:
-            raise CheckpointError(
-                f"{where} cannot be read as JSON ({e}); fetch it again."
-            ) from None
+        details = read_object(where)
     if not isinstance(details, dict):
         raise CheckpointError(f"{where}: the quantization's settings are {details!r}, no object.")
     return details, str(where)
