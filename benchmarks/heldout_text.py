@@ -5,7 +5,8 @@
 pico knows Python sources and nothing else, so on the built-in evaluation text, which is English,
 Korean and code, it would be judged on what it never learned. These files are of the standard
 library of the Python that runs this, drawn by hash and left out of pico's training
-(`dus_edge/train/pico/corpus.py`); no calibration reads them. The folder is emptied of such files first.
+(`dus_edge/train/pico/corpus.py`); no calibration reads them. The folder is emptied of such files
+first.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ _MARK = "the system message goes here"
 
 
 @dataclass(frozen=True)
-class Family:
+class ChatFamily:
     """A chat format: its Go template, its stops, and where it is defined.
 
     `system` is the system message that the checkpoint's template puts in where a
@@ -60,11 +60,11 @@ class Family:
 
 
 @cache
-def families() -> tuple[Family, ...]:
+def families() -> tuple[ChatFamily, ...]:
     """Every known family, in the order of `templates/families.toml`."""
     entries = tomllib.loads(template_text("families.toml"))["family"]
     return tuple(
-        Family(
+        ChatFamily(
             name=entry["name"],
             title=entry["title"],
             template=template_text(f"{entry['name']}.gotmpl"),
@@ -76,7 +76,7 @@ def families() -> tuple[Family, ...]:
     )
 
 
-def family(name: str) -> Family:
+def family(name: str) -> ChatFamily:
     """The family called `name`. Raises KeyError."""
     return {known.name: known for known in families()}[name]
 
@@ -88,12 +88,12 @@ def template_text(file_name: str) -> str:
     return path.read_text(encoding="utf-8").removesuffix("\n")
 
 
-def identify(jinja_template: str | None, special_tokens: Mapping[str, str]) -> Family | None:
+def identify(jinja_template: str | None, special_tokens: Mapping[str, str]) -> ChatFamily | None:
     """The family that renders as a checkpoint's chat template does, or None.
 
     `special_tokens` is the tokenizer's (`bos_token`, `eos_token`, …). A template may refuse
     system messages; it must render every other probe, and equal the family's wherever it
-    renders. A system message of its own is found and kept in `Family.system`.
+    renders. A system message of its own is found and kept in `ChatFamily.system`.
     """
     if not jinja_template:
         return None
@@ -179,7 +179,7 @@ def _environment():
     return environment
 
 
-def _with_tokens(known: Family, special_tokens: Mapping[str, str]) -> Family:
+def _with_tokens(known: ChatFamily, special_tokens: Mapping[str, str]) -> ChatFamily:
     """The family with a checkpoint's token texts in place of Llama's."""
     begin = special_tokens.get("bos_token") or "<s>"
     end = special_tokens.get("eos_token") or "</s>"
@@ -192,7 +192,7 @@ def _with_tokens(known: Family, special_tokens: Mapping[str, str]) -> Family:
     return replace(known, template=put(known.template), stops=tuple(map(put, known.stops)))
 
 
-def _agrees(known: Family, talks: Sequence[Sequence[Message]], texts: list[str | None]) -> bool:
+def _agrees(known: ChatFamily, talks: Sequence[Sequence[Message]], texts: list[str | None]) -> bool:
     """Whether the Go template gives these texts, leaving out those that Jinja refused."""
     return all(
         text is None or render_conversation(known.template, talk) == text
@@ -200,7 +200,7 @@ def _agrees(known: Family, talks: Sequence[Sequence[Message]], texts: list[str |
     )
 
 
-def _default_system(known: Family, text: str) -> str | None:
+def _default_system(known: ChatFamily, text: str) -> str | None:
     """What stands in `text` (the first probe) where the family's system message goes."""
     marked = render_conversation(known.template, (_system(_MARK), *_WITHOUT_SYSTEM[0]))
     before, found, after = marked.partition(_MARK)

@@ -103,7 +103,7 @@ def completion_spec(
 def instruct_spec(
     *,
     from_path: str,
-    family: chat.Family,
+    family: chat.ChatFamily,
     num_ctx: int,
     licence: str | None,
     title: str,
@@ -130,7 +130,7 @@ def for_model(
     *,
     from_path: str,
     context_length: int,
-    family: chat.Family | None,
+    family: chat.ChatFamily | None,
     chat_template_present: bool,
     licence: str | None,
     title: str,
