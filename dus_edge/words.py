@@ -144,25 +144,27 @@ def aligned_table(
     *,
     least: int = 8,
 ) -> str:
-    """The same to be read as it is: aligned, and no line over `WIDTH`.
+    """The same to be read as it is: aligned, and no line over `WIDTH`, which figures fill first.
 
     Args:
         head: a title for each column.
         rows: cells.
-        left: columns of text, by number.
-        least: the first column's cells lose their middles where there is too little room, down to
-            so many characters.
+        left: columns of text, by number. Where there is too little room their cells lose their
+            middles, the first column's before the others'.
+        least: characters that the first column keeps, come what may.
     """
     lines = [_safe(line) for line in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    room = WIDTH - sum(n + 3 for n in widths[1:]) - 4
-    lines = [[cut_middle(name, max(room, least)), *rest] for name, *rest in lines]
-    widths[0] = max(len(line[0]) for line in lines)
+    room = WIDTH - 1 - 3 * len(widths) - sum(n for i, n in enumerate(widths) if i not in left)
+    for before, i in reversed(list(enumerate(sorted(left)))):
+        share = max(room - before * least, room // (before + 1), 1 if before else least)
+        widths[i] = min(widths[i], share)
+        room -= widths[i]
     rule = ["-" * n if i in left else "-" * (n - 1) + ":" for i, n in enumerate(widths)]
 
     def aligned(cells: Sequence[str]) -> list[str]:
         pairs = enumerate(zip(cells, widths, strict=True))
-        return [c.ljust(n) if i in left else c.rjust(n) for i, (c, n) in pairs]
+        return [cut_middle(c, n).ljust(n) if i in left else c.rjust(n) for i, (c, n) in pairs]
 
     first, *others = map(aligned, lines)
     return "\n".join(map(_cells_line, (first, rule, *others)))

@@ -21,6 +21,7 @@ from dus_edge.errors import (
     UsageError,
 )
 from dus_edge.packages import require
+from dus_edge.quant.gptq_format import GPTQ_BITS, dequantized
 from dus_edge.run.source import SourceInfo, read_config, weight_files
 
 if TYPE_CHECKING:
@@ -54,8 +55,6 @@ def _dequantized_state(info: SourceInfo, details: dict[str, Any]) -> dict[str, t
     """Every tensor of a GPTQ folder as float32, under the plain model's names."""
     import torch
     from safetensors import safe_open
-
-    from dus_edge.quant.gptq_format import dequantized
 
     bits = _gptq_bits(info, details)
     files = weight_files(info.path, info.kind)
@@ -92,8 +91,6 @@ def _dequantized_state(info: SourceInfo, details: dict[str, Any]) -> dict[str, t
 
 
 def _gptq_bits(info: SourceInfo, details: dict[str, Any]) -> int:
-    from dus_edge.quant.gptq_format import GPTQ_BITS
-
     bits, form = details.get("bits"), details.get("checkpoint_format")
     if bits not in GPTQ_BITS:
         raise UnsupportedError(f"{info.path / CONFIG}: GPTQ of {bits} bits; {GPTQ_BITS} are read.")
