@@ -14,7 +14,7 @@ from dus_edge.cli.options import (
     output_options,
     plan_options,
 )
-from dus_edge.cli.say import print_folder, print_json, say_to
+from dus_edge.cli.say import print_folder, print_json, print_notes, say_to
 from dus_edge.quant.choose import DEFAULT, QUANTIZERS
 from dus_edge.words import counts_text, duration, format_bytes
 
@@ -107,8 +107,7 @@ def gguf_command(
         click.echo(f"  {format_bytes(output.nbytes)}, {bits:.2f} bits per weight")
         if verbose:
             click.echo(f"  tensors: {counts_text(output.types)}")
-    for note in result.notes:
-        click.echo(click.wrap_text(f"note: {note}", 80, subsequent_indent="  "))
+    print_notes(result)
     click.echo(f"Done in {duration(result.seconds)}. Now run it:")
     for i, output in enumerate(result.outputs):
         tag = f":{output.preset}" if i else ""

@@ -1,7 +1,8 @@
 """The command line: finds a command, runs it, turns errors into one sentence and an exit code.
 
 A command's module is imported when that command is called, so that `--help` is instant however
-many there are; `COMMANDS` has what the list says of each, and a test holds it to the commands' own words.
+many there are; `COMMANDS` has what the list says of each, and a test holds it to the commands' own
+words.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from dus_edge.words import counts_text, duration, format_bytes
+from dus_edge.words import counts_text, duration, format_bytes, wrap
 
 
 def say_to(as_json: bool) -> Callable[[str], None]:
@@ -23,6 +23,11 @@ def print_json(result: Any, **more: Any) -> None:
     click.echo(json.dumps(result_json(result) | more))
 
 
+def print_notes(result: Any) -> None:
+    for note in result.notes:
+        click.echo(wrap(f"note: {note}", rest="  "))
+
+
 def print_folder(result: Any, out: Path, as_json: bool, verbose: bool = False) -> None:
     """Say what a job that wrote a checkpoint folder did."""
     if as_json:
@@ -33,6 +38,5 @@ def print_folder(result: Any, out: Path, as_json: bool, verbose: bool = False) -
     click.echo(f"{out}\n  {format_bytes(output.nbytes)}, {bits:.2f} bits per weight")
     if verbose:
         click.echo(f"  tensors: {counts_text(output.types)}")
-    for note in result.notes:
-        click.echo(click.wrap_text(f"note: {note}", 80, subsequent_indent="  "))
+    print_notes(result)
     click.echo(f"Done in {duration(result.seconds)}.")

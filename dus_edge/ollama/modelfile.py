@@ -10,13 +10,13 @@ to the GGUF's (`template/template.go`, source of 2026-08-21). The one exception 
 template that we do not know: that is said in a comment and left to Ollama.
 """
 
-import textwrap
 import tomllib
 import unicodedata
 from dataclasses import dataclass
 
 from dus_edge.ollama import chat
 from dus_edge.ollama.grammar import Command, ModelfileError, Value, parse_modelfile
+from dus_edge.words import wrap
 
 # A token of context costs 2 (K, V) x layers x KV heads x head size x 2 bytes of KV cache: for
 # SOLAR's shape (48 layers, 8 KV heads of 128) 192 KiB. Beside the 6.0 GiB of its Q4_K_M, an
@@ -217,14 +217,10 @@ def _comment(paragraphs: tuple[str, ...]) -> list[str]:
     lines = []
     for paragraph in paragraphs:
         for line in paragraph.splitlines() or [""]:
-            lines += textwrap.wrap(
-                line,
-                _COMMENT_WIDTH,
-                initial_indent="# ",
-                subsequent_indent="#   ",
-                break_long_words=False,
-                break_on_hyphens=False,
-            ) or ["#"]
+            wrapped = wrap(
+                line, _COMMENT_WIDTH, first="# ", rest="#   ", long_words=False, hyphens=False
+            )
+            lines += wrapped.splitlines() or ["#"]
     return lines
 
 
