@@ -25,7 +25,7 @@ from dus_edge.families.family import (
     load_families,
     parse_family,
 )
-from dus_edge.quant.quantizer import find_quantizer
+from dus_edge.quant.choose import find_quantizer
 from dus_edge.quant.recipe import find_preset
 from dus_edge.upscale.plan import check_pattern, from_drop, from_ranges, identity
 

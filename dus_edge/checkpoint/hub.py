@@ -16,7 +16,6 @@ from pathlib import Path
 import dus_edge
 from dus_edge.checkpoint.card import read_licence
 from dus_edge.checkpoint.names import CONFIG, GENERATION_CONFIG, INDEX, SINGLE, TOKENIZER_FILES
-from dus_edge.checkpoint.safetensors import is_plain_name, shard_files
 from dus_edge.checkpoint.spec import Source
 from dus_edge.errors import CheckpointError, DusEdgeError, OutputError, UnsupportedError, UsageError
 from dus_edge.progress import Advance
@@ -152,6 +151,8 @@ def indexed_shards(index: Path, where: str) -> list[str]:
     Raises:
         CheckpointError: it is no index, or it names a file outside its folder or a pickle.
     """
+    from dus_edge.checkpoint.safetensors import is_plain_name
+
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if not names or not all(isinstance(n, str) for n in names):
@@ -263,6 +264,8 @@ def _cached_folder(
     Raises:
         DusEdgeError: not cached, or not all of it.
     """
+    from dus_edge.checkpoint.safetensors import shard_files
+
     storage, revision = _storage(cache, repo), revision or "main"
     commit = revision
     if not _COMMIT.fullmatch(revision):
