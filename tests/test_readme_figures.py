@@ -258,6 +258,15 @@ def test_quantizers_are_as_fast_as_was_measured():
     assert max(ratio["Q3_K", False], ratio["Q8_0", False]) <= int(high)
 
 
+def test_no_error_of_a_quantizer_is_higher_than_ggmls():
+    assert len(re.findall(r"no higher than ggml's (?:for any type )?on any tensor", FLOWING)) == 2
+    lines = results("quantizer_errors")
+    newest_of = {(x["type"], x["importance"], x["data"], x["tensor"]): x for x in lines}
+    for x in newest_of.values():
+        by = "importance" if x["importance"] else "plain"
+        assert x["native_rmse"][by] <= x["ggml_rmse"][by], x
+
+
 def test_the_built_in_base_is_what_its_card_says():
     card = (ROOT / "dus_edge" / "data" / "pico" / "README.md").read_text()
     rows = re.findall(
