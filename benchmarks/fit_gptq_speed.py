@@ -30,6 +30,7 @@ from common import RESULTS, toml_text
 from fit_speed import KNEE, NOISE, VARIANTS
 
 from dus_edge import data
+from dus_edge.families.shape import Shape
 from dus_edge.files import write_text
 from dus_edge.predict.devices import Device, load_devices
 from dus_edge.predict.speed import gptq as g
@@ -67,7 +68,14 @@ def work_of(row: Mapping) -> Work:
         g.kind_name(row["bits"], row["group_size"]): row["n_layers"] * a_layer,
         "F16": row["vocab"] * row["hidden"],
     }
-    return Work(row["n_layers"], row["n_heads"], row["n_kv_heads"], row["head_dim"], weights)
+    shape = Shape(
+        hidden_size=row["hidden"],
+        intermediate_size=row["ffn"],
+        vocab_size=row["vocab"],
+        context_length=1,
+        **{key: row[key] for key in ("n_layers", "n_heads", "n_kv_heads", "head_dim")},
+    )
+    return Work(shape, weights)
 
 
 def case_of(row: Mapping, devices: Mapping[str, Device]) -> Case:

@@ -16,6 +16,7 @@ device of the other devices only.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -27,8 +28,11 @@ import numpy as np
 from common import RESULTS, toml_text
 
 from dus_edge import data
+from dus_edge.checkpoint.config import config_of_shape
+from dus_edge.families.shape import Shape
 from dus_edge.files import write_text
 from dus_edge.predict.devices import Device, load_devices
+from dus_edge.predict.memory.llama import model_of_config
 from dus_edge.predict.speed.device import BACKENDS, device_speed
 from dus_edge.predict.speed.predict import Spread
 from dus_edge.predict.speed.roofline import (
@@ -42,7 +46,9 @@ from dus_edge.predict.speed.roofline import (
     tg_seconds,
     tg_terms,
 )
-from dus_edge.predict.speed.work import GROUPS, Work, dense_work, group
+from dus_edge.predict.speed.work import GROUPS, Work, group
+from dus_edge.predict.speed.work import work_of as stored_work
+from dus_edge.predict.stored_model import RunSettings, StoredModel
 from dus_edge.quant.recipe import PRESETS
 from dus_edge.words import markdown_table
 
@@ -246,18 +252,23 @@ def work_of(row: Mapping) -> Work:
     n_layers, hidden, ffn, n_heads, n_kv_heads, head_dim, vocab, tied = shape_of(row["model"])
     quant = row["quant"].lower()
     preset = {"q3_k_s": "q3_k_m"}.get(quant, "q4_k_m" if "xl" in quant else quant)
-    return dense_work(
-        PRESETS[preset],
+    shape = Shape(
         n_layers=n_layers,
-        hidden=hidden,
-        ffn=ffn,
+        hidden_size=hidden,
+        intermediate_size=ffn,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
-        vocab=vocab,
-        tied_head=tied,
-        kv_bytes_per_value=34 / 32 if "q8_0 KV" in (row["notes"] or "") else 2.0,
+        head_dim=head_dim or hidden // n_heads,
+        vocab_size=vocab,
+        context_length=1,
     )
+    cache = "q8_0" if "q8_0 KV" in (row["notes"] or "") else "f16"
+    return stored_work(_stored(shape, tied, preset), RunSettings(type_k=cache, type_v=cache))
+
+
+@functools.cache
+def _stored(shape: Shape, tied: bool, preset: str) -> StoredModel:
+    return model_of_config(config_of_shape(shape, tied_head=tied), PRESETS[preset])
 
 
 def era_of(row: Mapping) -> str:

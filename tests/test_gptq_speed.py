@@ -19,22 +19,19 @@ from dus_edge.predict.speed import gptq as g
 from dus_edge.predict.speed.device import DeviceSpeed, device_speed
 from dus_edge.predict.speed.predict import constants, predict
 from dus_edge.predict.speed.roofline import Case, tg_terms
-from dus_edge.predict.speed.work import Work, bytes_per_weight, dense_work
+from dus_edge.predict.speed.work import Work, bytes_per_weight
 from dus_edge.quant import gptq_format
-from dus_edge.quant.recipe import PRESETS
 
 from .scripts import BENCHMARKS, load_script
+from .shapes import attention, dense_work
 
 CUDA = [d.id for d in load_devices() if d.backend == "CUDA"]
-SOLAR = {
-    "n_layers": 48, "hidden": 4096, "ffn": 14336, "n_heads": 32, "n_kv_heads": 8, "vocab": 32000,
-}  # fmt: skip
 #: Weights of SOLAR's linear layers, and of its head.
 LINEAR, HEAD = 48 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336), 32000 * 4096
 
 
 def work(kind: str = "GPTQ4_128") -> Work:
-    return Work(48, 32, 8, 128, {kind: LINEAR, "F16": HEAD})
+    return Work(attention(48, 32, 8, 128), {kind: LINEAR, "F16": HEAD})
 
 
 def device(name: str = "rtx-3060-12gb") -> DeviceSpeed:
@@ -104,7 +101,7 @@ def test_every_card_has_an_ordered_prediction_of_generation_alone(name, kernel):
 @pytest.mark.parametrize("name", CUDA)
 def test_the_interval_is_no_narrower_than_llama_cpps(name, kernel):
     ours = predict(device(name), work(), kernel=kernel)
-    theirs = predict(device(name), dense_work(PRESETS["q4_0"], **SOLAR))
+    theirs = predict(device(name), dense_work("q4_0"))
     for end in ("low", "high"):
         mine, other = (
             abs(math.log(getattr(x, f"tg_tokens_per_s_{end}") / x.tg_tokens_per_s))
@@ -119,7 +116,7 @@ def test_the_server_costs_and_exllamav2_is_the_default(name):
     first, second = (predict(d, work(), kernel=k) for k in g.KERNELS)
     assert predict(d, work()) == first
     assert (first.engine, second.engine) == ("ExLlamaV2", "vLLM (Marlin)")
-    assert predict(d, dense_work(PRESETS["q4_0"], **SOLAR)).engine == "llama.cpp"
+    assert predict(d, dense_work("q4_0")).engine == "llama.cpp"
     assert second.tg_tokens_per_s < first.tg_tokens_per_s
 
 
@@ -129,7 +126,7 @@ def test_codes_smaller_than_q4_0_are_faster_and_smaller_groups_slower():
         for kind in ("GPTQ4_32", "GPTQ4_64", "GPTQ4_128", "GPTQ4_ROW")
     ]
     assert rates == sorted(rates)
-    q4_0 = predict(device(), dense_work(PRESETS["q4_0"], **SOLAR), flash_attn=True)
+    q4_0 = predict(device(), dense_work("q4_0"), flash_attn=True)
     assert 1 < rates[2] / q4_0.tg_tokens_per_s < 1.1
 
 
@@ -157,7 +154,7 @@ def test_what_belongs_to_llama_cpp_changes_nothing():
 
 
 def test_kernels_add_no_terms_to_llama_cpps():
-    case = Case(device(), dense_work(PRESETS["q4_0"], **SOLAR))
+    case = Case(device(), dense_work("q4_0"))
     names = {
         t if isinstance(t, str) else t[0] for rows in tg_terms(case).values() for r in rows
         for t in r

@@ -20,25 +20,17 @@ from dus_edge.predict.devices import find_device, load_devices
 from dus_edge.predict.speed.device import DeviceSpeed, device_speed
 from dus_edge.predict.speed.predict import predict
 from dus_edge.predict.speed.roofline import ERAS
-from dus_edge.predict.speed.work import Work, dense_work
-from dus_edge.quant.recipe import PRESETS
+from dus_edge.predict.speed.work import Work
 
 from .scripts import BENCHMARKS, load_script
+from .shapes import LLAMA3_8B, SOLAR, attention, dense_work
 
-LLAMA3_8B = {
-    "n_layers": 32,
-    "hidden": 4096,
-    "ffn": 14336,
-    "n_heads": 32,
-    "n_kv_heads": 8,
-    "vocab": 128256,
-}
-SOLAR = {**LLAMA3_8B, "n_layers": 48, "vocab": 32000}
 IDS = [d.id for d in load_devices() if d.backend in ("CUDA", "Metal")]
 
 
 def work(preset: str = "q4_k_m", shape: Mapping = SOLAR, **changes) -> Work:
-    return dense_work(PRESETS[preset], **{**shape, **changes})
+    tied_head = changes.pop("tied_head", False)
+    return dense_work(preset, {**shape, **changes}, tied_head)
 
 
 def device(name: str = "rtx-3060-12gb") -> DeviceSpeed:
@@ -143,7 +135,7 @@ def test_fewer_layers_on_the_device_are_never_faster(name):
 
 def test_partial_offload_reproduces_the_run_it_came_from(stored):
     # RTX 4060 Laptop, 24 of 33 layers: 46.03 -> 24.12 tok/s, 2177.65 -> 1342.39 tok/s for pp512.
-    shape = {**LLAMA3_8B, "ffn": 11008, "n_kv_heads": 32, "vocab": 151936}
+    shape = {**LLAMA3_8B, "intermediate_size": 11008, "n_kv_heads": 32, "vocab_size": 151936}
     outside = 9 / 33 * work(shape=shape).weight_bytes / 1e9
     tg = 1 / (24 / 33 / 46.03 + outside / stored["offload"]["host_gbps"])
     pp = 512 / (512 / 2177.65 + outside / stored["offload"]["bus_gbps"])
@@ -266,15 +258,15 @@ def test_bad_options(options, word):
 
 def test_bad_models_and_devices():
     with pytest.raises(UsageError, match="hidden"):
-        work(hidden=-4096)
+        work(hidden_size=-4096)
     with pytest.raises(UsageError, match="IQ4_NL"):
-        Work(32, 32, 8, 128, {"IQ4_NL": 1e9})
+        Work(attention(32, 32, 8, 128), {"IQ4_NL": 1e9})
     with pytest.raises(UsageError, match="no weights"):
-        Work(32, 32, 8, 128, {})
+        Work(attention(32, 32, 8, 128), {})
     with pytest.raises(UsageError, match="negative"):
-        Work(32, 32, 8, 128, {"F16": -1.0})
+        Work(attention(32, 32, 8, 128), {"F16": -1.0})
     with pytest.raises(UsageError, match="n_layers"):
-        Work(0, 32, 8, 128, {"F16": 1e9})
+        Work(attention(0, 32, 8, 128), {"F16": 1e9})
     with pytest.raises(UsageError, match="bandwidth_gbps"):
         replace(device(), bandwidth_gbps=0)
     with pytest.raises(UsageError, match="bandwidth"):

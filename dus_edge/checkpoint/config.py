@@ -121,6 +121,20 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     )
 
 
+def config_of_shape(shape: Shape, *, family: str = "llama", tied_head: bool = False) -> ModelConfig:
+    """The configuration of a model of which nothing but its shape is known.
+
+    Args:
+        shape: the sizes.
+        family: name of a family's TOML; what it does not hold is the family's default.
+        tied_head: whether the embedding is the head.
+    """
+    rules = load_families()[family]
+    raw = {rules.fields[name].key: size for name, size in shape.sizes().items()}
+    raw[rules.fields["tied_head"].key] = tied_head
+    return parse_config({"architectures": [rules.architecture], **raw})
+
+
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this configuration holds: `Family.shapes`."""
     return config.family.shapes(config)

@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from dus_edge.errors import UsageError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """Sizes of a decoder-only transformer.
+
+    Raises:
+        UsageError: a size is not positive.
 
     Attributes:
         hidden_size: width of the residual stream.
@@ -44,6 +49,11 @@ class Shape:
     def grouped_queries(self) -> bool:
         """Whether several query heads share a key head."""
         return self.n_heads != self.n_kv_heads
+
+    def __post_init__(self) -> None:
+        for key, size in self.sizes().items():
+            if size < 1:
+                raise UsageError(f"{key} is {size}; at least 1 is needed.")
 
     def sizes(self) -> dict[str, Any]:
         """The sizes by name, of a subclass too: what another `Shape` is made from."""

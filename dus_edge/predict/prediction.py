@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from dus_edge.errors import UsageError
 from dus_edge.predict.devices import Device, find_device, recognise
 from dus_edge.predict.fit import Verdict, best_preset, devices_that_run, judge, settings_on
-from dus_edge.predict.memory.torch import VALUE_BYTES
 from dus_edge.predict.speed.device import device_speed
 from dus_edge.predict.speed.predict import PredictedSpeed, predict
-from dus_edge.predict.speed.work import Work
-from dus_edge.predict.stored_model import KV_TYPES, RunSettings, StoredModel, kv_types
+from dus_edge.predict.speed.work import work_of
+from dus_edge.predict.stored_model import RunSettings, StoredModel, kv_types
 
 #: Context that fit is judged at unless asked otherwise; or the model's own, if that is shorter.
 CONTEXT = 4096
@@ -134,20 +133,3 @@ def where_it_runs(
 ) -> list[Verdict]:
     """Every device, in every memory size, that holds the whole model."""
     return devices_that_run(candidate.model, settings, platform=platform)
-
-
-def work_of(model: StoredModel, settings: RunSettings) -> Work:
-    """What one token costs a model as it is stored."""
-    weights: dict[str, float] = {}
-    for tensor in model.tensors:
-        if tensor.layer is None and tensor is not model.head:
-            continue  # the embedding is looked up, norms are nothing
-        if tensor.n_rows > 1:
-            weights[tensor.kind] = weights.get(tensor.kind, 0) + tensor.n_rows * tensor.n_cols
-    if model.torch is not None:
-        per_value = float(VALUE_BYTES[model.torch.values])
-        return Work(
-            model.n_layers, model.n_heads, model.n_kv_heads, model.head_dim, weights, per_value
-        )
-    per_value = sum(KV_TYPES[t].bits_per_weight for t in (settings.type_k, settings.type_v)) / 16
-    return Work(model.n_layers, model.n_heads, model.n_kv_heads, model.head_dim, weights, per_value)

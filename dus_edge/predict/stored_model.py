@@ -92,11 +92,6 @@ class StoredModel(Shape):
     tensors: tuple[TensorSize, ...] = field(repr=False)
     torch: TorchForm | None = None
 
-    def __post_init__(self) -> None:
-        for key, size in self.sizes().items():
-            if size < 1:
-                raise UsageError(f"{self.name}: {key} is {size}; at least 1 is needed.")
-
     @classmethod
     def of_shape(
         cls,

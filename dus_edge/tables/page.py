@@ -22,11 +22,11 @@ from dus_edge.predict.fit import UNSURE, choose_preset, layers_that_fit, setting
 from dus_edge.predict.memory.folder import TorchPreset, model_of_preset
 from dus_edge.predict.memory.llama import memory_use, model_of_config, usable_bytes, usual_platform
 from dus_edge.predict.memory.torch import kernel_note
-from dus_edge.predict.prediction import StorableModel, memory_settings, predict_on, work_of
+from dus_edge.predict.prediction import StorableModel, memory_settings, predict_on
 from dus_edge.predict.report import speed_json
 from dus_edge.predict.speed.device import DeviceSpeed, device_speed
 from dus_edge.predict.speed.predict import predict
-from dus_edge.predict.speed.work import Work
+from dus_edge.predict.speed.work import Work, work_of
 from dus_edge.predict.stored_model import RunSettings, StoredModel
 from dus_edge.progress import Advance
 from dus_edge.tables.predicted import solar_config

@@ -133,7 +133,7 @@ def predict(
 
     Args:
         device: see `device_speed`.
-        work: see `dense_work`.
+        work: see `work_of`.
         depth: tokens in the KV cache before the prompt or the token.
         n_prompt: tokens of the prompt, as in ``pp512``.
         era: of the llama.cpp build, one of `ERAS`.
@@ -159,7 +159,8 @@ def predict(
     if offloaded_layers is not None:
         if offloaded_layers < 0:
             raise UsageError(f"Offloaded layers are 0 or more, not {offloaded_layers}.")
-        outside = 1 - min(offloaded_layers, work.n_layers + 1) / (work.n_layers + 1)
+        n_parts = work.shape.n_layers + 1
+        outside = 1 - min(offloaded_layers, n_parts) / n_parts
     if any(map(gptq.is_gptq, work.weights)):
         return _predict_gptq(device, work, depth, outside, kernel or gptq.KERNELS[0])
     if kernel is not None:

@@ -174,8 +174,8 @@ def features(cases: Sequence[Case], terms: Terms, which: str) -> Features:
     column = {
         "bandwidth": [c.device.bandwidth_gbps * 1e9 for c in cases],
         "matmul": [c.device.matmul_tflops * 1e12 for c in cases],
-        "layers": [c.work.n_layers for c in cases],
-        "attention": [4 * c.work.n_layers * c.work.n_heads * c.work.head_dim for c in cases],
+        "layers": [c.work.shape.n_layers for c in cases],
+        "attention": [4 * c.work.shape.n_layers * c.work.shape.q_width for c in cases],
         "kv": [c.work.kv_bytes_per_token for c in cases],
         "depth": [c.depth for c in cases],
         "prompt": [c.n_prompt for c in cases],

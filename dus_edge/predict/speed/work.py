@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dus_edge.errors import UsageError
+from dus_edge.families.shape import Shape
+from dus_edge.predict.memory.torch import VALUE_BYTES
 from dus_edge.predict.speed import gptq
+from dus_edge.predict.stored_model import KV_TYPES, RunSettings, StoredModel
 from dus_edge.quant import types
-from dus_edge.quant.recipe import ModelShape, Preset, tensor_type
 
 #: Types whose kernels work alike.
 GROUPS = ("f16", "q8", "q4", "k", "k_low")
@@ -47,23 +48,19 @@ class Work:
     """What one token costs a model, whatever the device.
 
     Attributes:
-        n_layers, n_heads, head_dim, n_kv_heads: of attention.
+        shape: of the model; attention's part is looked at.
         weights: type name (``Q4_K``, ``GPTQ4_128``, …) → weights that every token passes (active
             ones of a mixture of experts), without an embedding table that is only looked up.
         kv_bytes_per_value: 2 for f16, 34/32 for q8_0, 18/32 for q4_0.
     """
 
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
+    shape: Shape
     weights: Mapping[str, float]
     kv_bytes_per_value: float = 2.0
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "n_heads", "n_kv_heads", "head_dim", "kv_bytes_per_value"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} of the model must be positive.")
+        if not self.kv_bytes_per_value > 0:
+            raise UsageError("kv_bytes_per_value of the model must be positive.")
         for name, n in self.weights.items():
             group(name)
             if not n >= 0:
@@ -84,48 +81,20 @@ class Work:
     @property
     def kv_bytes_per_token(self) -> float:
         """Bytes of KV cache of one position."""
-        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * self.kv_bytes_per_value
+        return 2 * self.shape.n_layers * self.shape.kv_width * self.kv_bytes_per_value
 
 
-def dense_work(
-    preset: Preset,
-    *,
-    n_layers: int,
-    hidden: int,
-    ffn: int,
-    n_heads: int,
-    n_kv_heads: int,
-    vocab: int,
-    head_dim: int | None = None,
-    tied_head: bool = False,
-    kv_bytes_per_value: float = 2.0,
-) -> Work:
-    """The work of a dense Llama-form model in a preset, tensor by tensor as llama.cpp mixes types.
-
-    Raises:
-        UsageError: a size is not positive.
-    """
-    sizes = {
-        "n_layers": n_layers, "hidden": hidden, "ffn": ffn,
-        "n_heads": n_heads, "n_kv_heads": n_kv_heads, "vocab": vocab,
-    }  # fmt: skip
-    for name, value in sizes.items():
-        if value <= 0:
-            raise UsageError(f"{name} of the model must be positive, not {value}.")
-    head_dim = head_dim or hidden // n_heads
-    shape = ModelShape(n_layers, n_heads, n_kv_heads, tied_head)
-    q, kv = n_heads * head_dim, n_kv_heads * head_dim
-    parts = {
-        "attn_q": (q, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden),
-        "attn_output": (hidden, q), "ffn_gate": (ffn, hidden), "ffn_up": (ffn, hidden),
-        "ffn_down": (hidden, ffn),
-    }  # fmt: skip
-    tensors = {
-        f"blk.{i}.{part}.weight": size for i in range(n_layers) for part, size in parts.items()
-    }
-    tensors["token_embd.weight" if tied_head else "output.weight"] = (vocab, hidden)
+def work_of(model: StoredModel, settings: RunSettings) -> Work:
+    """What one token costs a model as it is stored, with the cache's types of `settings`."""
     weights: dict[str, float] = {}
-    for name, size in tensors.items():
-        kind = tensor_type(preset, name, size, shape).name
-        weights[kind] = weights.get(kind, 0) + math.prod(size)
-    return Work(n_layers, n_heads, n_kv_heads, head_dim, weights, kv_bytes_per_value)
+    for tensor in model.tensors:
+        if tensor.layer is None and tensor is not model.head:
+            continue  # the embedding is looked up, norms are nothing
+        if tensor.n_rows > 1:
+            weights[tensor.kind] = weights.get(tensor.kind, 0) + tensor.n_rows * tensor.n_cols
+    if model.torch is not None:
+        per_value = float(VALUE_BYTES[model.torch.values])
+    else:
+        kinds = (settings.type_k, settings.type_v)
+        per_value = sum(KV_TYPES[kind].bits_per_weight for kind in kinds) / 16
+    return Work(model, weights, per_value)
