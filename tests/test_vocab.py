@@ -24,7 +24,7 @@ import gguf
 import llama_cpp
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import (
     AddedToken,
@@ -42,6 +42,8 @@ from dus_edge.errors import CheckpointError, UnsupportedError
 from dus_edge.export.vocab import special as vocab_special
 from dus_edge.export.vocab import spm as vocab_spm
 from dus_edge.export.vocab.vocab import Vocab, read_vocab, vocab_metadata
+
+from .draws import examples
 
 VOCAB_SIZE = 1400  # of the SentencePiece models
 MULTILINGUAL = Path(__file__).parent / "data" / "multilingual.txt"
@@ -576,7 +578,7 @@ def test_ids_equal_the_source_for_random_text(cases: Any, name: str) -> None:
     marks = st.sampled_from([*case.special_texts, "a", " ", "\n", "한국", "1"])
     parses = name not in SPM_CASES[:4]
 
-    @settings(max_examples=120, deadline=None, database=None, derandomize=True)
+    @examples(120)
     @given(random_text | st.lists(marks, max_size=8).map("".join))
     def check(text: str) -> None:
         if not case.excluded(text, parses):
@@ -1185,7 +1187,7 @@ def test_the_protobuf_reader_agrees_with_sentencepiece(tmp_path: Path, lines: li
         assert (piece.type == vocab_spm.USER_DEFINED) == (piece.text in USER_DEFINED)
 
 
-@settings(max_examples=200, deadline=None, database=None, derandomize=True)
+@examples(200)
 @given(data=st.data())
 def test_damaged_sentencepiece_bytes_never_crash(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
