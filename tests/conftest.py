@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,55 @@ def compiled(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
 
     folder = tmp_path_factory.getbasetemp()
     compile_once(folder if worker_id == "master" else folder.parent)
+
+
+@pytest.fixture(scope="session")
+def vocab_lines() -> list[str]:
+    """What tokenizers are trained on."""
+    from .vocab_cases import corpus
+
+    return corpus()
+
+
+@pytest.fixture(scope="session")
+def load_vocab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Any], Any]]:
+    """Load a vocabulary into llama.cpp by way of a GGUF file."""
+    from .vocab_cases import LlamaVocab, write_gguf
+
+    loaded: list[LlamaVocab] = []
+
+    def load(vocab: Any) -> LlamaVocab:
+        path = tmp_path_factory.mktemp("gguf") / "vocab.gguf"
+        write_gguf(vocab, path)
+        loaded.append(LlamaVocab(path))
+        return loaded[-1]
+
+    yield load
+    for model in loaded:
+        model.free()
+
+
+@pytest.fixture(scope="session")
+def vocab_case(
+    tmp_path_factory: pytest.TempPathFactory,
+    vocab_lines: list[str],
+    load_vocab: Callable[[Any], Any],
+) -> Callable[[str], tuple[Any, Any, Any]]:
+    """Build a case once: the case, what we read of it, and llama.cpp with that."""
+    from dus_edge.export.vocab.vocab import read_vocab
+
+    from .vocab_cases import build_case
+
+    built: dict[str, tuple[Any, Any, Any]] = {}
+
+    def get(name: str) -> tuple[Any, Any, Any]:
+        if name not in built:
+            case = build_case(name, tmp_path_factory.mktemp(name), vocab_lines)
+            vocab = read_vocab(case.folder, case.size)
+            built[name] = case, vocab, load_vocab(vocab)
+        return built[name]
+
+    return get
 
 
 @pytest.fixture
