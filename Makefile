@@ -98,8 +98,9 @@ modelfiles: $(VENV)/run.stamp ## Render modelfiles/ anew.
 tables: $(VENV)/run.stamp ## Write benchmarks/TABLES.md: SOLAR on every known device.
 	@$(BIN)/dus-edge bench tables -o benchmarks --overwrite
 
+# Files in order: sorted by their number of tests, the longest would start last.
 test: $(VENV)/test.stamp ## Run the tests; they draw the same cases every time.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(TESTS)
 
 fuzz: $(VENV)/test.stamp ## Repeat the property tests with new draws for MINUTES.
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py "$(MINUTES)" -n auto
