@@ -70,4 +70,6 @@ def one_round(seed: int, timeout: float, folder: Path, options: tuple[str, ...])
 
 
 if __name__ == "__main__":
+    # Ended from outside, too, it leaves nothing running behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(fuzz(60 * float(sys.argv[1]), TESTS, *sys.argv[2:]))

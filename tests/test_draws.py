@@ -53,7 +53,7 @@ def test_every_run_draws_the_same(drawn):
     first = drawn()
     assert 55 <= len(first) <= 60  # hypothesis leaves out what it drew before
     assert len(set(first)) > 50
-    assert drawn(modules="dus_edge.words dus_edge.measure.measure", CI="true") == first
+    assert drawn(modules="dus_edge.words dus_edge.measure.workload", CI="true") == first
 
 
 def test_fuzzing_draws_anew_and_more(drawn):

@@ -39,8 +39,8 @@ SMALL_MODEL = (
 REFUSED = {
     "no tokenizer": ({}, "neither tokenizer.model nor tokenizer.json"),
     "tekken only": ({"tekken": {}}, "Mistral's own format"),
-    "broken json": ({"tokenizer.json": "{"}, "not valid JSON"),
-    "not an object": ({"tokenizer": []}, "object is expected"),
+    "broken json": ({"tokenizer.json": "{"}, "cannot be read as JSON"),
+    "not an object": ({"tokenizer": []}, "not a JSON object"),
     "not utf-8": ({"tokenizer.json": b"\xff\xfe"}, "UTF-8"),
     "no model": ({"tokenizer": {"model": None}}, "no model object"),
     "broken config": ({"tokenizer": TINY, "tokenizer_config.json": "[}"}, "tokenizer_config.json"),
