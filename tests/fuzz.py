@@ -39,8 +39,9 @@ def fuzz(seconds: float, folder: Path = TESTS, *options: str) -> int:
             break
         n += 1
         if code:
-            tests_failed = code == 1
-            print(KEEP.format(seed=seed) if tests_failed else f"pytest ended with {code}.")
+            # 2 is what stopping at the first failure ends with under pytest-xdist.
+            failed = code in (1, 2)
+            print(KEEP.format(seed=seed) if failed else f"pytest ended with {code}.")
             return 1
         print(f"Round {n}: no failure.", flush=True)
     print(f"Time is up: {n} whole rounds and part of one more, no failure.")

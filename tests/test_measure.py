@@ -217,7 +217,10 @@ def test_a_gguf_file_is_measured(gguf):
         line = measurement_json(m)
         assert line.keys() >= LLAMA_BENCH_KEYS
         assert len(line["samples_ns"]) == 2 and min(line["samples_ns"]) > 0
-        assert line["avg_ns"] * line["avg_ts"] / 1e9 == pytest.approx(m.test.n_tokens, rel=0.5)
+        pairs = zip(line["samples_ns"], line["samples_ts"], strict=True)
+        assert [ns * ts / 1e9 for ns, ts in pairs] == pytest.approx([m.test.n_tokens] * 2)
+        assert min(line["samples_ns"]) <= line["avg_ns"] <= max(line["samples_ns"])
+        assert min(line["samples_ts"]) <= line["avg_ts"] <= max(line["samples_ts"])
         assert line["model_n_params"] == 5771520
         assert line["peak_memory_bytes"] > line["baseline_memory_bytes"] > 0
         assert line["load_s"] > 0
