@@ -12,6 +12,7 @@ IMATRIX   ?=
 BITS      ?= 4
 GROUP     ?= 128
 TEXT      ?=
+MINUTES   ?= 5
 
 PYTHON ?= python3
 VENV   := .venv
@@ -46,7 +47,7 @@ HELDOUT := $(if $(filter pico,$(BASE)),"$(BENCH)/heldout")
 .DEFAULT_GOAL := help
 # Two pips must not write one environment at the same time.
 .NOTPARALLEL:
-.PHONY: help gguf gptq imatrix modelfiles upscale interop tables test lint bench bench-export clean
+.PHONY: help gguf gptq imatrix modelfiles upscale interop tables test fuzz lint bench bench-export clean
 
 help: ## List the targets.
 	@echo "Targets:"
@@ -62,7 +63,8 @@ help: ## List the targets.
 	  "IMATRIX=$(IMATRIX)" "importance matrix for gguf: a file, or auto to collect it" \
 	  "BITS=$(BITS)" "bits of gptq: 2, 3, 4 or 8; empty: bench without gptq" \
 	  "GROUP=$(GROUP)" "columns of gptq that share a scale; -1: the whole row" \
-	  "TEXT=$(TEXT)" "calibration text, files or folders; empty: built in"
+	  "TEXT=$(TEXT)" "calibration text, files or folders; empty: built in" \
+	  "MINUTES=$(MINUTES)" "how long fuzz goes on"
 
 gguf: $(GGUF_STAMPS) ## Up-scale BASE to a GGUF of preset QUANT, with its Modelfile.
 	@$(BIN)/dus-edge gguf "$(BASE)" $(PLAN) $(foreach q,$(subst $(comma), ,$(QUANT)),-q $(q)) \
@@ -96,8 +98,12 @@ modelfiles: $(VENV)/run.stamp ## Render modelfiles/ anew.
 tables: $(VENV)/run.stamp ## Write benchmarks/TABLES.md: SOLAR on every known device.
 	@$(BIN)/dus-edge bench tables -o benchmarks --overwrite
 
-test: $(VENV)/test.stamp ## Run the tests.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)
+# Files in order: sorted by their number of tests, the longest would start last.
+test: $(VENV)/test.stamp ## Run the tests; they draw the same cases every time.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(TESTS)
+
+fuzz: $(VENV)/test.stamp ## Repeat the property tests with new draws for MINUTES.
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py "$(MINUTES)" -n auto
 
 lint: $(VENV)/test.stamp ## Check style.
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

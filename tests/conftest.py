@@ -1,20 +1,53 @@
-"""Fixtures that several test modules share: random checkpoints of any shape, pico, the CLI."""
+"""What several test modules share: checkpoints of any shape, pico, the CLI; how tests draw.
+
+Hypothesis draws the same cases on every run, unless its profile is "fuzz" (`make fuzz`, or
+``--hypothesis-profile=fuzz``, or ``HYPOTHESIS_PROFILE=fuzz`` in the environment).
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
 from dus_edge.checkpoint.builtin import model_dir
 from dus_edge.checkpoint.config import parse_config, tensor_shapes
+
+# Nothing here depends on the clock: a slow machine fails no test.
+settings.register_profile(
+    "default",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=False,
+)
+settings.register_profile(
+    "fuzz", settings.get_profile("default"), derandomize=False, max_examples=500, print_blob=True
+)
+# Before test modules are imported: their own settings take the rest from the profile of then.
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_modifyitems() -> None:
+    """Keep draws apart from what else ran.
+
+    Hypothesis mixes in constants that it reads in the sources of the modules imported so far,
+    and which these are depends on the tests that ran before in the same process.
+    """
+    if settings().derandomize:
+        providers._get_local_constants = lambda: providers.Constants()
+
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
@@ -109,6 +142,67 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
 def pico() -> Path:
     """The built-in base's folder."""
     return model_dir()
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
+    """All kernels are compiled: each by whichever process of pytest-xdist comes to it first.
+
+    The others take what that one left in the cache.
+    """
+    from .native_cases import compile_once
+
+    folder = tmp_path_factory.getbasetemp()
+    compile_once(folder if worker_id == "master" else folder.parent)
+
+
+@pytest.fixture(scope="session")
+def vocab_lines() -> list[str]:
+    """What tokenizers are trained on."""
+    from .vocab_cases import corpus
+
+    return corpus()
+
+
+@pytest.fixture(scope="session")
+def load_vocab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Any], Any]]:
+    """Load a vocabulary into llama.cpp by way of a GGUF file."""
+    from .vocab_cases import LlamaVocab, write_gguf
+
+    loaded: list[LlamaVocab] = []
+
+    def load(vocab: Any) -> LlamaVocab:
+        path = tmp_path_factory.mktemp("gguf") / "vocab.gguf"
+        write_gguf(vocab, path)
+        loaded.append(LlamaVocab(path))
+        return loaded[-1]
+
+    yield load
+    for model in loaded:
+        model.free()
+
+
+@pytest.fixture(scope="session")
+def vocab_case(
+    tmp_path_factory: pytest.TempPathFactory,
+    vocab_lines: list[str],
+    load_vocab: Callable[[Any], Any],
+) -> Callable[[str], tuple[Any, Any, Any]]:
+    """Build a case once: the case, what we read of it, and llama.cpp with that."""
+    from dus_edge.export.vocab.vocab import read_vocab
+
+    from .vocab_cases import build_case
+
+    built: dict[str, tuple[Any, Any, Any]] = {}
+
+    def get(name: str) -> tuple[Any, Any, Any]:
+        if name not in built:
+            case = build_case(name, tmp_path_factory.mktemp(name), vocab_lines)
+            vocab = read_vocab(case.folder, case.size)
+            built[name] = case, vocab, load_vocab(vocab)
+        return built[name]
+
+    return get
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -20,6 +20,8 @@ from dus_edge.errors import CheckpointError, DependencyError, OutputError
 from dus_edge.export import bnb, hf
 from dus_edge.jobs.checkpoint import export_checkpoint
 from dus_edge.upscale.model import find_model, plan_chooser
+
+from .draws import examples
 
 UP_SCALED = plan_chooser(None, None, (), True)
 SCHEMES = {"nf4": bnb.NF4, "nf4-single": bnb.Scheme("nf4", double_quant=False), "int8": bnb.INT8}
@@ -158,7 +160,7 @@ class ArrayCheckpoint(Checkpoint):
         return rows
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(25, suppress_health_check=list(HealthCheck))
 @given(
     scheme=st.sampled_from(sorted(SCHEMES)),
     dtype=st.sampled_from(["BF16", "F16", "F32"]),

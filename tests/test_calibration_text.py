@@ -16,7 +16,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dus_edge.checkpoint.builtin import model_dir
@@ -32,6 +32,8 @@ from dus_edge.text.documents import (
     read_documents,
 )
 from dus_edge.upscale.model import plan_chooser
+
+from .draws import examples
 
 VOCAB_SIZE = 4096
 SPLITS = ("calibration", "evaluation")
@@ -223,7 +225,7 @@ def test_tokens_beyond_the_embedding_are_refused() -> None:
 # -- cutting ------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None, database=None, derandomize=True)
+@examples(200)
 @given(
     parts=st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 60)), min_size=1, max_size=6),
     n_ctx=st.integers(2, 20),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -152,7 +153,7 @@ def test_plain_progress_has_rate_and_time(cli, tmp_path):
     last = run.stderr.splitlines()[-1]
     assert last.startswith("Quantizing: 100%")
     assert "M weights/s" in last
-    assert "took 0:0" in last
+    assert re.search(r"took \d+:\d\d", last)
 
 
 def test_make_alone_lists_the_targets():

@@ -1,9 +1,8 @@
-"""The GGUF sink against llama.cpp: whole files byte for byte, sizes, logits, metadata."""
+"""The GGUF sink against llama.cpp: what is quantized and when, sizes, metadata, text."""
 
 from __future__ import annotations
 
 import ast
-import ctypes
 import math
 from collections import Counter
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 from dus_edge.checkpoint.config import load_config, tensor_shapes, with_layers
 from dus_edge.export.gguf.sink import conversions, model_shape, plan_file
 from dus_edge.families.family import load_families
-from dus_edge.jobs.gguf import export_gguf
 from dus_edge.quant import types as t
 from dus_edge.quant.choose import DEFAULT, QUANTIZERS, find_quantizer
 from dus_edge.quant.recipe import PRESETS, tensor_type
@@ -24,88 +22,9 @@ from dus_edge.upscale.model import find_model, plan_chooser
 from dus_edge.upscale.plan import from_drop
 from dus_edge.upscale.view import base_tensor_name
 
-SILENT = llama_cpp.llama_log_callback(lambda level, text, data: None)
-llama_cpp.llama_log_set(SILENT, ctypes.c_void_p(0))
+from .gguf_cases import SHAPES, export
 
 LLAMA = load_families()["llama"]
-
-#: Shapes that trigger every rule and fallback, as overrides of the smallest Llama.
-SHAPES = {
-    "gqa-256": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8},
-    "mha": {"hidden_size": 256, "intermediate_size": 256, "num_key_value_heads": 4},
-    # n_gqa >= 4 is a rule of q2_k.
-    "gqa-4": {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 256},
-    "tied": {"hidden_size": 256, "intermediate_size": 256, "tie_word_embeddings": True},
-    # 576 = SmolLM's width, no multiple of 256; 172 is none of 32.
-    "fallback-32": {"hidden_size": 288, "num_attention_heads": 6, "intermediate_size": 320},
-    "fallback-f16": {"hidden_size": 96, "intermediate_size": 172},
-    "tied-narrow": {"hidden_size": 96, "intermediate_size": 172, "tie_word_embeddings": True},
-    "80-layers": {
-        "hidden_size": 256,
-        "intermediate_size": 256,
-        "num_hidden_layers": 53,
-        "plan": "0:40,13:53",
-        "vocab_size": 4100,
-    },
-    "80-layers-mha": {
-        "hidden_size": 256,
-        "intermediate_size": 256,
-        "num_hidden_layers": 80,
-        "num_key_value_heads": 4,
-        "plan": "0:80",
-        "vocab_size": 4097,
-    },
-    "odd-vocabulary": {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 4099},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "head-dim": {"hidden_size": 256, "intermediate_size": 256, "head_dim": 32},
-}
-
-
-def export(
-    base: Path | str, out: Path, *presets: str, plan: str | None = None, quantizer: str = DEFAULT
-) -> dict[str, Path]:
-    """Export as a user does and give the files by preset."""
-    choose = plan_chooser(None, None, (plan,) if plan else (), True)
-    chosen = [PRESETS[p] for p in presets]
-    result = export_gguf(str(base), choose, chosen, out, quantizer=quantizer)
-    for written in result.outputs:
-        assert written.path.stat().st_size == written.nbytes
-    return {w.preset: w.path for w in result.outputs}
-
-
-def llama_quantize(source: Path, target: Path, preset: str) -> None:
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = PRESETS[preset].file_type
-    params.nthread = 2
-    code = llama_cpp.llama_model_quantize(
-        str(source).encode(), str(target).encode(), ctypes.byref(params)
-    )
-    assert code == 0
-
-
-def assert_same_as_llama_quantize(files: dict[str, Path], tmp_path: Path) -> None:
-    for preset, ours in files.items():
-        theirs = tmp_path / "theirs.gguf"
-        llama_quantize(files["f32"], theirs, preset)
-        assert ours.read_bytes() == theirs.read_bytes(), preset
-
-
-@pytest.mark.parametrize("dtype", ["BF16", "F32", "F16"])
-def test_pico_upscaled_is_what_llama_quantize_writes(pico, tmp_path, dtype, make_checkpoint):
-    base = pico
-    if dtype != "BF16":  # pico ships in bf16; other dtypes on random weights of its shape
-        base = make_checkpoint(dtype=dtype, **SHAPES["gqa-256"])
-    files = export(base, tmp_path / "out", *PRESETS, quantizer="ggml")
-    assert_same_as_llama_quantize(files, tmp_path)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_every_rule_is_llama_cpps(make_checkpoint, tmp_path, shape):
-    overrides = dict(SHAPES[shape])
-    plan = overrides.pop("plan", None)
-    base = make_checkpoint(**overrides)
-    files = export(base, tmp_path / "out", *PRESETS, plan=plan, quantizer="ggml")
-    assert_same_as_llama_quantize(files, tmp_path)
 
 
 def test_a_tensor_is_quantized_once_per_type(make_checkpoint, tmp_path, monkeypatch):

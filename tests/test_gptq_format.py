@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dus_edge.errors import UsageError
@@ -21,6 +21,8 @@ from dus_edge.quant.gptq_format import (
     tensor_specs,
     unpack,
 )
+
+from .draws import examples
 
 each_bits = pytest.mark.parametrize("bits", GPTQ_BITS)
 
@@ -47,7 +49,7 @@ def autogptq_3bit(q: list[int]) -> list[int]:
     st.integers(1, 5),
     st.integers(0, 2**32 - 1),
 )
-@settings(deadline=None, max_examples=60)
+@examples(60)
 def test_packing_is_a_stream_of_bits(bits, axis, units, width, seed):
     shape = (32 * units, width) if axis == 0 else (width, 32 * units)
     codes = np.random.default_rng(seed).integers(0, 2**bits, shape).astype(np.uint8)
@@ -83,7 +85,7 @@ def random_codes(bits: int, n_out: int, n_in: int, width: int, seed: int) -> Sim
     st.sampled_from((32, 96)),
     st.integers(0, 2**32 - 1),
 )
-@settings(deadline=None, max_examples=40)
+@examples(40)
 def test_stored_tensors_mean_the_weights(bits, group_size, n_out, seed):
     chosen = GPTQSettings(bits=bits, group_size=group_size, sym=False)
     n_in = 192

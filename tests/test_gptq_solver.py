@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dus_edge.checkpoint.builtin import BUILTIN
@@ -18,6 +18,9 @@ from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint
 from dus_edge.errors import CheckpointError, UsageError
 from dus_edge.quant import gptq, gptq_format, gptq_loops
 from dus_edge.quant.gptq import GPTQSettings
+
+from .cases import check_each
+from .draws import examples
 
 #: Shares of the covering scale that are tried: first and last, by bits.
 SHARES = {2: (1.2, 0.6), 3: (1.1, 0.65), 4: (1.05, 0.75), 8: (1.02, 0.95)}
@@ -156,14 +159,13 @@ def pico_layers() -> dict[str, torch.Tensor]:
     st.sampled_from((0.01, 0.1)),
     st.integers(0, 2**32 - 1),
 )
-@settings(deadline=None, max_examples=25)
+@examples(25)
 def test_solves_as_the_paper_does_the_long_way(options, block, damp, seed):
     check_long_way(options, block, damp, seed)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_every_combination_of_options(options):
-    check_long_way(options, 64, 0.01, 7)
+def test_every_combination_of_options():
+    check_each(check_long_way, OPTIONS, [64], [0.01], [7])
 
 
 def check_long_way(options: tuple, block: int, damp: float, seed: int) -> None:

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dus_edge import data
@@ -22,6 +22,8 @@ from dus_edge.predict.speed.roofline import Case, tg_terms
 from dus_edge.predict.speed.work import Work, bytes_per_weight
 from dus_edge.quant import gptq_format
 
+from .cases import check_each
+from .draws import examples
 from .scripts import BENCHMARKS, load_script
 from .shapes import attention, dense_work
 
@@ -56,17 +58,19 @@ def fresh(fit_gptq_speed) -> tuple[dict, list[dict]]:
 # --- sizes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
-def test_bytes_are_those_of_the_stored_tensors(bits, group_size):
+def test_bytes_are_those_of_the_stored_tensors():
     n_out, n_in = 96, 512
-    form = gptq_format.GPTQSettings(bits=bits, group_size=group_size)
-    specs = gptq_format.tensor_specs((n_out, n_in), form)
-    sizes = {name: math.prod(shape) * np.dtype(d).itemsize for name, (d, shape) in specs.items()}
-    whole_row = group_size == -1
-    kind = g.kind_name(bits, None if whole_row else group_size)
-    parts = ("qweight",) if whole_row else ("qweight", "qzeros", "scales")
-    assert bytes_per_weight(kind) * n_out * n_in == sum(sizes[x] for x in parts)
+
+    def check(bits, group_size):
+        form = gptq_format.GPTQSettings(bits=bits, group_size=group_size)
+        specs = gptq_format.tensor_specs((n_out, n_in), form)
+        sizes = {k: math.prod(shape) * np.dtype(d).itemsize for k, (d, shape) in specs.items()}
+        whole_row = group_size == -1
+        kind = g.kind_name(bits, None if whole_row else group_size)
+        parts = ("qweight",) if whole_row else ("qweight", "qzeros", "scales")
+        assert bytes_per_weight(kind) * n_out * n_in == sum(sizes[x] for x in parts)
+
+    check_each(check, [2, 3, 4, 8], [32, 64, 128, -1])
 
 
 @pytest.mark.parametrize(
@@ -87,37 +91,42 @@ def test_other_names_are_none_of_gptq(name):
 # --- predictions --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernel", g.KERNELS)
-@pytest.mark.parametrize("name", CUDA)
-def test_every_card_has_an_ordered_prediction_of_generation_alone(name, kernel):
-    d = device(name)
-    speed = predict(d, work(), kernel=kernel)
-    assert 0 < speed.tg_tokens_per_s_low < speed.tg_tokens_per_s < speed.tg_tokens_per_s_high
-    assert speed.tg_tokens_per_s < d.bandwidth_gbps * 1e9 / work().weight_bytes
-    assert speed.pp_tokens_per_s is speed.pp_tokens_per_s_low is speed.pp_tokens_per_s_high is None
+def test_every_card_has_an_ordered_prediction_of_generation_alone():
+    def check(name, kernel):
+        d = device(name)
+        speed = predict(d, work(), kernel=kernel)
+        assert 0 < speed.tg_tokens_per_s_low < speed.tg_tokens_per_s < speed.tg_tokens_per_s_high
+        assert speed.tg_tokens_per_s < d.bandwidth_gbps * 1e9 / work().weight_bytes
+        assert speed.pp_tokens_per_s is None
+        assert speed.pp_tokens_per_s_low is speed.pp_tokens_per_s_high is None
+
+    check_each(check, CUDA, g.KERNELS)
 
 
-@pytest.mark.parametrize("kernel", g.KERNELS)
-@pytest.mark.parametrize("name", CUDA)
-def test_the_interval_is_no_narrower_than_llama_cpps(name, kernel):
-    ours = predict(device(name), work(), kernel=kernel)
-    theirs = predict(device(name), dense_work("q4_0"))
-    for end in ("low", "high"):
-        mine, other = (
-            abs(math.log(getattr(x, f"tg_tokens_per_s_{end}") / x.tg_tokens_per_s))
-            for x in (ours, theirs)
-        )
-        assert mine >= other - 1e-12
+def test_the_interval_is_no_narrower_than_llama_cpps():
+    def check(name, kernel):
+        ours = predict(device(name), work(), kernel=kernel)
+        theirs = predict(device(name), dense_work("q4_0"))
+        for end in ("low", "high"):
+            mine, other = (
+                abs(math.log(getattr(x, f"tg_tokens_per_s_{end}") / x.tg_tokens_per_s))
+                for x in (ours, theirs)
+            )
+            assert mine >= other - 1e-12
+
+    check_each(check, CUDA, g.KERNELS)
 
 
-@pytest.mark.parametrize("name", CUDA)
-def test_the_server_costs_and_exllamav2_is_the_default(name):
-    d = device(name)
-    first, second = (predict(d, work(), kernel=k) for k in g.KERNELS)
-    assert predict(d, work()) == first
-    assert (first.engine, second.engine) == ("ExLlamaV2", "vLLM (Marlin)")
-    assert predict(d, dense_work("q4_0")).engine == "llama.cpp"
-    assert second.tg_tokens_per_s < first.tg_tokens_per_s
+def test_the_server_costs_and_exllamav2_is_the_default():
+    def check(name):
+        d = device(name)
+        first, second = (predict(d, work(), kernel=k) for k in g.KERNELS)
+        assert predict(d, work()) == first
+        assert (first.engine, second.engine) == ("ExLlamaV2", "vLLM (Marlin)")
+        assert predict(d, dense_work("q4_0")).engine == "llama.cpp"
+        assert second.tg_tokens_per_s < first.tg_tokens_per_s
+
+    check_each(check, CUDA)
 
 
 def test_codes_smaller_than_q4_0_are_faster_and_smaller_groups_slower():
@@ -130,7 +139,7 @@ def test_codes_smaller_than_q4_0_are_faster_and_smaller_groups_slower():
     assert 1 < rates[2] / q4_0.tg_tokens_per_s < 1.1
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     name=st.sampled_from(CUDA),
     kernel=st.sampled_from(g.KERNELS),

@@ -11,7 +11,7 @@ import gguf as gguf_py
 import llama_cpp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dus_edge.errors import CheckpointError
@@ -28,6 +28,7 @@ from dus_edge.quant.recipe import PRESETS
 from dus_edge.upscale.model import find_model, plan_chooser
 
 from . import llama_imatrix
+from .draws import examples
 
 SILENT = llama_cpp.llama_log_callback(lambda level, text, data: None)
 llama_cpp.llama_log_set(SILENT, ctypes.c_void_p(0))
@@ -194,29 +195,37 @@ def test_other_files_are_refused(tmp_path):
         read_imatrix(tmp_path)
 
 
-@pytest.mark.parametrize("write", [write_imatrix, write_legacy])
-def test_damaged_files_are_refused_or_read_but_never_crash(tmp_path, write):
-    path = tmp_path / "imatrix"
-    importance = example()
-    write(path, importance)
-    whole = path.read_bytes()
-    # What may be missing: the GGUF format's last padding, the older one's trailer.
-    optional = 28 if write is write_imatrix else 8 + len(importance.datasets[-1].encode())
+@pytest.fixture(scope="module")
+def whole_files(tmp_path_factory) -> dict[str, tuple[bytes, int]]:
+    """A file of each format, and how many of its last bytes may be missing: the GGUF format's
+    padding, the older one's trailer."""
+    path, importance = tmp_path_factory.mktemp("whole") / "imatrix", example()
+    trailer = 8 + len(importance.datasets[-1].encode())
+    found = {}
+    for write, optional in ((write_imatrix, 28), (write_legacy, trailer)):
+        write(path, importance)
+        found[write.__name__] = (path.read_bytes(), optional)
+    return found
 
-    @settings(max_examples=150, deadline=None)
-    @given(st.integers(0, len(whole) - 1), st.integers(0, 255), st.booleans())
-    def check(at: int, byte: int, cut: bool) -> None:
-        path.write_bytes(whole[:at] if cut else whole[:at] + bytes([byte]) + whole[at + 1 :])
-        try:
-            read = read_imatrix(path)
-        except CheckpointError as e:
-            assert str(e).startswith(str(path))
-        else:
-            assert not cut or at >= len(whole) - optional
-            for name, sums in read.sums.items():
-                assert np.isfinite(sums).all() and (sums >= 0).all() and read.counts[name] >= 0
 
-    check()
+@pytest.mark.parametrize("write", ["write_imatrix", "write_legacy"])
+@examples(150)
+@given(st.integers(0, 1 << 16), st.integers(0, 255), st.booleans())
+def test_damaged_files_are_refused_or_read_but_never_crash(
+    whole_files, tmp_path_factory, write, at, byte, cut
+):
+    whole, optional = whole_files[write]
+    at %= len(whole)
+    path = tmp_path_factory.getbasetemp() / "damaged.imatrix"
+    path.write_bytes(whole[:at] if cut else whole[:at] + bytes([byte]) + whole[at + 1 :])
+    try:
+        read = read_imatrix(path)
+    except CheckpointError as e:
+        assert str(e).startswith(str(path))
+    else:
+        assert not cut or at >= len(whole) - optional
+        for name, sums in read.sums.items():
+            assert np.isfinite(sums).all() and (sums >= 0).all() and read.counts[name] >= 0
 
 
 # --- the model's tensors -------------------------------------------------------------------------

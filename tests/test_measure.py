@@ -8,11 +8,12 @@ import mmap
 import os
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dus_edge.errors import CheckpointError, DependencyError, DusEdgeError, UsageError
@@ -124,21 +125,83 @@ def test_settings_that_cannot_be_are_refused(wrong):
         BenchSettings(**wrong)
 
 
+def measured_once(
+    name: str = "m.gguf",
+    samples: Sequence[int] = (10**9,),
+    n_bytes: int | None = None,
+    joules: float | None = None,
+    load_s: float | None = 1.0,
+    test: Workload = Workload(512, 0, 4096),  # noqa: B008
+) -> Measurement:
+    memory = None if n_bytes is None else MeasuredMemory(0, n_bytes, "rss")
+    about = About("x", None, None, None, None, name, "llama", None, None)
+    tokens = (test.n_tokens,) * len(samples)
+    return Measurement(about, test, tuple(samples), tokens, "", load_s, None, memory, joules)
+
+
+#: A name, times, bytes and joules that once made a line of 82 columns.
+WIDE = ("a" * 9, [10**5, 2 * 10**5], 10**13, 5e-324)
+
+
 @given(
     st.text("abcdefgh-_.日本", min_size=1, max_size=90),
     st.lists(st.integers(10**5, 10**12), min_size=1, max_size=3),
-    st.one_of(st.none(), st.integers(0, 10**13)),
-    st.one_of(st.none(), st.floats(0, 1e6)),
+    st.none() | st.integers(0, 10**13),
+    st.none() | st.floats(0, 1e6),
 )
+@example(*WIDE)
 def test_no_line_of_a_table_is_over_80_columns(name, samples, n_bytes, joules):
-    memory = None if n_bytes is None else MeasuredMemory(0, n_bytes, "rss")
-    about = About("x", None, None, None, None, name, "llama", None, None)
-    one = Measurement(
-        about, Workload(512, 0, 4096), tuple(samples), (512,) * len(samples), "", 1.0, None, memory,
-        joules,
-    )  # fmt: skip
+    one = measured_once(name, samples, n_bytes, joules)
     assert all(len(line) <= 80 for line in speed_table([one, one]).splitlines())
     assert json.loads(json_lines([one]))["peak_memory_bytes"] == n_bytes
+
+
+@given(
+    st.text("abcdefgh-_.日本", min_size=1, max_size=90),
+    st.lists(st.integers(1, 10**300), min_size=1, max_size=3),
+    st.none() | st.integers(0, 10**300),
+    st.none() | st.floats(),
+    st.none() | st.floats(),
+    st.builds(
+        Workload,
+        st.integers(1, 10**30),
+        st.just(0) | st.integers(1, 10**30),
+        st.just(0) | st.integers(1, 10**30),
+    ),
+)
+@example("m", [1, 10**300], 10**300, -5e-324, -5e-324, Workload(10**30, 10**30, 10**30))
+@example("m", [10**300, 10**300 - 1], 10**300, math.inf, math.nan, Workload(1, 0))
+def test_the_most_extreme_numbers_keep_a_table_readable(
+    name, samples, n_bytes, joules, load_s, test
+):
+    """Every number whole and its own, every row as wide as the head; names at least begun."""
+    lines = speed_table(
+        [measured_once(name, samples, n_bytes, joules, load_s, test), measured_once()]
+    ).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert len(lines[0]) <= 80
+    head, extreme, plain = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])
+    )
+    assert len(head) == len(extreme) == len(plain)
+    found = dict(zip(head, extreme, strict=True))
+    for key, whole in (("model", Path(name).name), ("test", test.name)):
+        assert found[key][:1] == whole[:1] and len(found[key]) >= min(len(whole), 6)
+    s = speed(samples, [test.n_tokens] * len(samples))
+    shown = dict(zip(("avg", "dev"), found["tokens/s"].split(" ± "), strict=True))
+    shown |= {"load": found.get("load s"), "joules": found.get("J/token")}
+    meant = {"avg": s.avg_ts, "dev": s.stddev_ts, "load": load_s, "joules": joules}
+    for key, value in meant.items():
+        if value is None:
+            assert not shown[key]
+        else:
+            # Two decimals, or two digits that count: the largest may round to infinity.
+            value = float(f"{value:.1e}")
+            assert float(shown[key]) == pytest.approx(value, rel=0.051, abs=0.0051, nan_ok=True)
+    if n_bytes is not None:
+        amount, unit = found["memory"].split()
+        size = float(amount) * 1024 ** ("B", "KiB", "MiB", "GiB").index(unit)
+        assert size == pytest.approx(n_bytes, rel=0.051)
 
 
 # llama.cpp
@@ -154,7 +217,10 @@ def test_a_gguf_file_is_measured(gguf):
         line = measurement_json(m)
         assert line.keys() >= LLAMA_BENCH_KEYS
         assert len(line["samples_ns"]) == 2 and min(line["samples_ns"]) > 0
-        assert line["avg_ns"] * line["avg_ts"] / 1e9 == pytest.approx(m.test.n_tokens, rel=0.5)
+        pairs = zip(line["samples_ns"], line["samples_ts"], strict=True)
+        assert [ns * ts / 1e9 for ns, ts in pairs] == pytest.approx([m.test.n_tokens] * 2)
+        assert min(line["samples_ns"]) <= line["avg_ns"] <= max(line["samples_ns"])
+        assert min(line["samples_ts"]) <= line["avg_ts"] <= max(line["samples_ts"])
         assert line["model_n_params"] == 5771520
         assert line["peak_memory_bytes"] > line["baseline_memory_bytes"] > 0
         assert line["load_s"] > 0

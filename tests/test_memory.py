@@ -8,7 +8,7 @@ import re
 import struct
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dus_edge import data
@@ -19,6 +19,8 @@ from dus_edge.predict.memory.graph import FreeSpace, graph_bytes, shape_only
 from dus_edge.predict.memory.llama import memory_use, model_of_config, read_gguf
 from dus_edge.predict.stored_model import MIB, RunSettings, kv_types
 from dus_edge.quant.recipe import find_preset
+
+from .draws import examples
 
 LIMIT = 0.03
 
@@ -196,7 +198,7 @@ def test_which_layers_are_offloaded():
     flash=st.booleans(),
     kind=st.sampled_from(("f16", "q8_0", "q4_0")),
 )
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_no_less_than_what_must_live_at_once(context, ubatch, flash, kind):
     """Bounds from the shape alone: scores or logits below, all tensors of a layer above."""
     model = mistral()

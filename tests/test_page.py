@@ -256,7 +256,7 @@ def visit(browser, file) -> Iterator[Callable[..., Any]]:
 
 def wait_until(page: Any, condition: str, argument: Any = None) -> None:
     """Playwright's own way evaluates in the page, which the page's policy forbids."""
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while not page.evaluate(condition, argument):
         assert time.monotonic() < end, condition
         page.wait_for_timeout(20)

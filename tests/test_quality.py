@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -50,6 +50,8 @@ from dus_edge.run.open import inspect_source, open_source
 from dus_edge.run.source import SourceInfo, log_softmax, split_files
 from dus_edge.text.chunks import Chunks
 from dus_edge.upscale.model import plan_chooser
+
+from .draws import examples
 
 N_CTX, N_CHUNKS = 96, 4
 PRESETS = ("f32", "q8_0", "q4_k_m", "q2_k")
@@ -91,7 +93,7 @@ def some_tokens(n_chunks: int = 2, n_ctx: int = 48) -> np.ndarray:
 # -- arithmetic ---------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(
     st.integers(0, 2**32 - 1),
     st.integers(1, 70),
@@ -628,7 +630,7 @@ def overlaps(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-@settings(deadline=None, max_examples=20)
+@examples(20)
 @given(
     st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=8),
     st.sampled_from([0.02, 0.2, 1.0]),

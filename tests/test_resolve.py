@@ -277,7 +277,7 @@ def client(
         env=clean | {"HF_HOME": str(home), "HF_ENDPOINT": url} | env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

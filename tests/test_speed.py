@@ -11,7 +11,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dus_edge import data
@@ -22,6 +22,8 @@ from dus_edge.predict.speed.predict import predict
 from dus_edge.predict.speed.roofline import ERAS
 from dus_edge.predict.speed.work import Work
 
+from .cases import check_each
+from .draws import examples
 from .scripts import BENCHMARKS, load_script
 from .shapes import LLAMA3_8B, SOLAR, attention, dense_work
 
@@ -77,24 +79,28 @@ def test_kv_bytes_per_token():
 # --- physics ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", IDS)
-def test_every_device_has_an_ordered_positive_prediction(name):
-    speed = predict(device(name), work())
-    assert 0 < speed.tg_tokens_per_s_low < speed.tg_tokens_per_s < speed.tg_tokens_per_s_high
-    assert 0 < speed.pp_tokens_per_s_low < speed.pp_tokens_per_s < speed.pp_tokens_per_s_high
-    # A token cannot be faster than its bytes through the memory.
-    d = device(name)
-    assert speed.tg_tokens_per_s < d.bandwidth_gbps * 1e9 / work().weight_bytes
+def test_every_device_has_an_ordered_positive_prediction():
+    def check(name):
+        speed = predict(device(name), work())
+        assert 0 < speed.tg_tokens_per_s_low < speed.tg_tokens_per_s < speed.tg_tokens_per_s_high
+        assert 0 < speed.pp_tokens_per_s_low < speed.pp_tokens_per_s < speed.pp_tokens_per_s_high
+        # A token cannot be faster than its bytes through the memory.
+        d = device(name)
+        assert speed.tg_tokens_per_s < d.bandwidth_gbps * 1e9 / work().weight_bytes
+
+    check_each(check, IDS)
 
 
-@pytest.mark.parametrize("name", IDS)
-def test_smaller_files_generate_faster(name):
-    rates = [predict(device(name), work(p)).tg_tokens_per_s for p in ("f16", "q8_0", "q4_0")]
-    assert rates == sorted(rates)
-    assert rates[2] > 1.8 * rates[0]
+def test_smaller_files_generate_faster():
+    def check(name):
+        rates = [predict(device(name), work(p)).tg_tokens_per_s for p in ("f16", "q8_0", "q4_0")]
+        assert rates == sorted(rates)
+        assert rates[2] > 1.8 * rates[0]
+
+    check_each(check, IDS)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     name=st.sampled_from(IDS),
     era=st.sampled_from(ERAS),

@@ -1,0 +1,76 @@
+"""Repeat the property tests with new draws until time is up or one fails: `make fuzz MINUTES=10`.
+
+Run by itself: ``python tests/fuzz.py MINUTES [pytest's options]``.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+KEEP = """
+A drawn case failed; it stands above, after "Failing test case" (or "Falsifying example").
+To keep it, write its arguments above the test, where they are tried on every run from then on:
+
+    @example(name="a", n=5)    # from hypothesis import example
+    @given(...)
+    def test_...
+
+Where a test draws inside itself (st.data()), the line @reproduce_failure(...) above shows the case
+again until it is mended; keep it as a test of its own. The seed of this round was {seed}.
+"""
+
+
+def fuzz(seconds: float, folder: Path = TESTS, *options: str) -> int:
+    """Run rounds of all property tests under `folder`; the exit code, 1 after a failure."""
+    end = time.monotonic() + seconds
+    n = 0
+    while (left := end - time.monotonic()) > 0:
+        seed = secrets.randbelow(1 << 32)
+        code = one_round(seed, left, folder, options)
+        if code is None:
+            break
+        n += 1
+        if code:
+            # 2 is what stopping at the first failure ends with under pytest-xdist.
+            failed = code in (1, 2)
+            print(KEEP.format(seed=seed) if failed else f"pytest ended with {code}.")
+            return 1
+        print(f"Round {n}: no failure.", flush=True)
+    print(f"Time is up: {n} whole rounds and part of one more, no failure.")
+    return 0
+
+
+def one_round(seed: int, timeout: float, folder: Path, options: tuple[str, ...]) -> int | None:
+    """pytest's exit code, None if time was up before. The files come in another order each time,
+    so that a short run is not always of the same tests."""
+    files = sorted(map(str, folder.glob("test_*.py")))
+    random.Random(seed).shuffle(files)
+    command = [
+        *(sys.executable, "-m", "pytest", "-q", "-x", "-m", "hypothesis"),
+        *("--hypothesis-profile=fuzz", f"--hypothesis-seed={seed}", "--no-header"),
+        *(*options, *files),
+    ]
+    # Workers of pytest-xdist and what tests start end with it.
+    run = subprocess.Popen(command, start_new_session=True)
+    try:
+        return run.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGTERM)
+            run.wait()
+
+
+if __name__ == "__main__":
+    # Ended from outside, too, it leaves nothing running behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    sys.exit(fuzz(60 * float(sys.argv[1]), TESTS, *sys.argv[2:]))

@@ -1,0 +1,27 @@
+"""Every rule of llama.cpp's for a tensor's type: our files are llama-quantize's byte for byte."""
+
+from __future__ import annotations
+
+import pytest
+
+from dus_edge.quant.recipe import PRESETS
+
+from .gguf_cases import SHAPES, assert_same_as_llama_quantize, export
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "F16"])
+def test_pico_upscaled_is_what_llama_quantize_writes(pico, tmp_path, dtype, make_checkpoint):
+    base = pico
+    if dtype != "BF16":  # pico ships in bf16; other dtypes on random weights of its shape
+        base = make_checkpoint(dtype=dtype, **SHAPES["gqa-256"])
+    files = export(base, tmp_path / "out", *PRESETS, quantizer="ggml")
+    assert_same_as_llama_quantize(files, tmp_path)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_rule_is_llama_cpps(make_checkpoint, tmp_path, shape):
+    overrides = dict(SHAPES[shape])
+    plan = overrides.pop("plan", None)
+    base = make_checkpoint(**overrides)
+    files = export(base, tmp_path / "out", *PRESETS, plan=plan, quantizer="ggml")
+    assert_same_as_llama_quantize(files, tmp_path)
