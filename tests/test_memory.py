@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import re
 import struct
 
@@ -11,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dus_edge import data
 from dus_edge.checkpoint.config import parse_config
 from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
 from dus_edge.predict.memory import llama as memory
@@ -19,6 +17,8 @@ from dus_edge.predict.memory.graph import FreeSpace, graph_bytes, shape_only
 from dus_edge.predict.memory.llama import memory_use, model_of_config, read_gguf
 from dus_edge.predict.stored_model import MIB, RunSettings, kv_types
 from dus_edge.quant.recipe import find_preset
+
+from .scripts import read_published
 
 LIMIT = 0.03
 
@@ -100,7 +100,7 @@ def test_a_file_and_its_configuration_are_the_same_model(pico_gguf, pico):
     assert shape_only(stored) == shape_only(planned)
 
 
-ROWS = json.loads(data.read_text("published_memory.json"))["rows"]
+ROWS = read_published("memory")["rows"]
 
 
 def llama_rows():
