@@ -79,7 +79,9 @@ def gguf_command(
     from dus_edge.jobs.gguf import export_gguf
     from dus_edge.quant.recipe import find_preset
 
-    chosen = list({p.name: p for p in map(find_preset, presets)}.values())
+    # Each once; of one that is given twice the later place counts.
+    asked = [find_preset(name) for name in presets]
+    chosen = list({p.name: p for p in reversed(asked)}.values())[::-1]
     source = None
     if imatrix is not None:
         from dus_edge.jobs.imatrix import imatrix_source
@@ -98,7 +100,7 @@ def gguf_command(
     )
     model = alias or result.model.name.stem.lower()
     if as_json:
-        command = f"ollama create {model} -f {result.outputs[0].modelfile}"
+        command = f"ollama create {model} -f {result.outputs[-1].modelfile}"
         print_json(result, quantizer=quantizer, command=command)
         return
     for output in result.outputs:
@@ -109,8 +111,9 @@ def gguf_command(
             click.echo(f"  tensors: {counts_text(output.types)}")
     print_notes(result)
     click.echo(f"Done in {duration(result.seconds)}. Now run it:")
-    for i, output in enumerate(result.outputs):
-        tag = f":{output.preset}" if i else ""
+    for output in result.outputs:
+        # The name alone is the last, as the link is.
+        tag = "" if output is result.outputs[-1] else f":{output.preset}"
         click.echo(f"  ollama create {model}{tag} -f {output.modelfile}")
 
 
