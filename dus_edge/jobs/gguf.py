@@ -126,7 +126,7 @@ class GGUFJob(Job[GGUFPlan]):
         if self.imatrix is not None:
             weights, said, notes = _importance(model, checkpoint, self.imatrix)
             files = self._files(model, planned.metadata, said)
-        facts = model_facts(model, planned.vocab)
+        facts = model_facts(model, planned.vocab, ours=True)
         texts = [render_facts(facts, f"./{f.path.name}") for f in files]
         chosen = choose.find_quantizer(self.quantizer)
         chosen.prepare(sink.conversions(checkpoint, files, weights), say)
