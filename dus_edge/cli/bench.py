@@ -102,6 +102,7 @@ def bench_run_command(
     from dus_edge.measure.measurement import json_lines
     from dus_edge.measure.speed_table import speed_table
     from dus_edge.measure.workload import BenchSettings
+    from dus_edge.words import wrap
 
     try:
         at = tuple(int(d) for d in depths.split(","))
@@ -113,10 +114,14 @@ def bench_run_command(
     if out is not None:
         record.check_record(out, ollama=bool(ollama))
     found = bench_run([Path(m) for m in models], settings) if models else []
+
+    def warn(line: str) -> None:
+        click.echo(wrap(f"warning: {line}", rest="  "), err=True)
+
     for name in ollama:
         from dus_edge.measure.ollama import measure_ollama
 
-        found += measure_ollama(name, settings)
+        found += measure_ollama(name, settings, warn=warn)
     if out is not None:
         record.append_record(out, found)
     click.echo(json_lines(found) if as_json else speed_table(found), nl=not as_json)
