@@ -144,7 +144,7 @@ def fit_command(
     if device is None:
         found = where_it_runs(candidate, settings, platform)
         if as_json:
-            click.echo(json.dumps([report.verdict_json(v) for v in found]))
+            click.echo(json.dumps(report.where_json(found)))
             return
         click.echo(report.runs_table(candidate.model.name, settings, found))
         return
