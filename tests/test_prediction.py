@@ -186,5 +186,5 @@ def test_ollama_that_does_not_run(run, monkeypatch):
 @pytest.mark.parametrize("command", [("fit",), ("bench", "predict")])
 def test_help_names_the_platforms_that_there_are(run, command):
     _, out, _ = run(*command, "--help")
-    said = re.search(r"--platform NAME\s+(.*?)\[default", out, re.DOTALL)[1]
+    said = re.search(r"--platform NAME\s+System: (.*?)\.\s+\[default", out, re.DOTALL)[1]
     assert re.split(r",\s+|\s+or\s+", said.strip()) == list(PLATFORMS)
