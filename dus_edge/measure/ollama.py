@@ -11,21 +11,21 @@ and what is reported is Ollama's count.
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import json
-import math
 import os
-import random
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from dus_edge.errors import DusEdgeError, UsageError
 from dus_edge.measure.measurement import About, Measurement
+from dus_edge.measure.prompts import SAMPLE_TOKENS, Prompts, Timings, near
 from dus_edge.measure.resources import MeasuredMemory
 from dus_edge.measure.timing import now
 from dus_edge.measure.workload import BenchSettings, Workload, check_test_context
@@ -34,45 +34,8 @@ from dus_edge.progress import Advance
 _DEFAULT_PORT = 11434
 #: Loading a large model from a slow disk takes minutes.
 _TIMEOUT_S = 900.0
-#: Prompt of a generation test without a depth, as short as prompts are.
-_SHORT_WORDS = 4
-_SAMPLE_WORDS = 64
-#: Tokens that a word may have for the samples to fit a short context.
-_TOKENS_OF_A_WORD = 8
-#: Share by which a prompt may be longer or shorter than asked for.
-_TOLERANCE = 0.01
-#: Prompts of a test that are tried at most to correct its length.
-_TRIES = 8
-#: A word that most tokenizers have whole, for the last few tokens of a prompt.
-_FILL = "a"
 #: Room for a prompt that comes out longer than was asked for.
 _SPARE = 64
-
-_WORDS = (
-    *("amber", "river", "stone", "cloud", "garden", "winter", "copper", "forest", "mirror"),
-    *("silver", "candle", "bridge", "harbor", "meadow", "violin", "lantern", "orchard", "pepper"),
-    *("saddle", "tunnel", "valley", "whistle", "yellow", "anchor", "basket", "carpet", "dragon"),
-    *("engine", "feather", "glacier", "hammer", "island", "jungle", "kettle", "ladder", "needle"),
-)
-
-
-@dataclass(frozen=True)
-class Timings:
-    """What Ollama says of one answer; times in nanoseconds.
-
-    Attributes:
-        prompt_tokens, prompt_ns: the prompt; cached tokens count but take no time.
-        tokens, ns: generated tokens.
-        load_ns: until the model was ready.
-        first_s: seconds from the request to the first piece of the answer, by our clock.
-    """
-
-    prompt_tokens: int
-    prompt_ns: int
-    tokens: int
-    ns: int
-    load_ns: int
-    first_s: float
 
 
 def host_url(setting: str | None) -> str:
@@ -136,22 +99,10 @@ def measure_ollama(
     if not tests:
         raise UsageError("prompts at a depth are not measured through Ollama; give -n as well.")
     options = _options(settings, limit)
-    words = _Words(random.Random(seed))
-
     was_loaded = server.running() is not None
-    # Both samples must fit the context: a longer prompt is cut, and counted as cut.
-    n_sample = min(_SAMPLE_WORDS, max(1, options["num_ctx"] // (2 * _TOKENS_OF_A_WORD)))
-    first = server.generate(words.prompt(_Size(n_sample)), options | {"num_predict": 2})
-    load_s = None if was_loaded else first.load_ns / 1e9
-    # The second prompt tells how many tokens a word is, the model's start token apart.
-    second = server.generate(words.prompt(_Size(2 * n_sample)), options | {"num_predict": 1})
-    tokens_per_word = (second.prompt_tokens - first.prompt_tokens) / n_sample
-    if tokens_per_word <= 0:
-        raise DusEdgeError(
-            f"Ollama counts {second.prompt_tokens} tokens of a prompt twice as long as one of "
-            f"{first.prompt_tokens}; update Ollama."
-        )
-    prompts = _Prompts(server, words, options, tokens_per_word, first.prompt_tokens, n_sample)
+    ask = functools.partial(_ask, server, options)
+    prompts = Prompts(ask, options["num_ctx"], seed)
+    load_s = None if was_loaded else prompts.load_ns / 1e9
     context = _integer((server.running() or {}).get("context_length")) or options["num_ctx"]
 
     found = []
@@ -163,6 +114,10 @@ def measure_ollama(
     return found
 
 
+def _ask(server: _Server, options: dict[str, Any], prompt: str, n_gen: int) -> Timings:
+    return server.generate(prompt, options | {"num_predict": n_gen})
+
+
 def _warn_of(
     test: Workload, samples: list[Timings], context: int, warn: Callable[[str], None]
 ) -> None:
@@ -170,17 +125,14 @@ def _warn_of(
     wanted = test.n_prompt or test.n_depth
     counted = _median([s.prompt_tokens for s in samples])
     n_gen = test.n_gen or 1
-    if max(wanted, counted) + n_gen > context:
+    longest = max(wanted, counted)
+    if longest + n_gen > context:
         warn(
-            f"{test.name}: a prompt of {max(wanted, counted)} tokens and {n_gen} generated are more "
-            f"than the context of {context}; Ollama cuts the prompt or what is before."
+            f"{test.name}: a prompt of {longest} tokens and {n_gen} generated are more than the "
+            f"context of {context}; Ollama cuts the prompt or what is before."
         )
-    if wanted and not _near(counted, wanted):
+    if wanted and not near(counted, wanted):
         warn(f"{test.name}: Ollama counts {counted} tokens where {wanted} were asked for.")
-
-
-def _near(counted: int, wanted: int) -> bool:
-    return abs(counted - wanted) <= _TOLERANCE * wanted
 
 
 def _measurement(
@@ -215,93 +167,6 @@ def _measurement(
         ),
         memory=memory,
     )
-
-
-@dataclass(frozen=True)
-class _Size:
-    """Of a prompt: words, and short ones for its last few tokens."""
-
-    words: int
-    fill: int = 0
-
-    def corrected(self, off: int, tokens_per_word: float) -> _Size:
-        """The size for a prompt that came out `off` tokens too long."""
-        fill = self.fill - off
-        change = math.floor(fill / tokens_per_word)  # short words that a whole one stands for
-        return _Size(max(0, self.words + change), max(0, round(fill - change * tokens_per_word)))
-
-
-class _Prompts:
-    """Prompts of the length asked for, by what the server counts of them."""
-
-    def __init__(
-        self,
-        server: _Server,
-        words: _Words,
-        options: dict[str, Any],
-        tokens_per_word: float,
-        sampled_tokens: int,
-        sampled_words: int,
-    ) -> None:
-        self._server, self._words, self._options = server, words, options
-        self._per_word = tokens_per_word
-        self._sampled = _Size(sampled_words), sampled_tokens
-
-    def measure(self, test: Workload, n: int, context: int, advance: Advance) -> list[Timings]:
-        """`n` answers to a test, after prompts of the length asked for as far as that goes."""
-        wanted, n_gen = test.n_prompt or test.n_depth, test.n_gen or 1
-        size, redraws = _Size(_SHORT_WORDS), 0
-        if wanted:
-            sampled, counted = self._sampled
-            size = sampled.corrected(counted - wanted, self._per_word)
-        # What the context does not hold is cut, so its count would say nothing of the words.
-        if wanted and wanted + n_gen <= context:
-            size, near = self._corrected(size, wanted)
-            redraws = _TRIES if near else 0
-        samples: list[Timings] = []
-        while len(samples) < n:
-            timings = self._ask(size, n_gen)
-            if redraws and not _near(timings.prompt_tokens, wanted):
-                redraws -= 1  # another start has another number of tokens
-                continue
-            samples.append(timings)
-            advance(1)
-        return samples
-
-    def _corrected(self, size: _Size, wanted: int) -> tuple[_Size, bool]:
-        """The size nearest to what is wanted among those tried, and whether it is near enough."""
-        found: list[tuple[int, _Size]] = []
-        for _ in range(_TRIES):
-            counted = self._ask(size, 1).prompt_tokens
-            found.append((abs(counted - wanted), size))
-            if _near(counted, wanted):
-                return size, True
-            size = size.corrected(counted - wanted, self._per_word)
-        return min(found, key=lambda pair: pair[0])[1], False
-
-    def _ask(self, size: _Size, n_gen: int) -> Timings:
-        request = self._options | {"num_predict": n_gen}
-        return self._server.generate(self._words.prompt(size), request)
-
-
-class _Words:
-    """Prompts that begin differently each time; those of one size have the same words."""
-
-    def __init__(self, chance: random.Random) -> None:
-        self._random = chance
-        self._starts: set[str] = set()
-        self._drawn: list[str] = []
-
-    def prompt(self, size: _Size) -> str:
-        """Words that are known, in any order, after a start that no prompt had."""
-        self._drawn += self._random.choices(_WORDS, k=max(0, size.words - len(self._drawn)))
-        words = self._drawn[: size.words]
-        self._random.shuffle(words)
-        while (start := f"{self._random.getrandbits(24):06x}") in self._starts:
-            pass
-        self._starts.add(start)
-        # The start is always as many characters, so that prompts differ little in tokens.
-        return " ".join([start, *words, *[_FILL] * size.fill])
 
 
 class _Server:
@@ -413,10 +278,7 @@ class _Server:
 def _options(settings: BenchSettings, limit: int) -> dict[str, Any]:
     """Ollama's names of the settings (api/types.go, Options)."""
     # One context for all requests: another one would load the model anew.
-    n_ctx = (
-        max(2 * _SAMPLE_WORDS * _TOKENS_OF_A_WORD, *(test.n_ctx for test in settings.tests()))
-        + _SPARE
-    )
+    n_ctx = max(SAMPLE_TOKENS, *(test.n_ctx for test in settings.tests())) + _SPARE
     options: dict[str, Any] = {
         "num_ctx": min(n_ctx, limit) if limit else n_ctx,
         "num_batch": settings.n_ubatch,

@@ -119,7 +119,7 @@ def identify(jinja_template: str | None, special_tokens: Mapping[str, str]) -> C
 
 def _family_of(
     plain: list[str | None], told: list[str | None], special_tokens: Mapping[str, str]
-) -> Family | None:
+) -> ChatFamily | None:
     """The family that renders the probes, without and with a system message, to these texts."""
     for known in families():
         candidate = _with_tokens(known, special_tokens)

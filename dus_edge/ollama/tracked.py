@@ -26,10 +26,10 @@ def tracked_modelfiles() -> dict[str, str]:
     )
 
     def create(name: str, preset: str | None = None) -> str:
+        make = f"make gguf QUANT={preset}" if preset else "make gguf"
         return (
-            f"Make the GGUF first: make gguf{f' QUANT={preset}' if preset else ''}; without it Ollama"
-            ' says "invalid model name". Then: ollama create'
-            f" {name.replace('solar', 'solar-dus', 1)} -f modelfiles/{name}"
+            f'Make the GGUF first: {make}; without it Ollama says "invalid model name". Then:'
+            f" ollama create {name.replace('solar', 'solar-dus', 1)} -f modelfiles/{name}"
         )
 
     def completion(name: str, gguf: str, title: str, preset: str | None = None) -> str:
