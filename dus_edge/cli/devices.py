@@ -11,7 +11,6 @@ import click
 
 from dus_edge.cli.options import asked_plan_options, json_option
 
-
 _MODEL_OPTIONS = (
     click.option(
         "-q",
