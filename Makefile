@@ -34,16 +34,6 @@ WORDS := $(foreach t,$(TEXT),--text "$(t)")
 GGUF_STAMPS := $(VENV)/$(if $(filter ggml,$(QUANTIZER)),llama,run).stamp \
   $(if $(filter auto,$(IMATRIX)),$(VENV)/hf.stamp)
 
-# `make bench`: the files of BASE that are measured, each in a process of its own, so that none finds
-# another's memory; the first is the reference of quality.
-BENCH   := $(OUT)/bench
-NAME    := $(subst @,-,$(notdir $(patsubst %/,%,$(BASE))))-DUS
-FILES   := $(foreach q,f16 q8_0 q4_k_m q4_0,"$(BENCH)/$(NAME)-$(q).gguf")
-GPTQ    := $(if $(BITS),"$(BENCH)/$(NAME)-gptq-int$(BITS)")
-RESULTS := benchmarks/results
-# pico is judged on the kind of text that it knows, others on the built-in evaluation text.
-HELDOUT := $(if $(filter pico,$(BASE)),"$(BENCH)/heldout")
-
 .DEFAULT_GOAL := help
 # Two pips must not write one environment at the same time.
 .NOTPARALLEL:
@@ -55,16 +45,16 @@ help: ## List the targets.
 	  | while IFS='|' read -r name text; do printf '%-19s %s\n' "$$name" "$$text"; done
 	@echo "Variables, as they are now:"
 	@printf '  %-16s %s\n' \
-	  "QUANT=$(QUANT)" "preset, or several: QUANT=q4_k_m,q8_0" \
-	  "BASE=$(BASE)" "folder, hub id (org/name@rev) or pico, built in" \
-	  "DROP=$(DROP)" "layers dropped from each copy; empty: a quarter of them" \
-	  "OUT=$(OUT)" "folder of the results" \
-	  "QUANTIZER=$(QUANTIZER)" "native, or ggml: llama.cpp's, compiled the first time" \
-	  "IMATRIX=$(IMATRIX)" "importance matrix for gguf: a file, or auto to collect it" \
-	  "BITS=$(BITS)" "bits of gptq: 2, 3, 4 or 8; empty: bench without gptq" \
-	  "GROUP=$(GROUP)" "columns of gptq that share a scale; -1: the whole row" \
-	  "TEXT=$(TEXT)" "calibration text, files or folders; empty: built in" \
-	  "MINUTES=$(MINUTES)" "how long fuzz goes on"
+	  "QUANT=$(QUANT)" "Preset of gguf, or several: QUANT=q4_k_m,q8_0." \
+	  "BASE=$(BASE)" "Folder, hub id (org/name@rev), or the built-in pico." \
+	  "DROP=$(DROP)" "Layers to drop from each copy; empty: a quarter of them." \
+	  "OUT=$(OUT)" "Folder to write results to." \
+	  "QUANTIZER=$(QUANTIZER)" "Quantize with native, or llama.cpp's ggml, compiled once." \
+	  "IMATRIX=$(IMATRIX)" "Importance matrix of gguf: a file, or auto to collect it." \
+	  "BITS=$(BITS)" "Bits of gptq: 2, 3, 4 or 8; empty: bench without gptq." \
+	  "GROUP=$(GROUP)" "Columns of gptq that share a scale; -1: the whole row." \
+	  "TEXT=$(TEXT)" "Calibration text, files or folders; empty: built in." \
+	  "MINUTES=$(MINUTES)" "Minutes for which fuzz draws anew."
 
 gguf: $(GGUF_STAMPS) ## Up-scale BASE to a GGUF of preset QUANT, with its Modelfile.
 	@$(BIN)/dus-edge gguf "$(BASE)" $(PLAN) $(foreach q,$(subst $(comma), ,$(QUANT)),-q $(q)) \
@@ -92,10 +82,10 @@ $(GPTQMODEL)/done.stamp: interop/gptqmodel.txt interop/setup.sh
 	@echo "Setting up GPTQModel (minutes, 6 GB)"
 	@PYTHON="$(PYTHON)" interop/setup.sh gptqmodel $(GPTQMODEL) && touch $@
 
-modelfiles: $(VENV)/run.stamp ## Render modelfiles/ anew.
+modelfiles: $(VENV)/run.stamp ## Write modelfiles/ anew.
 	@$(BIN)/dus-edge modelfile --tracked modelfiles
 
-tables: $(VENV)/run.stamp ## Write benchmarks/TABLES.md: SOLAR on every known device.
+tables: $(VENV)/run.stamp ## Predict SOLAR on every device; write benchmarks/TABLES.md.
 	@$(BIN)/dus-edge bench tables -o benchmarks --overwrite
 
 # Files in order: sorted by their number of tests, the longest would start last.
@@ -109,16 +99,8 @@ lint: $(VENV)/test.stamp ## Check style.
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 bench: $(VENV)/llama.stamp $(if $(BITS),$(VENV)/hf.stamp) ## Measure BASE's files here; write benchmarks/TABLES.md.
-	@$(BIN)/dus-edge gguf "$(BASE)" $(PLAN) -q f16 -q q8_0 -q q4_k_m -q q4_0 \
-	  -o "$(BENCH)" --alias "$(NAME)" --overwrite
-	$(if $(GPTQ),@$(BIN)/dus-edge gptq "$(BASE)" $(PLAN) --bits "$(BITS)" --group-size "$(GROUP)" \
-	  $(WORDS) -o $(GPTQ) --overwrite)
-	@for f in $(FILES) $(GPTQ); do $(BIN)/dus-edge bench run "$$f" -o $(RESULTS)/measured.jsonl || exit; done
-	$(if $(HELDOUT),@$(BIN)/python benchmarks/heldout_text.py $(HELDOUT))
-	@$(BIN)/dus-edge quality $(FILES) $(GPTQ) $(addprefix --text ,$(HELDOUT)) \
-	  -o "$(BENCH)/quality" --no-plots --overwrite
-	@cp "$(BENCH)/quality/quality.json" $(RESULTS)/quality.json
-	@$(BIN)/dus-edge bench tables -o benchmarks --overwrite
+	@$(BIN)/dus-edge bench all "$(BASE)" $(PLAN) --bits "$(BITS)" --group-size "$(GROUP)" $(WORDS) \
+	  -o "$(OUT)/bench" --overwrite
 
 bench-export: $(VENV)/test.stamp ## Measure the export itself (minutes, 20 GB of disk).
 	@$(BIN)/python benchmarks/bench_export.py

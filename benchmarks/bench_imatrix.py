@@ -17,7 +17,6 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from bench_perplexity import choose_text
 from common import HERE, RESULTS, append, machine, read
 
 from dus_edge.checkpoint.builtin import BUILTIN
@@ -27,7 +26,7 @@ from dus_edge.jobs.imatrix import imatrix_source
 from dus_edge.quality import compare as quality_run
 from dus_edge.quality import plot as quality_plot
 from dus_edge.quant.recipe import find_preset
-from dus_edge.train.pico.corpus import load_split
+from dus_edge.train.pico.corpus import choose_text, load_split
 from dus_edge.upscale.model import plan_chooser
 from dus_edge.words import markdown_table
 

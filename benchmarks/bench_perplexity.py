@@ -38,7 +38,7 @@ from dus_edge.checkpoint.builtin import BUILTIN
 from dus_edge.jobs.gguf import export_gguf
 from dus_edge.quant import ggml
 from dus_edge.quant.recipe import find_preset
-from dus_edge.train.pico.corpus import SourceFile, load_split, total_bytes
+from dus_edge.train.pico.corpus import SourceFile, choose_text, load_split, total_bytes
 from dus_edge.upscale.model import plan_chooser
 from dus_edge.words import markdown_table
 
@@ -50,16 +50,6 @@ ROWS = 32
 
 
 # Text
-
-
-def choose_text(files: Sequence[SourceFile], max_bytes: int) -> list[SourceFile]:
-    """Whole files up to `max_bytes`, drawn by the hash of their path, in the order given."""
-    chosen, left = set(), max_bytes
-    for f in sorted(files, key=lambda f: hashlib.sha256(f.path.encode()).digest()):
-        if f.size <= left:
-            chosen.add(f.path)
-            left -= f.size
-    return [f for f in files if f.path in chosen]
 
 
 def windows(ids: Sequence[int], bos: int, n_ctx: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, append, machine
+from common import RESULTS, append, machine, read_published
 
-from dus_edge import data
 from dus_edge.checkpoint.config import parse_config
 from dus_edge.predict.memory import llama as memory
 from dus_edge.predict.stored_model import BACKENDS, MIB, RunSettings, StoredModel, kv_types
@@ -31,7 +29,7 @@ from dus_edge.words import markdown_table
 
 LIMIT = 0.03
 
-#: By row number of `data/published_memory.json`: what its notes say of the run beyond its fields.
+#: By row number of `published/memory.json`: what its notes say of the run beyond its fields.
 SPECIAL: Mapping[int, Mapping[str, Any]] = {
     86: {"n_outputs": 1, "flash_attn": True},  # logits of one token: 84.5 MiB hold no 512 x 151,936
     90: {"n_gpu_layers": 5},  # "only 5 of 33 layers offloaded"
@@ -49,7 +47,7 @@ CONTEXTS = (512, 2048, 4096, 16384)
 
 
 def published() -> list[dict[str, Any]]:
-    return json.loads(data.read_text("published_memory.json"))["rows"]
+    return read_published("memory")["rows"]
 
 
 def states_inputs(row: Mapping[str, Any]) -> bool:

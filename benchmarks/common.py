@@ -11,11 +11,19 @@ import platform
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from dus_edge.machine import default_threads, processor_name
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+#: What others measured, each row with its source; see its README.
+PUBLISHED = HERE / "published"
+
+
+def read_published(name: str) -> Any:
+    """What `published/<name>.json` holds: a list of rows, or an object with `rows`."""
+    return json.loads((PUBLISHED / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def machine() -> dict[str, object]:

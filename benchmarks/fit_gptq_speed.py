@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, toml_text
+from common import RESULTS, read_published, toml_text
 from fit_speed import KNEE, NOISE, VARIANTS
 
 from dus_edge import data
@@ -54,7 +54,7 @@ HELD = ("fit", "check")
 #: What stands above the constants.
 ABOUT = (
     "What the kernels for GPTQ models change in the constants of speed.toml.",
-    "Written by benchmarks/fit_gptq_speed.py from published_gptq.json, whose rows name their",
+    "Written by benchmarks/fit_gptq_speed.py from published/gptq.json, whose rows name their",
     "sources. terms: deviations of logarithms (layer, token) and logits (eta). interval: of",
     "log(measured / predicted). tried: mean error of each set on sources it never saw.",
 )
@@ -192,7 +192,7 @@ def lines_of(rows: Rows, errors: np.ndarray, half_width: float) -> list[dict]:
 def run() -> tuple[dict[str, dict], list[dict]]:
     """Tables of constants by kernel, and every row with its prediction."""
     devices = {d.id: d for d in load_devices()}
-    published = [r for r in json.loads(data.read_text("published_gptq.json")) if r["tg_tps"]]
+    published = [r for r in read_published("gptq") if r["tg_tps"]]
     tables: dict[str, dict] = {}
     lines: list[dict] = []
     for kernel in g.KERNELS:

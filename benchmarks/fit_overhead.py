@@ -14,12 +14,12 @@ pull. What a loaded process takes more than that line is the median of the cards
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dus_edge import data
+from common import read_published
+
 from dus_edge.predict.memory.cuda import LOADED_MIB, THREADS, context_bytes, cuda_overhead_bytes
 from dus_edge.predict.stored_model import MIB
 from dus_edge.words import markdown_table
@@ -32,7 +32,7 @@ Row = Mapping[str, Any]
 
 def published() -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """The readings, and the facts of their cards."""
-    stored = json.loads(data.read_text("published_overhead.json"))
+    stored = read_published("overhead")
     return stored["rows"], stored["cards"]
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, toml_text
+from common import RESULTS, read_published, toml_text
 
 from dus_edge import data
 from dus_edge.checkpoint.config import config_of_shape
@@ -212,7 +212,7 @@ TOML = Path(data.__file__).parent / "speed.toml"
 ABOUT = (
     "Constants of dus_edge/predict/speed/roofline.py: "
     "logarithms or logits of efficiencies and costs.",
-    "Written by benchmarks/fit_speed.py from published_runs.json, whose rows name their",
+    "Written by benchmarks/fit_speed.py from published/runs.json, whose rows name their",
     "sources; cross_validation is of fits without the device predicted.",
     "offload is from one published run (24 of 33 layers on an RTX 4060 Laptop), its scale a",
     "judgement of how far hosts differ.",
@@ -224,7 +224,7 @@ class Row:
     """A published rate and what would be predicted for it.
 
     Attributes:
-        raw: as published, and `row`, its place in published_runs.json, which names the source.
+        raw: as published, and `row`, its place in published/runs.json, which names the source.
         device: id in devices.toml.
         may_be: ids that it may have been; the row is left out with any of them.
         rate: tokens per second as published.
@@ -539,7 +539,7 @@ def fit_offload(runs: Sequence[Mapping], devices: Mapping[str, Device]) -> dict[
 
 def fit_all() -> tuple[dict[str, Problem], dict[str, np.ndarray]]:
     """The rows that take part, and the terms fitted to all of them, for tg and pp."""
-    runs = json.loads(data.read_text("published_runs.json"))
+    runs = read_published("runs")
     devices = {d.id: d for d in load_devices()}
     problems = {
         which: Problem([r for r in rows_of(runs, devices, which) if is_fitted(r)], which)
@@ -647,7 +647,7 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print the tables")
     parser.add_argument("--no-plot", action="store_true")
     args = parser.parse_args()
-    runs = json.loads(data.read_text("published_runs.json"))
+    runs = read_published("runs")
     devices = {d.id: d for d in load_devices()}
     problems, thetas = fit_all()
     tables: dict[str, dict] = {"offload": fit_offload(runs, devices)}

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def read_published(name: str) -> Any:
+    """What `benchmarks/published/<name>.json` holds."""
+    return json.loads((BENCHMARKS / "published" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def load_script(name: str) -> ModuleType:

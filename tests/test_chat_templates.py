@@ -14,6 +14,13 @@ DATA = Path(__file__).parent / "data"
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>"}
 LLAMA3 = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
 CHATML = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+#: Of the published checkpoint; the begin-of-text token is what every message begins with.
+SMOLLM2 = {
+    "bos_token": "<|im_start|>",
+    "eos_token": "<|im_end|>",
+    "unk_token": "<|endoftext|>",
+    "pad_token": "<|im_end|>",
+}
 
 SMOLLM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 # file, the tokenizer's special tokens, family, system message of the template's own
@@ -26,7 +33,7 @@ CHECKPOINTS = [
     ("mistral-instruct-v0.2", LLAMA, "mistral", None),
     ("mistral-instruct-v0.3", LLAMA, "mistral-v0.3", None),
     ("openhermes-2.5", LLAMA, "chatml", None),
-    ("smollm2-instruct", CHATML, "chatml", SMOLLM),
+    ("smollm2-instruct", SMOLLM2, "chatml", SMOLLM),
     ("qwen2-instruct", CHATML, "chatml", "You are a helpful assistant."),
     ("zephyr", LLAMA, "zephyr", None),
     ("tinyllama-chat", LLAMA, "zephyr", None),
@@ -181,6 +188,12 @@ def test_todays_date_does_not_change_what_is_found():
     assert "26 Jul 2024" in chat.render_jinja(jinja("llama-3.2-instruct"), TALKS[0], LLAMA3)
 
 
+def test_a_begin_of_text_token_that_a_template_spells_out():
+    for begin, known in (("<s>", True), ("", True), ("{{ bos_token }}", True), ("<S>", False)):
+        template = jinja("solar-plain").replace("{{ bos_token }}", begin)
+        assert bool(chat.identify(template, LLAMA)) is known
+
+
 def test_generation_marks_pass_their_text():
     marked = (
         "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n"
@@ -199,7 +212,7 @@ def test_the_jinja_environment_is_that_of_transformers():
         expected, _ = utils.render_jinja_template(
             [TALKS[5]], chat_template=jinja(name), add_generation_prompt=True, **tokens
         )
-        begin = tokens.get("bos_token", "")
+        begin = tokens.get("bos_token", "") if "bos_token" in jinja(name) else ""
         assert chat.render_jinja(jinja(name), TALKS[5], tokens) == expected[0].removeprefix(begin)
 
 

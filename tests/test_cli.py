@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+
+from dus_edge.cli.main import COMMANDS
+from dus_edge.cli.main import cli as cli_group
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,15 +59,58 @@ def test_help_is_instant():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    for command in ("gguf", "upscale", "inspect", "modelfile"):
+    for command in COMMANDS:
         assert command in run.stdout
 
 
-@pytest.mark.parametrize("command", ["", "gguf", "upscale", "inspect", "modelfile"])
-def test_help_fits_80_columns(cli, command):
-    text = cli(*command.split(), "--help").stdout
-    assert text
-    assert max(map(len, text.splitlines())) <= 80
+def commands() -> list[tuple[str, click.Command]]:
+    """All commands and those of groups, by what is typed."""
+    found = []
+    for name in COMMANDS:
+        command = cli_group.get_command(click.Context(cli_group), name)
+        found.append((name, command))
+        if isinstance(command, click.Group):
+            found += [(f"{name} {inner}", c) for inner, c in command.commands.items()]
+    return found
+
+
+@pytest.mark.parametrize(("name", "command"), commands())
+def test_help_is_short_sentences_of_80_columns(name, command):
+    context = click.Context(command, info_name=f"dus-edge {name}", max_content_width=80)
+    assert max(map(len, command.get_help(context).splitlines())) <= 80
+    assert command.help[0].isupper() and command.help.split("\n")[0][-1] in ".?"
+    for option in command.params:
+        if not isinstance(option, click.Option):
+            continue
+        text, _, default = (option.help or "").partition(" [default: ")
+        assert text[:1].isupper() and text.endswith("."), (option.name, text)
+        assert not text.startswith("Of "), text
+        assert not default or default.endswith("]"), option.name
+
+
+def test_the_list_says_of_each_command_what_it_says_itself():
+    for name, (_, sentence) in COMMANDS.items():
+        command = cli_group.get_command(click.Context(cli_group), name)
+        assert command.name == name
+        assert command.get_short_help_str(200) == sentence
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_the_shells_script(run, shell):
+    code, script, _ = run("completion", shell)
+    assert code == 0 and f"_DUS_EDGE_COMPLETE={shell}_complete" in script
+    if shell == "bash" and shutil.which("bash"):
+        read = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+        assert (read.returncode, read.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("typed", "word"), [("gg", "gguf"), ("bench pre", "predict"), ("gguf --over", "--overwrite")]
+)
+def test_words_are_completed(cli, typed, word):
+    asked = {"COMP_WORDS": f"dus-edge {typed}", "COMP_CWORD": str(len(typed.split()))}
+    run = cli(env=os.environ | asked | {"_DUS_EDGE_COMPLETE": "bash_complete"})
+    assert run.stdout.splitlines() == [f"plain,{word}"]
 
 
 def test_inspect_needs_only_the_config(cli, mistral):
@@ -164,4 +212,10 @@ def test_make_alone_lists_the_targets():
     for target in ("gguf", "modelfiles", "upscale", "test", "lint", "bench", "clean"):
         assert f"make {target}" in run.stdout
     assert "QUANTIZER=native" in run.stdout
+    said = [
+        re.split(r"^  (?:make )?\S+ +", line)[1]
+        for line in run.stdout.splitlines()
+        if line[0] == " "
+    ]
+    assert all(text[0].isupper() and text[-1] == "." for text in said), said
     assert max(map(len, run.stdout.splitlines())) <= 80

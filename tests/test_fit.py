@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from dus_edge.checkpoint.config import parse_config
-from dus_edge.errors import UsageError
 from dus_edge.predict import fit
 from dus_edge.predict.devices import find_device
 from dus_edge.predict.memory.llama import memory_use, usable_bytes
@@ -147,5 +146,9 @@ def test_one_more_would_not_fit(device, flash_attn):
 
 
 def test_a_context_beyond_the_model():
-    with pytest.raises(UsageError, match="SOLAR was made for 4,096 tokens"):
-        fit.judge(SOLAR["q4_0"], find_device("rtx-4090"), RunSettings(context=8192))
+    """Judged and warned of, as llama.cpp does."""
+    v = fit.judge(SOLAR["q4_0"], find_device("rtx-4090"), RunSettings(context=8192))
+    assert v.fits and v.longest_context == 8192
+    assert v.use.kv_cache_bytes == 2 * 48 * 4096 * 1024 * 2 * 2
+    assert v.context_warning.startswith("SOLAR was made for 4,096 tokens")
+    assert judge("q4_0", "rtx-4090").context_warning is None

@@ -24,7 +24,7 @@ from dus_edge.quant import gptq_format
 
 from .cases import check_each
 from .draws import examples
-from .scripts import BENCHMARKS, load_script
+from .scripts import BENCHMARKS, load_script, read_published
 from .shapes import attention, dense_work
 
 CUDA = [d.id for d in load_devices() if d.backend == "CUDA"]
@@ -47,7 +47,7 @@ def fit_gptq_speed() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def published() -> list[dict]:
-    return json.loads(data.read_text("published_gptq.json"))
+    return read_published("gptq")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import re
 import struct
 
@@ -11,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dus_edge import data
 from dus_edge.checkpoint.config import parse_config
 from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
 from dus_edge.predict.memory import llama as memory
@@ -21,6 +19,7 @@ from dus_edge.predict.stored_model import MIB, RunSettings, kv_types
 from dus_edge.quant.recipe import find_preset
 
 from .draws import examples
+from .scripts import read_published
 
 LIMIT = 0.03
 
@@ -102,7 +101,7 @@ def test_a_file_and_its_configuration_are_the_same_model(pico_gguf, pico):
     assert shape_only(stored) == shape_only(planned)
 
 
-ROWS = json.loads(data.read_text("published_memory.json"))["rows"]
+ROWS = read_published("memory")["rows"]
 
 
 def llama_rows():
@@ -258,10 +257,12 @@ def test_bad_settings(fields, said):
 
 
 def test_contexts_beyond_the_model():
-    with pytest.raises(UsageError, match="made for 32,768 tokens, and a context of 40,000"):
-        memory.check_context(mistral(), 40000)
-    with pytest.raises(UsageError, match="at least 1"):
-        memory.check_context(mistral(), -1)
+    assert memory.context_warning(mistral(), 32768) is None
+    assert "made for 32,768 tokens" in memory.context_warning(mistral(), 40000)
+    memory.check_context(40000)
+    for context, said in ((0, "at least 1"), (-1, "at least 1"), (2**31 + 1, "2,147,483,648")):
+        with pytest.raises(UsageError, match=said):
+            memory.check_context(context)
 
 
 def test_heads_that_no_block_divides():

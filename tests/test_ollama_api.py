@@ -38,6 +38,9 @@ class Ollama(ThreadingHTTPServer):
         self.vram = VRAM
         self.broken: str | None = None
         self.gives = 10**9  # tokens after which the model ends
+        self.tokens = lambda word: PER_WORD
+        self.limit = SHOWN["model_info"]["llama.context_length"]
+        self.context = 0
 
     @property
     def url(self) -> str:
@@ -53,6 +56,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         model = {"name": NAME, "model": NAME, "size": SIZE, "size_vram": self.server.vram}
+        model["context_length"] = self.server.context
         answers = {
             "/api/version": {"version": "0.15.2"},
             "/api/ps": {"models": [model] if self.server.loaded else []},
@@ -64,7 +68,8 @@ class Handler(BaseHTTPRequestHandler):
         if body["model"] not in (NAME, NAME.partition(":")[0]):
             self.reply(404, {"error": f"model '{body['model']}' not found"})
         elif self.path == "/api/show":
-            self.reply(200, SHOWN)
+            facts = SHOWN["model_info"] | {"llama.context_length": self.server.limit}
+            self.reply(200, SHOWN | {"model_info": facts})
         elif self.server.broken == "status":
             self.reply(500, {"error": "model requires more system memory (9.1 GiB)"})
         else:
@@ -73,7 +78,12 @@ class Handler(BaseHTTPRequestHandler):
     def generate(self, body: dict[str, Any]) -> None:
         server = self.server
         server.asked.append(body)
-        n_prompt = PER_WORD * len(body["prompt"].split()) + START
+        server.context = min(body["options"]["num_ctx"], server.limit)
+        n_prompt = sum(map(server.tokens, body["prompt"].split())) + START
+        if n_prompt >= server.context:  # half of it is dropped, as llama.cpp's server does
+            n_prompt -= (
+                (n_prompt - server.context // 2) // (server.context // 2) * (server.context // 2)
+            )
         n = min(body["options"]["num_predict"], server.gives)
         load, server.loaded = (0 if server.loaded else LOAD_NS), True
         last = {
@@ -155,7 +165,7 @@ def test_rates_are_ollamas_counts_over_its_durations(ollama):
 def test_prompts_are_raw_and_begin_differently(ollama):
     run(ollama, n_threads=3, n_gpu_layers=7)
     prompts = [body["prompt"] for body in ollama.asked]
-    assert len({prompt.split()[0] for prompt in prompts}) == len(prompts) == 2 + 3 + 3
+    assert len({prompt.split()[0] for prompt in prompts}) == len(prompts) == 2 + 1 + 3 + 3
     assert all(body["raw"] is True for body in ollama.asked)
     # One context for all of them: Ollama loads a model anew for another one.
     contexts = {body["options"]["num_ctx"] for body in ollama.asked}
@@ -177,6 +187,45 @@ def test_generation_at_a_depth_follows_a_prompt_of_that_length(ollama):
     assert deep.test.name == f"tg16 @ d{deep.test.n_depth}"
     with pytest.raises(UsageError, match="give -n"):
         run(ollama, depths=(1000,), n_gen=0)
+
+
+def of_letters(word: str) -> int:
+    """Tokens of a word as tokenizers have them: more or fewer by the word, digits each alone."""
+    return sum(c.isdigit() for c in word) + -(-sum(c.isalpha() for c in word) // 4)
+
+
+@pytest.mark.parametrize("n_prompt", [16, 32, 200, 512])
+def test_prompts_are_as_long_as_asked_for_by_ollamas_count(ollama, n_prompt):
+    ollama.tokens = of_letters
+    warned: list[str] = []
+    settings = BenchSettings(n_prompt=n_prompt, n_gen=16, depths=(0, 300), repetitions=3)
+    found = measure_ollama(NAME, settings, url=ollama.url, warn=warned.append, seed=5)
+    prompt, _, deep = found
+    assert prompt.test.n_prompt == pytest.approx(n_prompt, rel=0.01)
+    assert deep.test.n_depth == pytest.approx(300, rel=0.01)
+    assert not warned
+
+
+def test_a_length_that_cannot_be_had_is_told_with_what_was_measured(ollama):
+    warned: list[str] = []
+    settings = BenchSettings(n_prompt=32, n_gen=0, repetitions=1)
+    (prompt,) = measure_ollama(NAME, settings, url=ollama.url, warn=warned.append)
+    counted = prompt.test.n_prompt
+    assert counted in (31, 34)  # three tokens a word and a start
+    assert warned == [f"pp32: Ollama counts {counted} tokens where 32 were asked for."]
+
+
+def test_a_test_that_the_context_does_not_hold_is_told(ollama):
+    ollama.tokens, ollama.limit = of_letters, 512
+    warned: list[str] = []
+    settings = BenchSettings(n_prompt=512, n_gen=0, repetitions=1)
+    (prompt,) = measure_ollama(NAME, settings, url=ollama.url, warn=warned.append, seed=1)
+    assert "more than the context of 512" in warned[0]
+    assert prompt.test.n_prompt == 512 or f"counts {prompt.test.n_prompt} tokens" in warned[1]
+    # A shorter one is measured as it is: the samples before it fit the context.
+    settings = BenchSettings(n_prompt=256, n_gen=0, repetitions=1)
+    (prompt,) = measure_ollama(NAME, settings, url=ollama.url, warn=warned.append, seed=1)
+    assert prompt.test.n_prompt == pytest.approx(256, rel=0.01)
 
 
 def test_an_answer_that_ends_early_counts_as_long_as_it_is(ollama):

@@ -185,10 +185,10 @@ def test_heldout_bits_per_byte(model, processor, heldout):
 
 @pytest.mark.parametrize("layers", [8, 12])
 def test_continues_a_line_of_python(model, layers):
-    from dus_edge.train.pico.model import upscaled_plan
     from dus_edge.train.pico.package import continue_text
+    from dus_edge.upscale.plan import from_drop
 
-    plan = None if layers == 8 else upscaled_plan(8, 2)
+    plan = None if layers == 8 else from_drop(8, 2).sources
     prompt = "def __init__(self"
     tokenizer = (MODEL / "tokenizer.model").read_bytes()
     text = continue_text(model, tokenizer, prompt, 24, plan)

@@ -117,7 +117,8 @@ def test_the_present_machine(run, solar):
     ("args", "said"),
     [
         (("--device", "rtx-4091"), "rtx-4090"),
-        (("--device", "rtx-4090", "--ctx", "8192"), "4,096 tokens"),
+        (("--device", "rtx-4090", "--ctx", "0"), "at least 1"),
+        (("--device", "rtx-4090", "--ctx", "4294967296"), "2,147,483,648"),
         (("--device", "rtx-4090", "--ctx", "-1"), "-1"),
         (("--device", "rtx-4090", "--batch", "-5"), "-5"),
         (("--device", "rtx-4090", "--quant", "q4_z"), "q4_z"),
@@ -133,6 +134,23 @@ def test_bad_values_are_one_sentence(run, solar, args, said):
         assert code == 2
         assert said in err
         assert err.strip().count("\n") == 0
+
+
+def test_beyond_the_models_context_is_a_warning(run, solar):
+    for args in (("--ctx", "8192"), ("--depth", "8000")):
+        found = predicted(run, solar, "--device", "rtx-4090", *args)
+        assert "made for 4,096 tokens" in found["context_warning"]
+        assert found["tg_tokens_per_s"]
+        _, out, _ = run("bench", "predict", solar, "--device", "rtx-4090", *args)
+        assert "Warning: " in out and max(map(len, out.splitlines())) <= 80
+    assert predicted(run, solar, "--device", "rtx-4090")["context_warning"] is None
+    for device in ((), ("--device", "rtx-4090")):
+        code, out, _ = run("fit", solar, "--ctx", "8192", *device)
+        assert code == 0 and "made for 4,096 tokens" in " ".join(out.split())
+        found = json.loads(run("fit", solar, "--ctx", "8192", *device, "--json")[1])
+        assert "4,096" in (found if device else found[0])["context_warning"]
+    code, _, err = run("bench", "predict", solar, "--device", "rtx-4090", "--depth", "3000000000")
+    assert code == 2 and "2,147,483,648" in err
 
 
 def test_damaged_models_are_one_sentence(run, solar, tmp_path):
@@ -168,5 +186,5 @@ def test_ollama_that_does_not_run(run, monkeypatch):
 @pytest.mark.parametrize("command", [("fit",), ("bench", "predict")])
 def test_help_names_the_platforms_that_there_are(run, command):
     _, out, _ = run(*command, "--help")
-    said = re.search(r"--platform NAME\s+(.*?)\[default", out, re.DOTALL)[1]
+    said = re.search(r"--platform NAME\s+System: (.*?)\.\s+\[default", out, re.DOTALL)[1]
     assert re.split(r",\s+|\s+or\s+", said.strip()) == list(PLATFORMS)

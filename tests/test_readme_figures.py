@@ -23,6 +23,8 @@ from dus_edge.predict.stored_model import MIB
 from dus_edge.quant.recipe import PRESETS, find_preset
 from dus_edge.tables.predicted import solar_config
 
+from .scripts import read_published
+
 ROOT = Path(__file__).parent.parent
 #: A figure may stand on any page, and on several.
 PAGES = "\n".join(
@@ -134,7 +136,7 @@ def test_cuda_takes_what_the_rule_says():
         card = find_device(name)
         n_sm = multiprocessors(card.cuda_cores, card.compute_capability)
         agree(text, cuda_overhead_bytes(n_sm, card.compute_capability) / MIB)
-    assert int(n) == len(json.loads(data.read_text("published_overhead.json"))["rows"])
+    assert int(n) == len(read_published("overhead")["rows"])
 
 
 def test_gptq_is_as_certain_as_its_rows():

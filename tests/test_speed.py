@@ -24,7 +24,7 @@ from dus_edge.predict.speed.work import Work
 
 from .cases import check_each
 from .draws import examples
-from .scripts import BENCHMARKS, load_script
+from .scripts import BENCHMARKS, load_script, read_published
 from .shapes import LLAMA3_8B, SOLAR, attention, dense_work
 
 IDS = [d.id for d in load_devices() if d.backend in ("CUDA", "Metal")]
@@ -175,7 +175,7 @@ def test_unknown_family_has_a_wider_interval():
 
 def test_shapes_agree_with_published_parameter_counts(fit_speed):
     # All but the mixture of experts (its active weights count) and hybrid models.
-    for run in json.loads(data.read_text("published_runs.json")):
+    for run in read_published("runs"):
         if "A3B" in run["model"] or "Qwen3.6" in run["model"]:
             continue
         layers, hidden, ffn, heads, kv, dim, vocab, tied = fit_speed.shape_of(run["model"])
@@ -227,7 +227,7 @@ def test_no_row_is_lost(validated):
     for which in ("tg", "pp"):
         published = [
             r
-            for r in json.loads(data.read_text("published_runs.json"))
+            for r in read_published("runs")
             if r[f"{which}_tps"] and r["device_id"].rstrip("?") in devices
         ]
         assert len(published) == sum(x["kind"] == which for x in validated)

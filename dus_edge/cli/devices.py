@@ -11,51 +11,69 @@ import click
 
 from dus_edge.cli.options import asked_plan_options, json_option
 
+_MODEL_OPTIONS = (
+    click.option(
+        "-q",
+        "--quant",
+        "preset",
+        metavar="PRESET",
+        help="Format to store a checkpoint in: a GGUF preset, gptq-int4 (-int8, -int3, "
+        "-int2), bnb-nf4 or bnb-int8. [default: q4_k_m]",
+    ),
+    click.option(
+        "--ctx",
+        type=int,
+        metavar="N",
+        help="Tokens of the context. [default: 4096, or the model's own if less]",
+    ),
+    click.option(
+        "--batch",
+        type=int,
+        default=2048,
+        show_default=True,
+        metavar="N",
+        help="Tokens handed over at once.",
+    ),
+    click.option(
+        "--ubatch",
+        type=int,
+        default=512,
+        show_default=True,
+        metavar="N",
+        help="Tokens computed at once.",
+    ),
+    click.option(
+        "--kv-type",
+        default="f16",
+        show_default=True,
+        metavar="TYPE",
+        help="Type of the KV cache: f16, q8_0 or q4_0.",
+    ),
+    click.option(
+        "--flash-attn/--no-flash-attn",
+        default=True,
+        show_default=True,
+        help="Use flash attention, llama.cpp's -fa.",
+    ),
+    click.option(
+        "--era",
+        type=click.Choice(("2023", "2024", "2025+")),
+        default="2025+",
+        show_default=True,
+        help="Year that llama.cpp was built in.",
+    ),
+    click.option(
+        "--platform",
+        metavar="NAME",
+        help="System: windows, linux, linux-headless, macos15 or macos26. "
+        "[default: the device's usual one]",
+    ),
+)
+
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How the model is stored and run; the command gets `candidate` and `settings`."""
-    options = (
-        click.option(
-            "-q",
-            "--quant",
-            "preset",
-            metavar="PRESET",
-            help="Of a checkpoint: a GGUF preset, gptq-int4 (-int8, -int3, -int2), bnb-nf4 or "
-            "bnb-int8 [default: q4_k_m].",
-        ),
-        click.option(
-            "--ctx",
-            type=int,
-            metavar="N",
-            help="Tokens of the context [default: 4096, or the model's own].",
-        ),
-        click.option("--batch", type=int, default=2048, show_default=True, metavar="N"),
-        click.option("--ubatch", type=int, default=512, show_default=True, metavar="N"),
-        click.option(
-            "--kv-type",
-            default="f16",
-            show_default=True,
-            metavar="TYPE",
-            help="Of the cache: f16, q8_0 or q4_0.",
-        ),
-        click.option(
-            "--flash-attn/--no-flash-attn", default=True, show_default=True, help="llama.cpp's -fa."
-        ),
-        click.option(
-            "--era",
-            type=click.Choice(("2023", "2024", "2025+")),
-            default="2025+",
-            show_default=True,
-            help="When llama.cpp was built.",
-        ),
-        click.option(
-            "--platform",
-            metavar="NAME",
-            help="windows, linux, linux-headless, macos15 or macos26 "
-            "[default: the device's usual one].",
-        ),
-    )
-    for option in reversed(options):
+    for option in reversed(_MODEL_OPTIONS):
         command = option(command)
     command = click.argument("model")(command)
 
@@ -115,10 +133,14 @@ def devices_command(as_json: bool) -> None:
 @click.option(
     "--device",
     metavar="ID",
-    help="One of `dus-edge devices`, or auto [default: every device that runs it].",
+    help="Device that `dus-edge devices` lists, or auto. [default: list all that run it]",
 )
 @click.option(
-    "--memory", "memory_gb", type=float, metavar="GB", help="Of a device made with several."
+    "--memory",
+    "memory_gb",
+    type=float,
+    metavar="GB",
+    help="Memory of a device that is made with several sizes.",
 )
 @json_option
 def fit_command(
@@ -144,7 +166,7 @@ def fit_command(
     if device is None:
         found = where_it_runs(candidate, settings, platform)
         if as_json:
-            click.echo(json.dumps([report.verdict_json(v) for v in found]))
+            click.echo(json.dumps(report.where_json(found)))
             return
         click.echo(report.runs_table(candidate.model.name, settings, found))
         return

@@ -30,7 +30,7 @@ from dus_edge.words import counts_text, duration, format_bytes
     metavar="PRESET",
     default=("q4_k_m",),
     show_default=True,
-    help="Preset; may be given several times.",
+    help="Preset of the file; repeat it for several files.",
 )
 @click.option(
     "-o",
@@ -39,26 +39,26 @@ from dus_edge.words import counts_text, duration, format_bytes
     default="build",
     show_default=True,
     metavar="DIR",
-    help="Folder for the files.",
+    help="Folder to write the files to.",
 )
 @click.option(
     "--quantizer",
     type=click.Choice(QUANTIZERS),
     default=DEFAULT,
     show_default=True,
-    help="Who makes the blocks: this program, or llama.cpp's ggml (needs dus-edge[llama]).",
+    help="Quantize with this program, or with llama.cpp's ggml (needs dus-edge[llama]).",
 )
 @click.option(
     "--imatrix",
     metavar="FILE|auto",
-    help="Importance matrix: a file in one of llama.cpp's formats, or auto to collect it now.",
+    help="Use an importance matrix: a file in a format of llama.cpp's, or auto to collect it now.",
 )
 @calibration_options
 @click.option(
     "--alias",
     metavar="NAME",
-    help="Also link NAME.gguf and NAME-PRESET.gguf to the "
-    "files, for Modelfiles that are the same for every base.",
+    help="Also link NAME.gguf, the last preset, and NAME-PRESET.gguf to the files, for "
+    "Modelfiles that are the same for every base.",
 )
 @output_options
 def gguf_command(
@@ -79,7 +79,9 @@ def gguf_command(
     from dus_edge.jobs.gguf import export_gguf
     from dus_edge.quant.recipe import find_preset
 
-    chosen = list({p.name: p for p in map(find_preset, presets)}.values())
+    # Each once; of one that is given twice the later place counts.
+    asked = [find_preset(name) for name in presets]
+    chosen = list({p.name: p for p in reversed(asked)}.values())[::-1]
     source = None
     if imatrix is not None:
         from dus_edge.jobs.imatrix import imatrix_source
@@ -98,7 +100,7 @@ def gguf_command(
     )
     model = alias or result.model.name.stem.lower()
     if as_json:
-        command = f"ollama create {model} -f {result.outputs[0].modelfile}"
+        command = f"ollama create {model} -f {result.outputs[-1].modelfile}"
         print_json(result, quantizer=quantizer, command=command)
         return
     for output in result.outputs:
@@ -109,8 +111,9 @@ def gguf_command(
             click.echo(f"  tensors: {counts_text(output.types)}")
     print_notes(result)
     click.echo(f"Done in {duration(result.seconds)}. Now run it:")
-    for i, output in enumerate(result.outputs):
-        tag = f":{output.preset}" if i else ""
+    for output in result.outputs:
+        # The name alone is the last, as the link is.
+        tag = "" if output is result.outputs[-1] else f":{output.preset}"
         click.echo(f"  ollama create {model}{tag} -f {output.modelfile}")
 
 
@@ -150,7 +153,7 @@ def upscale_command(
     type=click.Path(path_type=Path),
     required=True,
     metavar="FILE",
-    help="The importance matrix, e.g. imatrix.gguf.",
+    help="File to write the importance matrix to, such as imatrix.gguf.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
 @json_option
@@ -183,7 +186,7 @@ def imatrix_command(
     type=click.Choice(("2", "3", "4", "8")),
     default="4",
     show_default=True,
-    help="Bits of a code.",
+    help="Bits of a weight.",
 )
 @click.option(
     "--group-size",
@@ -196,13 +199,13 @@ def imatrix_command(
 @click.option(
     "--desc-act",
     is_flag=True,
-    help="Columns in order of their activations, groups too: better, slower to run.",
+    help="Quantize columns in the order of their activations: better, but slower to run.",
 )
 @click.option(
     "--sym/--asym",
     default=True,
     show_default=True,
-    help="Without or with a zero point for each group.",
+    help="Quantize without or with a zero point for each group.",
 )
 @click.option(
     "--damp",
@@ -210,7 +213,7 @@ def imatrix_command(
     default=0.01,
     show_default=True,
     metavar="X",
-    help="Share of the mean diagonal added to the Hessian.",
+    help="Add this share of the mean diagonal to the Hessian.",
 )
 @calibration_options
 @folder_option
@@ -219,7 +222,7 @@ def imatrix_command(
     "n_threads",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Threads that write [default: all].",
+    help="Number of threads that write. [default: all cores]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace DIR if it exists.")
 @json_option
@@ -265,11 +268,11 @@ def gptq_command(
 @click.argument("base")
 @plan_options
 @click.option(
-    "--nf4", "scheme", flag_value="nf4", default="nf4", help="4-bit normal float, the default."
+    "--nf4", "scheme", flag_value="nf4", default="nf4", help="Use 4-bit normal float, the default."
 )
-@click.option("--int8", "scheme", flag_value="int8", help="LLM.int8().")
+@click.option("--int8", "scheme", flag_value="int8", help="Use LLM.int8().")
 @click.option(
-    "--double-quant/--no-double-quant", default=True, help="Of nf4: quantize the scales too."
+    "--double-quant/--no-double-quant", default=True, help="Quantize the scales of nf4 too."
 )
 @folder_option
 @output_options

@@ -23,6 +23,7 @@ INTERRUPTED = 130  # what shells report for Ctrl-C
 COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("bench", "Measure on this machine, predict for others."),
     "bnb": ("export", "Up-scale BASE into a bitsandbytes checkpoint."),
+    "completion": ("completion", "Print the script that completes dus-edge's words in a shell."),
     "devices": ("devices", "List the devices that are known, as --device takes them."),
     "fit": ("devices", "Does MODEL fit a device, and if not, what would?"),
     "gguf": ("export", "Up-scale BASE into GGUF files and their Modelfiles."),
@@ -70,7 +71,7 @@ def main() -> None:
     """Entry point of `dus-edge`: errors become one sentence and an exit code."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        sys.exit(cli.main(standalone_mode=False))
+        sys.exit(cli.main(standalone_mode=False, prog_name="dus-edge"))
     except DusEdgeError as e:
         if "-v" in sys.argv or "--verbose" in sys.argv:
             import traceback

@@ -35,22 +35,25 @@ def inspect_command(model: str, choose: Any, as_json: bool) -> None:
     "--out",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write there instead of printing.",
+    help="Write to this file instead of printing.",
 )
 @click.option(
     "--from",
     "from_path",
     metavar="PATH",
-    help="What FROM names, relative to the Modelfile [default: the GGUF].",
+    help="Path that FROM names, relative to the Modelfile. [default: the GGUF]",
 )
 @click.option(
-    "--num-ctx", type=click.IntRange(min=4), metavar="N", help="Highest num_ctx [default: 4096]."
+    "--num-ctx",
+    type=click.IntRange(min=4),
+    metavar="N",
+    help="Highest num_ctx to write. [default: 4096]",
 )
 @click.option(
     "--tracked",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Render the project's own modelfiles/ into DIR.",
+    help="Write the project's own modelfiles/ to DIR.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
 def modelfile_command(

@@ -9,12 +9,14 @@ from typing import Any
 
 import click
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one line of JSON instead."
+)
 
 
 def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Which layers; the command gets `choose`, see `jobs.plan_chooser`."""
-    off = click.option("--no-upscale", is_flag=True, help="Leave the depth as it is.")
+    off = click.option("--no-upscale", is_flag=True, help="Leave the model's depth as it is.")
     return _plan_options(off(command), "a quarter of the base's, as SOLAR did", always=True)
 
 
@@ -29,16 +31,21 @@ def _plan_options(command: Callable[..., Any], default: str, *, always: bool) ->
             "--drop",
             type=int,
             metavar="M",
-            help=f"Layers dropped from each copy [default: {default}].",
+            help=f"Layers to drop from each of the two copies. [default: {default}]",
         ),
-        click.option("--layers", type=int, metavar="S", help="Depth of the result: 2 × (n − m)."),
+        click.option(
+            "--layers",
+            type=int,
+            metavar="S",
+            help="Layers of the result, in place of --drop: 2 × (n − m).",
+        ),
         click.option(
             "--plan",
             "plans",
             multiple=True,
             metavar="RANGES",
-            help="Source layers, "
-            "e.g. 0:24,8:32; given twice, the second applies to the first's result.",
+            help="Source layers in place of --drop, such as 0:24,8:32. Given twice, the "
+            "second applies to the first's result.",
         ),
     )
     for option in reversed(options):
@@ -69,14 +76,14 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "n_threads",
             type=click.IntRange(min=1),
             metavar="N",
-            help="Worker threads [default: all cores].",
+            help="Number of worker threads. [default: all cores]",
         ),
         click.option("--overwrite", is_flag=True, help="Replace outputs that exist."),
         click.option(
-            "--allow-nonfinite", is_flag=True, help="Go on although a weight is NaN or infinite."
+            "--allow-nonfinite", is_flag=True, help="Go on even if a weight is NaN or infinite."
         ),
         json_option,
-        click.option("-v", "--verbose", is_flag=True, help="Say more, errors in full."),
+        click.option("-v", "--verbose", is_flag=True, help="Print more, and errors in full."),
     )
     for option in reversed(options):
         command = option(command)
@@ -89,7 +96,7 @@ folder_option = click.option(
     type=click.Path(path_type=Path),
     required=True,
     metavar="DIR",
-    help="Folder of the new checkpoint.",
+    help="Folder to write the checkpoint to.",
 )
 
 
@@ -103,16 +110,20 @@ def text_options(default: str, n_chunks: int | None) -> tuple[Callable[..., Any]
             multiple=True,
             type=click.Path(path_type=Path),
             metavar="PATH",
-            help="Text to read: file, folder or .jsonl; may be given several times "
-            f"[default: {default}].",
+            help="Read text from this file, folder or .jsonl; repeat it for several. "
+            f"[default: {default}]",
         ),
-        click.option("--field", metavar="NAME", help="Field of .jsonl rows [default: text]."),
+        click.option(
+            "--field",
+            metavar="NAME",
+            help="Field of .jsonl rows that holds the text. [default: text]",
+        ),
         click.option(
             "--ctx",
             "n_ctx",
             type=click.IntRange(min=3),
             metavar="N",
-            help="Tokens of a chunk of text [default: 512].",
+            help="Tokens in a chunk of text. [default: 512]",
         ),
         click.option(
             "--chunks",
@@ -120,10 +131,10 @@ def text_options(default: str, n_chunks: int | None) -> tuple[Callable[..., Any]
             type=click.IntRange(min=1),
             default=n_chunks,
             metavar="N",
-            help=f"At most so many chunks [default: {chunks}].",
+            help=f"Read at most this many chunks. [default: {chunks}]",
         ),
         click.option(
-            "--seed", type=int, default=0, show_default=True, help="Of the draw of chunks."
+            "--seed", type=int, default=0, show_default=True, help="Seed for sampling chunks."
         ),
     )
 
@@ -137,12 +148,12 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             default="auto",
             show_default=True,
             metavar="DEVICE",
-            help="Where the model runs: cpu, cuda or mps.",
+            help="Run the model on cpu, cuda or mps.",
         ),
         click.option(
             "--dtype",
             type=click.Choice(("float32", "bfloat16")),
-            help="Precision it runs in [default: float32 on cpu, else bfloat16].",
+            help="Precision that the model runs in. [default: float32 on cpu, else bfloat16]",
         ),
     )
     for option in reversed(options):

@@ -28,24 +28,24 @@ def _quality_text(command: Callable[..., Any]) -> Callable[..., Any]:
     default="cpu",
     show_default=True,
     metavar="DEVICE",
-    help="Where folders run: cpu, cuda or mps.",
+    help="Run folders on cpu, cuda or mps.",
 )
 @click.option(
     "--threads",
     "n_threads",
     type=click.IntRange(min=1),
     metavar="N",
-    help="CPU threads [default: all cores].",
+    help="Number of CPU threads. [default: all cores]",
 )
 @click.option(
     "-o",
     "--out",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Also write quality.md, .json, .png and .svg there.",
+    help="Write quality.md, .json, .png and .svg to this folder too.",
 )
-@click.option("--plots/--no-plots", default=True, help="Draw divergence against size.")
-@click.option("--overwrite", is_flag=True, help="Replace these files.")
+@click.option("--plots/--no-plots", default=True, help="Draw divergence against size, or do not.")
+@click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 @json_option
 def quality_command(
     reference: str,

@@ -63,7 +63,7 @@ def export_gguf(
         folder: where the files go, under names of the GGUF convention.
         quantizer: name of the one that makes the blocks, see `choose.QUANTIZERS`.
         imatrix: how much an error in each column of a matrix counts; nothing known if None.
-        alias: also link ``<alias>.gguf`` to the first and ``<alias>-<preset>.gguf`` to each.
+        alias: also link ``<alias>.gguf`` to the last and ``<alias>-<preset>.gguf`` to each.
         n_threads: worker threads; all cores by default.
         overwrite: replace files of these names.
         allow_nonfinite: go on although a weight is NaN or infinite.
@@ -126,7 +126,7 @@ class GGUFJob(Job[GGUFPlan]):
         if self.imatrix is not None:
             weights, said, notes = _importance(model, checkpoint, self.imatrix)
             files = self._files(model, planned.metadata, said)
-        facts = model_facts(model, planned.vocab)
+        facts = model_facts(model, planned.vocab, ours=True)
         texts = [render_facts(facts, f"./{f.path.name}") for f in files]
         chosen = choose.find_quantizer(self.quantizer)
         chosen.prepare(sink.conversions(checkpoint, files, weights), say)
@@ -196,7 +196,7 @@ def _importance(
 
 def _link(alias: str, files: Sequence[GGUFFile]) -> None:
     """Names that do not depend on the base, for Modelfiles that are the same for every base."""
-    first = files[0].path
-    point_to(first.with_name(f"{alias}.gguf"), first)
+    last = files[-1].path
+    point_to(last.with_name(f"{alias}.gguf"), last)
     for f in files:
         point_to(f.path.with_name(f"{alias}-{f.preset.name}.gguf"), f.path)

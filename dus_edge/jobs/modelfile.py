@@ -47,4 +47,4 @@ def render_modelfile_of(
         )
     found = find_model(model, plan_chooser(None, None, (), False), weights=False, say=say)
     vocab = read_vocab(found.source.folder, found.config.vocab_size)
-    return render_facts(model_facts(found, vocab), from_path, num_ctx)
+    return render_facts(model_facts(found, vocab, ours=False), from_path, num_ctx)

@@ -3,28 +3,29 @@
 ``POST /api/generate`` ends with ``prompt_eval_count``, ``prompt_eval_duration``, ``eval_count``,
 ``eval_duration`` and ``load_duration``, durations in nanoseconds (docs/api.md of Ollama). Its
 runner keeps the last prompts: tokens that a prompt shares with one of them are counted but not
-computed, so each prompt here starts with a different word. Ollama takes text, not tokens; prompts
-are words, as many as a first prompt shows to be needed, and what is reported is the count that
-Ollama made of them.
+computed, so each prompt here starts with a different word. Ollama takes text, not tokens: a
+prompt's words are corrected by what Ollama counts of them until it is as long as was asked for,
+and what is reported is Ollama's count.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import json
 import os
-import random
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from dus_edge.errors import DusEdgeError, UsageError
 from dus_edge.measure.measurement import About, Measurement
+from dus_edge.measure.prompts import SAMPLE_TOKENS, Prompts, Timings, near
 from dus_edge.measure.resources import MeasuredMemory
 from dus_edge.measure.timing import now
 from dus_edge.measure.workload import BenchSettings, Workload, check_test_context
@@ -33,37 +34,8 @@ from dus_edge.progress import Advance
 _DEFAULT_PORT = 11434
 #: Loading a large model from a slow disk takes minutes.
 _TIMEOUT_S = 900.0
-#: Prompt of a generation test without a depth, as short as prompts are.
-_SHORT_WORDS = 4
-_SAMPLE_WORDS = 64
 #: Room for a prompt that comes out longer than was asked for.
 _SPARE = 64
-
-_WORDS = (
-    *("amber", "river", "stone", "cloud", "garden", "winter", "copper", "forest", "mirror"),
-    *("silver", "candle", "bridge", "harbor", "meadow", "violin", "lantern", "orchard", "pepper"),
-    *("saddle", "tunnel", "valley", "whistle", "yellow", "anchor", "basket", "carpet", "dragon"),
-    *("engine", "feather", "glacier", "hammer", "island", "jungle", "kettle", "ladder", "needle"),
-)
-
-
-@dataclass(frozen=True)
-class Timings:
-    """What Ollama says of one answer; times in nanoseconds.
-
-    Attributes:
-        prompt_tokens, prompt_ns: the prompt; cached tokens count but take no time.
-        tokens, ns: generated tokens.
-        load_ns: until the model was ready.
-        first_s: seconds from the request to the first piece of the answer, by our clock.
-    """
-
-    prompt_tokens: int
-    prompt_ns: int
-    tokens: int
-    ns: int
-    load_ns: int
-    first_s: float
 
 
 def host_url(setting: str | None) -> str:
@@ -91,6 +63,7 @@ def measure_ollama(
     settings: BenchSettings,
     advance: Advance = lambda n: None,
     *,
+    warn: Callable[[str], None] = lambda line: None,
     url: str | None = None,
     seed: int | None = None,
 ) -> list[Measurement]:
@@ -98,13 +71,16 @@ def measure_ollama(
 
     Prompt processing at a depth is left out: what Ollama keeps of a prompt it neither promises
     nor reports. Generation at a depth follows a prompt of that length. `n_prompt`, `n_gen` and
-    `n_depth` of the results are what Ollama counted, the median of the repetitions.
+    `n_depth` of the results are what Ollama counted, the median of the repetitions: as asked for
+    within 1 %, else `warn` is told.
 
     Args:
         name: as ``ollama list`` has it.
         settings: sizes, repetitions, `n_threads` (None leaves it to Ollama) and `n_gpu_layers`
             (-1 leaves it to Ollama).
         advance: told of each repetition.
+        warn: told, in a sentence, of what was measured otherwise than asked for, and of tests
+            that the context does not hold.
         url: of the server; None for that of ``OLLAMA_HOST``.
         seed: of the prompts' words; None for new ones every time, as Ollama's cache needs.
 
@@ -123,33 +99,40 @@ def measure_ollama(
     if not tests:
         raise UsageError("prompts at a depth are not measured through Ollama; give -n as well.")
     options = _options(settings, limit)
-    words = _Words(random.Random(seed))
-
     was_loaded = server.running() is not None
-    first = server.generate(words.prompt(_SAMPLE_WORDS), options | {"num_predict": 2})
-    load_s = None if was_loaded else first.load_ns / 1e9
-    # The second prompt tells how many tokens a word is, the model's start token apart.
-    second = server.generate(words.prompt(2 * _SAMPLE_WORDS), options | {"num_predict": 1})
-    tokens_per_word = (second.prompt_tokens - first.prompt_tokens) / _SAMPLE_WORDS
-    if tokens_per_word <= 0:
-        raise DusEdgeError(
-            f"Ollama counts {second.prompt_tokens} tokens of a prompt twice as long as one of "
-            f"{first.prompt_tokens}; update Ollama."
-        )
-    extra = first.prompt_tokens - _SAMPLE_WORDS * tokens_per_word
+    ask = functools.partial(_ask, server, options)
+    prompts = Prompts(ask, options["num_ctx"], seed)
+    load_s = None if was_loaded else prompts.load_ns / 1e9
+    context = _integer((server.running() or {}).get("context_length")) or options["num_ctx"]
 
     found = []
     for test in tests:
-        n_prompt = test.n_prompt or test.n_depth
-        n_words = round((n_prompt - extra) / tokens_per_word) if n_prompt else _SHORT_WORDS
-        request = options | {"num_predict": test.n_gen or 1}
-        samples = []
-        for _ in range(settings.repetitions):
-            samples.append(server.generate(words.prompt(max(1, n_words)), request))
-            advance(1)
+        samples = prompts.measure(test, settings.repetitions, context, advance)
+        _warn_of(test, samples, context, warn)
         about = _about(name, version, shown, server.running(), settings)
         found.append(_measurement(about, test, samples, load_s, server.memory()))
     return found
+
+
+def _ask(server: _Server, options: dict[str, Any], prompt: str, n_gen: int) -> Timings:
+    return server.generate(prompt, options | {"num_predict": n_gen})
+
+
+def _warn_of(
+    test: Workload, samples: list[Timings], context: int, warn: Callable[[str], None]
+) -> None:
+    """Say what was measured otherwise than asked for."""
+    wanted = test.n_prompt or test.n_depth
+    counted = _median([s.prompt_tokens for s in samples])
+    n_gen = test.n_gen or 1
+    longest = max(wanted, counted)
+    if longest + n_gen > context:
+        warn(
+            f"{test.name}: a prompt of {longest} tokens and {n_gen} generated are more than the "
+            f"context of {context}; Ollama cuts the prompt or what is before."
+        )
+    if wanted and not near(counted, wanted):
+        warn(f"{test.name}: Ollama counts {counted} tokens where {wanted} were asked for.")
 
 
 def _measurement(
@@ -184,22 +167,6 @@ def _measurement(
         ),
         memory=memory,
     )
-
-
-class _Words:
-    """Prompts that begin differently each time."""
-
-    def __init__(self, chance: random.Random) -> None:
-        self._random = chance
-        self._starts: set[str] = set()
-
-    def prompt(self, n: int) -> str:
-        """`n` words that are known, after a start that no prompt had."""
-        while (start := f"{self._random.getrandbits(24):06x}") in self._starts:
-            pass
-        self._starts.add(start)
-        # The start is always as many characters, so that prompts differ little in tokens.
-        return " ".join([start, *self._random.choices(_WORDS, k=n)])
 
 
 class _Server:
@@ -311,7 +278,7 @@ class _Server:
 def _options(settings: BenchSettings, limit: int) -> dict[str, Any]:
     """Ollama's names of the settings (api/types.go, Options)."""
     # One context for all requests: another one would load the model anew.
-    n_ctx = max(2 * _SAMPLE_WORDS * 4, *(test.n_ctx for test in settings.tests())) + _SPARE
+    n_ctx = max(SAMPLE_TOKENS, *(test.n_ctx for test in settings.tests())) + _SPARE
     options: dict[str, Any] = {
         "num_ctx": min(n_ctx, limit) if limit else n_ctx,
         "num_batch": settings.n_ubatch,

@@ -40,6 +40,9 @@ _WITH_SYSTEM = (
     _talk("하나.", "둘.", "셋?", system='You count.\n"Slowly".'),
 )
 _MARK = "the system message goes here"
+#: Stands for the begin-of-text token while a template runs: the token's own text may also be
+#: what a format begins with (SmolLM2's is `<|im_start|>`), and only the token is left out.
+_BEGIN = "\ue000begin\ue000"
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,23 @@ def identify(jinja_template: str | None, special_tokens: Mapping[str, str]) -> C
     if None in plain:
         return None
     told = [render_jinja(jinja_template, talk, special_tokens) for talk in _WITH_SYSTEM]
+    if found := _family_of(plain, told, special_tokens):
+        return found
+    begin = special_tokens.get("bos_token")
+    if begin and all(text.startswith(begin) for text in (*plain, *told) if text is not None):
+        # The template spells the token out, as text that the tokenizer reads as the token.
+        plain, told = (
+            [None if text is None else text.removeprefix(begin) for text in texts]
+            for texts in (plain, told)
+        )
+        return _family_of(plain, told, special_tokens)
+    return None
+
+
+def _family_of(
+    plain: list[str | None], told: list[str | None], special_tokens: Mapping[str, str]
+) -> ChatFamily | None:
+    """The family that renders the probes, without and with a system message, to these texts."""
     for known in families():
         candidate = _with_tokens(known, special_tokens)
         if not _agrees(candidate, _WITH_SYSTEM, told):
@@ -118,23 +138,25 @@ def identify(jinja_template: str | None, special_tokens: Mapping[str, str]) -> C
 def render_jinja(
     jinja_template: str, messages: Sequence[Message], special_tokens: Mapping[str, str]
 ) -> str | None:
-    """The prompt a chat template makes, without the begin-of-text token; None if it fails.
+    """The prompt a chat template makes, without `bos_token` at its front; None if it fails.
 
     The environment is that of transformers (`utils/chat_template_utils.py`), except that
     today is a fixed day. A checkpoint's template is a stranger's program: it runs in Jinja's
     sandbox, and whatever it raises counts as a refusal.
     """
+    begin = special_tokens.get("bos_token")
+    tokens = {**special_tokens, "bos_token": _BEGIN} if begin else special_tokens
     try:
         text = _compiled(jinja_template).render(
             messages=[dict(message) for message in messages],
             tools=None,
             documents=None,
             add_generation_prompt=True,
-            **special_tokens,
+            **tokens,
         )
     except Exception:  # see above
         return None
-    return text.removeprefix(special_tokens.get("bos_token") or "")
+    return text.removeprefix(_BEGIN).replace(_BEGIN, begin or "")
 
 
 @lru_cache(maxsize=8)

@@ -25,6 +25,7 @@ class ModelFacts:
         licence: identifier or None.
         chat_template: Jinja text or None.
         special_tokens: texts by role: ``bos_token``, ``eos_token``, …
+        ours: whether this program made the GGUF file.
     """
 
     title: str
@@ -32,10 +33,11 @@ class ModelFacts:
     licence: str | None
     chat_template: str | None
     special_tokens: Mapping[str, str]
+    ours: bool
 
 
-def model_facts(model: Model, vocab: Vocab) -> ModelFacts:
-    """What a Modelfile says of a model that is about to be exported."""
+def model_facts(model: Model, vocab: Vocab, *, ours: bool) -> ModelFacts:
+    """What a Modelfile says of a checkpoint; `ours` if it is about to be exported."""
     config = model.config
     return ModelFacts(
         title=model.name.title,
@@ -44,6 +46,7 @@ def model_facts(model: Model, vocab: Vocab) -> ModelFacts:
         licence=model.source.licence,
         chat_template=vocab.chat_template,
         special_tokens={f"{kind}_token": vocab.tokens[i] for kind, i in vocab.special_ids.items()},
+        ours=ours,
     )
 
 
@@ -75,6 +78,7 @@ def gguf_facts(path: Path) -> ModelFacts:
         licence=text("general.license"),
         chat_template=text("tokenizer.chat_template"),
         special_tokens=special,
+        ours=any(key.startswith("dus.") for key in fields),
     )
 
 
@@ -86,7 +90,7 @@ def render_facts(facts: ModelFacts, from_path: str, num_ctx: int | None = None) 
         family=chat.identify(facts.chat_template, facts.special_tokens),
         chat_template_present=facts.chat_template is not None,
         licence=facts.licence,
-        title=f"{facts.title}, made by dus-edge.",
+        title=f"{facts.title}, made by dus-edge." if facts.ours else f"{facts.title}.",
         num_ctx_cap=num_ctx or NUM_CTX_CAP,
         eos_token=facts.special_tokens.get("eos_token", "</s>"),
     )

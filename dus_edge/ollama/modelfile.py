@@ -75,13 +75,15 @@ def render_modelfile(spec: ModelfileSpec) -> str:
 def completion_spec(
     *,
     from_path: str,
-    num_ctx: int,
+    num_ctx: int | None,
     licence: str | None,
     title: str,
     comment: tuple[str, ...] = (),
     eos_token: str = "</s>",
 ) -> ModelfileSpec:
     """A base model's Modelfile: it continues the text it is given, and nothing is added.
+
+    `num_ctx` None leaves the context to Ollama.
 
     The turns of a chat are put together as they are; only a system message is set apart, by
     a blank line after it. The one stop is the tokenizer's end-of-text token.
@@ -94,7 +96,7 @@ def completion_spec(
         from_path=from_path,
         template=chat.template_text("completion.gotmpl"),
         system=None,
-        parameters=(("num_ctx", num_ctx), ("stop", eos_token)),
+        parameters=(*_context(num_ctx), ("stop", eos_token)),
         licence=licence_text(licence),
         comment=(title, what, *comment),
     )
@@ -104,18 +106,18 @@ def instruct_spec(
     *,
     from_path: str,
     family: chat.ChatFamily,
-    num_ctx: int,
+    num_ctx: int | None,
     licence: str | None,
     title: str,
     comment: tuple[str, ...] = (),
 ) -> ModelfileSpec:
-    """The Modelfile of a model tuned on a known chat format."""
+    """The Modelfile of a model tuned on a known chat format; `num_ctx` None leaves it to Ollama."""
     notes = (family.notes,) if family.notes else ()
     return ModelfileSpec(
         from_path=from_path,
         template=family.template,
         system=family.system,
-        parameters=(("num_ctx", num_ctx), *(("stop", stop) for stop in family.stops)),
+        parameters=(*_context(num_ctx), *(("stop", stop) for stop in family.stops)),
         licence=licence_text(licence),
         comment=(
             title,
@@ -196,6 +198,10 @@ def licence_text(licence: str | None) -> str | None:
     if entry:
         return f"{entry['title']} ({entry['id']})\n{entry['url']}"
     return "".join(_plain(char) for char in licence)
+
+
+def _context(num_ctx: int | None) -> tuple[tuple[str, Value], ...]:
+    return () if num_ctx is None else (("num_ctx", num_ctx),)
 
 
 def _num_ctx_comment(num_ctx: int, context_length: int) -> str:

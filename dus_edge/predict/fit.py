@@ -14,6 +14,7 @@ from dus_edge.predict.memory.cuda import multiprocessors
 from dus_edge.predict.memory.folder import TorchPreset, find_torch_preset, is_torch_preset
 from dus_edge.predict.memory.llama import (
     check_context,
+    context_warning,
     memory_use,
     model_of_config,
     usable_bytes,
@@ -40,11 +41,13 @@ class Verdict:
         fits: whether all of it is on the device.
         offloaded_layers: largest `-ngl` that fits, at most the layers and the output; of a model
             that transformers runs all or none.
-        longest_context: longest context with all layers on the device; None if there is none.
+        longest_context: longest context with all layers on the device, up to the model's own or
+            the one asked for; None if there is none.
         use: memory with all layers on the device.
         usable_bytes: memory that a model may take.
         runtime: what runs the model: ``llama.cpp`` or ``transformers``.
         note: one sentence where the device has no kernel of its own for the model.
+        context_warning: one sentence where the context is beyond the model's own.
     """
 
     device: Device
@@ -57,6 +60,7 @@ class Verdict:
     usable_bytes: int
     runtime: str = "llama.cpp"
     note: str | None = None
+    context_warning: str | None = None
 
     @property
     def close(self) -> bool:
@@ -92,10 +96,10 @@ def judge(
         memory_gb: which of the device's memory sizes; None means the smallest.
 
     Raises:
-        UsageError: a context beyond the model's, a memory size or platform that is not the
+        UsageError: a context that cannot be, a memory size or platform that is not the
             device's, a type of cache that the model's runtime does not have.
     """
-    check_context(model, settings.context)
+    check_context(settings.context)
     usable = usable_bytes(device, platform, memory_gb)
     settings = replace(settings_on(device, settings), n_gpu_layers=None)
     use = memory_use(model, settings)
@@ -111,6 +115,7 @@ def judge(
         usable_bytes=usable,
         runtime=model.runtime,
         note=kernel_note(model, device.backend),
+        context_warning=context_warning(model, settings.context),
     )
 
 
@@ -141,11 +146,12 @@ def layers_that_fit(model: StoredModel, settings: RunSettings, usable: int) -> i
 
 
 def longest_context(model: StoredModel, settings: RunSettings, usable: int) -> int | None:
-    """The longest context that fits with all layers on the device, up to the model's own.
+    """The longest context that fits with all layers on the device.
 
-    In steps of `CONTEXT_STEP`, or the model's own; None if not even one step fits.
+    Up to the model's own, or that of `settings` if it is longer. In steps of `CONTEXT_STEP`, or
+    just that; None if not even one step fits.
     """
-    own = model.context_length
+    own = max(model.context_length, settings.context)
 
     def fits(context: int) -> bool:
         whole = replace(settings, context=context, n_gpu_layers=None)
@@ -189,7 +195,7 @@ def devices_that_run(
         settings: context, cache and the rest.
         platform: only devices that run on it; None means each on its usual one.
     """
-    check_context(model, settings.context)
+    check_context(settings.context)
     whole = replace(settings, n_gpu_layers=None)
     found = []
     for device in load_devices():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dus_edge.errors import UsageError
 from dus_edge.predict.devices import Device, find_device, recognise
 from dus_edge.predict.fit import Verdict, best_preset, devices_that_run, judge, settings_on
+from dus_edge.predict.memory.llama import check_context, context_warning
 from dus_edge.predict.speed.device import device_speed
 from dus_edge.predict.speed.predict import PredictedSpeed, predict
 from dus_edge.predict.speed.work import work_of
@@ -64,7 +65,7 @@ def memory_settings(
     """How a model is run; the context is by default 4,096 or the model's own if that is shorter."""
     type_k, type_v = kv_types(kv_type, flash_attn)
     return RunSettings(
-        context=context or min(CONTEXT, model.context_length),
+        context=min(CONTEXT, model.context_length) if context is None else context,
         batch=batch,
         ubatch=ubatch,
         type_k=type_k,
@@ -96,15 +97,14 @@ def predict_on(
         memory_gb: which of its memory sizes; None means the smallest.
 
     Raises:
-        UsageError: a context or depth beyond the model's, a size that the device is not made with.
+        UsageError: a context or depth that cannot be, a size that the device is not made with.
     """
     model = candidate.model
-    if depth > model.context_length:
-        raise UsageError(
-            f"{model.name} was made for {model.context_length:,} tokens, "
-            f"and a depth of {depth:,} is asked for."
-        )
+    if depth:
+        check_context(depth)
     verdict = judge(model, device, settings, platform=platform, memory_gb=memory_gb)
+    warning = context_warning(model, max(depth, settings.context))
+    verdict = replace(verdict, context_warning=warning)
     settings = settings_on(device, settings)
     best = best_preset(candidate.presets, settings, verdict.usable_bytes)
     speed, why = None, None

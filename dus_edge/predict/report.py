@@ -65,6 +65,11 @@ def verdict_json(v: Verdict) -> dict[str, Any]:
     }
 
 
+def where_json(found: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """What `fit` prints with `--json` of every device that holds a model."""
+    return [verdict_json(v) | {"context_warning": v.context_warning} for v in found]
+
+
 def speed_json(speed: PredictedSpeed | None) -> dict[str, float | None]:
     """Rates of generation and prompt, each with the ends of its interval; null if not predicted."""
     keys = [f"{kind}_tokens_per_s{end}" for kind in ("tg", "pp") for end in ("", "_low", "_high")]
@@ -95,6 +100,7 @@ def answer_json(p: Prediction) -> dict[str, Any]:
         "runtime": p.verdict.runtime,
         "speed_engine": p.speed.engine if p.speed else None,
         "note": p.verdict.note,
+        "context_warning": p.verdict.context_warning,
     }
 
 
@@ -150,6 +156,8 @@ def runs_table(name: str, settings: RunSettings, found: Sequence[Verdict]) -> st
         )
     notes = dict.fromkeys((v.device.backend, v.note) for v in found if v.note)
     lines += [_note(f"{backend}: {note}") for backend, note in notes]
+    if warning := found[0].context_warning:
+        lines.append(_note(f"Warning: {warning}"))
     return "\n".join(lines)
 
 
@@ -194,14 +202,15 @@ def _sentence(p: Prediction) -> str:
 
 
 def _notes(v: Verdict) -> list[str]:
-    """What is to be known of a model that transformers runs."""
+    """What is to be known of a context beyond the model's, and of what transformers runs."""
+    beyond = ["", _note(f"Warning: {v.context_warning}")] if v.context_warning else []
     if v.runtime == "llama.cpp":
-        return []
+        return beyond
     compute = (
         "Compute is the peak while a prompt of the whole context is read at once; what "
         "torch's allocator keeps in reserve is not in it."
     )
-    return ["", *(_note(text) for text in (compute, v.note) if text)]
+    return [*beyond, "", *(_note(text) for text in (compute, v.note) if text)]
 
 
 def _note(text: str) -> str:

@@ -7,11 +7,13 @@ nothing: its policy allows no source but the style and the script that stand in 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -28,8 +30,9 @@ from dus_edge.predict.speed.device import DeviceSpeed, device_speed
 from dus_edge.predict.speed.predict import predict
 from dus_edge.predict.speed.work import Work, work_of
 from dus_edge.predict.stored_model import RunSettings, StoredModel
-from dus_edge.progress import Advance
+from dus_edge.progress import Advance, progress
 from dus_edge.tables.predicted import solar_config
+from dus_edge.tables.write import write_tables
 
 #: A device in one of its memory sizes.
 PageRow = tuple[Device, float]
@@ -86,6 +89,22 @@ def solar_choices() -> tuple[Choice, ...]:
         else:
             choices.append(Choice(key, preset.label, model_of_config(config, preset, name)))
     return tuple(sorted(choices, key=lambda c: (c.model.torch is not None, c.model.weights_bytes)))
+
+
+def write_bench_tables(
+    folder: Path, *, overwrite: bool, measured: Sequence[Path] = (), quality: Sequence[Path] = ()
+) -> list[Path]:
+    """Write the tables and the page, with progress; see `write_tables`."""
+    n_rows = sum(len(d.memory_gb_options) for d in load_devices())
+    with progress("Predicting", 2 * n_rows, unit="devices") as advance:
+        return write_tables(
+            folder,
+            overwrite=overwrite,
+            measured=measured,
+            quality=quality,
+            also={PAGE_FILE: functools.partial(render_page, advance=advance)},
+            advance=advance,
+        )
 
 
 def render_page(

@@ -7,7 +7,7 @@ Blackwell. That it grows with the multiprocessors is also what llama.cpp's devel
 4090), an instantiated graph (16 MiB), the pool of temporary buffers after a prompt (about 20 MiB).
 It is more with large ubatches, which is not predicted: 144 to 192 MiB on an RTX PRO 6000.
 
-The constants are a fit to the readings under Linux in `data/published_overhead.json`, made by
+The constants are a fit to the readings under Linux in `benchmarks/published/overhead.json`, made by
 `benchmarks/fit_overhead.py`, which shows every card beside it. Of 18 cards 16 have a context within
 13 MiB of the rule; an A100 has 57 MiB more, a P100 264, which nothing explains. Loaded, the five
 cards that were read without a large ubatch are within 30 MiB of the sum.

@@ -41,6 +41,9 @@ from dus_edge.quant.recipe import Preset
 
 PLATFORMS = ("windows", "linux", "linux-headless", "macos15", "macos26")
 
+#: Longest context that any runtime can be asked for.
+MAX_CONTEXT = 2**31
+
 _F32 = 4
 _F16 = 2
 #: CUDA pads the rows of quantized tensors to this many weights (`MATRIX_ROW_PADDING`).
@@ -121,19 +124,28 @@ def read_gguf(path: Path) -> StoredModel:
     )
 
 
-def check_context(model: StoredModel, context: int) -> None:
-    """See that the model was made for so many tokens.
+def check_context(context: int) -> None:
+    """See that a runtime could be asked for a context of so many tokens.
 
     Raises:
-        UsageError: it was not, or the number is not positive.
+        UsageError: the number is not positive, or above 2^31.
     """
     if context < 1:
         raise UsageError(f"A context of {context} tokens is asked for; at least 1 is needed.")
-    if context > model.context_length:
+    if context > MAX_CONTEXT:
         raise UsageError(
-            f"{model.name} was made for {model.context_length:,} tokens, "
-            f"and a context of {context:,} is asked for."
+            f"A context of {context:,} tokens is asked for; no more than {MAX_CONTEXT:,} can be."
         )
+
+
+def context_warning(model: StoredModel, tokens: int) -> str | None:
+    """A sentence where a model runs beyond what it was made for; llama.cpp only warns of it too."""
+    if tokens <= model.context_length:
+        return None
+    return (
+        f"{model.name} was made for {model.context_length:,} tokens; beyond them, up to "
+        f"{tokens:,}, its text may be worthless."
+    )
 
 
 def memory_use(model: StoredModel, settings: RunSettings) -> MemoryUse:

@@ -11,7 +11,8 @@ llama.cpp does not run GPTQ folders. Two kernels do that most people meet:
 Both read the same bytes for a token, so both have the formula of `dus_edge.predict.speed.roofline`
 with the constants of llama.cpp's 4-bit kernels of the latest era, and the deviations in
 `data/gptq_speed.toml`: none for ExLlamaV2, a longer time for every layer for Marlin.
-`benchmarks/fit_gptq_speed.py` checks and fits them on published runs, `data/published_gptq.json`.
+`benchmarks/fit_gptq_speed.py` checks and fits them on published runs,
+`benchmarks/published/gptq.json`.
 Prompts are not predicted: published rates lie up to 75 % from llama.cpp's, in both directions, and
 are of three cards. Through transformers the same files are slower than through vLLM by a factor of
 2.9 to 5 in the one document that has both (Qwen2.5, 1.5 B to 32 B, A100).

@@ -19,7 +19,7 @@ so one figure serves), the shader rate on Metal, four times that with the matrix
 η, κ, μ are logistic functions and α, λ, ρ, σ, τ exponentials of sums of named terms in
 `data/speed.toml`: a base by backend and deviations by type group, architecture, era, memory and
 flash attention, none by device. `benchmarks/fit_speed.py` fits them to published llama.cpp
-measurements, `data/published_runs.json`, and cross-validates.
+measurements, `benchmarks/published/runs.json`, and cross-validates.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,6 +165,33 @@ def load_split(root: Path | None = None) -> Split:
 def total_bytes(sources: Iterable[SourceFile]) -> int:
     """Return the UTF-8 bytes of all the files together."""
     return sum(source.size for source in sources)
+
+
+def choose_text(files: Sequence[SourceFile], max_bytes: int) -> list[SourceFile]:
+    """Whole files up to `max_bytes`, drawn by the hash of their path, in the order given."""
+    chosen, left = set(), max_bytes
+    for f in sorted(files, key=lambda f: hashlib.sha256(f.path.encode()).digest()):
+        if f.size <= left:
+            chosen.add(f.path)
+            left -= f.size
+    return [f for f in files if f.path in chosen]
+
+
+def write_heldout(folder: Path, max_bytes: int = 250_000) -> list[Path]:
+    """Write held-out text as files, whole ones up to `max_bytes`; their names keep the order.
+
+    pico knows Python sources and nothing else: on the built-in evaluation text, which is English,
+    Korean and code, it would be judged on what it never learned. No calibration reads these. An
+    earlier call's files are removed from the folder first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("[0-9][0-9][0-9]-*.py"):
+        old.unlink()
+    paths = []
+    for i, file in enumerate(choose_text(load_split().heldout, max_bytes)):
+        paths.append(folder / f"{i:03}-{Path(file.path).name}")
+        paths[-1].write_text(file.text, encoding="utf-8")
+    return paths
 
 
 def print_corpus() -> None:

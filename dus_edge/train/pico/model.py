@@ -134,11 +134,6 @@ class Pico(nn.Module):
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
 
 
-def upscaled_plan(layers: int, m: int) -> list[int]:
-    """Return SOLAR's plan: all but the last ``m`` layers, then all but the first ``m``."""
-    return [*range(layers - m), *range(m, layers)]
-
-
 def initialise(model: Pico, seed: int) -> None:
     """Draw weights: normal embeddings, scaled normal projections, zero output projections.
 

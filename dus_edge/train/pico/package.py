@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from dus_edge.train.pico import corpus, evaluate
-from dus_edge.train.pico.model import Pico, PicoConfig, upscaled_plan
+from dus_edge.train.pico.model import Pico, PicoConfig
 from dus_edge.train.pico.tokenizer import (
     BOS,
     EOS,
@@ -20,6 +21,7 @@ from dus_edge.train.pico.tokenizer import (
     load_sentencepiece,
     write_tokenizer,
 )
+from dus_edge.upscale.plan import from_drop
 
 TRANSFORMERS_VERSION = "5.23.0"
 """The transformers whose ``save_pretrained`` the configuration files follow."""
@@ -107,7 +109,7 @@ def score(model: Pico, split: corpus.Split, tokenizer: bytes, pool: Executor) ->
     size = corpus.total_bytes(split.heldout)
     train = [source.text for source in (*split.library, *split.tests)]
     heldout = [ids[:-1] for ids in encode_documents(processor, texts)]
-    plan = upscaled_plan(model.config.layers, 2)
+    plan = from_drop(model.config.layers, 2).sources
 
     def plain_bits(ids: np.ndarray) -> float:
         return evaluate.document_bits(model, ids)
@@ -132,7 +134,7 @@ def continue_text(
     tokenizer: bytes,
     prompt: str,
     tokens: int,
-    plan: list[int] | None = None,
+    plan: Sequence[int] | None = None,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> str:

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from dus_edge.train.pico.model import Pico
 
-GradientJob = tuple[Tensor, list[int] | None]
+GradientJob = tuple[Tensor, Sequence[int] | None]
 """Int64 ids (rows, length + 1) and the plan of layers through which to run them."""
 
 
-def mean_loss(model: Pico, ids: Tensor, plan: list[int] | None) -> Tensor:
+def mean_loss(model: Pico, ids: Tensor, plan: Sequence[int] | None) -> Tensor:
     """Return the mean cross entropy in nats/token, a scalar f32 tensor."""
     logits = model(ids[:, :-1], plan)
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,7 +23,7 @@ import torch
 from dus_edge.train.pico import corpus, evaluate
 from dus_edge.train.pico.batches import Stream
 from dus_edge.train.pico.card import Run, pico_card
-from dus_edge.train.pico.model import Pico, PicoConfig, initialise, upscaled_plan
+from dus_edge.train.pico.model import Pico, PicoConfig, initialise
 from dus_edge.train.pico.optim import Muon
 from dus_edge.train.pico.package import (
     PicoScores,
@@ -39,6 +40,7 @@ from dus_edge.train.pico.tokenizer import (
     split_table,
     train_sentencepiece,
 )
+from dus_edge.upscale.plan import from_drop
 
 PUBLISHED_M = 2
 """Layers dropped at each seam in the up-scaling which the card reports (8 -> 12)."""
@@ -144,7 +146,9 @@ def draw(
     return torch.from_numpy(np.stack(picked)[order])
 
 
-def plan_for(micro: int, step: int, done: float, recipe: Recipe, layers: int) -> list[int] | None:
+def plan_for(
+    micro: int, step: int, done: float, recipe: Recipe, layers: int
+) -> Sequence[int] | None:
     """Return the plan of one micro-batch: now and then an up-scaled one, else None.
 
     Running some text through layers [0..L-m) + [m..L) teaches the layers to stand being
@@ -157,7 +161,7 @@ def plan_for(micro: int, step: int, done: float, recipe: Recipe, layers: int) ->
     if (step * micros + micro) % every:
         return None
     m = int(np.random.default_rng((recipe.seed, step)).choice([1, 2, 2, 3]))
-    return upscaled_plan(layers, m)
+    return from_drop(layers, m).sources
 
 
 def train_step(
@@ -219,7 +223,7 @@ def quick_scores(model: Pico, data: Data, pool: ThreadPoolExecutor) -> tuple[flo
     pairs = list(zip(data.heldout, data.heldout_sizes, strict=True))[::every]
     documents = [ids[:1024] for ids, _ in pairs]
     size = sum(n * len(part) / len(ids) for part, (ids, n) in zip(documents, pairs, strict=True))
-    plan = upscaled_plan(model.config.layers, PUBLISHED_M)
+    plan = from_drop(model.config.layers, PUBLISHED_M).sources
     plain = pool.map(partial(evaluate.document_bits, model), documents)
     scaled = pool.map(partial(evaluate.document_bits, partial(model, plan=plan)), documents)
     return sum(plain) / size, sum(scaled) / size
@@ -267,7 +271,7 @@ def mean_bits(losses: list[float]) -> float | None:
 
 def draw_samples(model: Pico, tokenizer: bytes) -> list[tuple[str, str]]:
     """Return (title, text) of the card's samples: the first draws, whatever they are."""
-    plan = upscaled_plan(model.config.layers, PUBLISHED_M)
+    plan = from_drop(model.config.layers, PUBLISHED_M).sources
     greedy = [
         (f"{kind}, greedy", continue_text(model, tokenizer, prompt, 40, layers))
         for kind, layers in (("8 layers", None), ("12 layers", plan))
