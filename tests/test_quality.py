@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -634,6 +634,9 @@ def overlaps(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 @given(
     st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=8),
     st.sampled_from([0.02, 0.2, 1.0]),
+)
+@example(
+    [(0.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.5, 0.0), (0.0, 0.375), (0.5, 0.0), (0.0, 0.5)], 0.02
 )
 def test_labels_cover_neither_each_other_nor_points(where, spread):
     """Also where points crowd into a corner or lie on one another."""

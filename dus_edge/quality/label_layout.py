@@ -26,6 +26,8 @@ _CLEAR_HALF = 8.0
 _GAP = 1.5
 #: Cost of a point's distance against a square point covered: enough to prefer near places.
 _PER_POINT, _PER_RANK = 0.05, 0.01
+#: Cost of a square point beyond the frame: words are cut off there, which is worse than a touch.
+_PER_OUTSIDE = 10.0
 _MAX_SWEEPS = 12
 
 Box = tuple[float, float, float, float]
@@ -73,7 +75,7 @@ def place_labels(
     ]
     static = [
         [
-            _outside(option.box, frame)
+            _PER_OUTSIDE * _outside(option.box, frame)
             + _covered(cover, fixed)
             + _covered(cover[:1], markers[i : i + 1])
             + _covered(cover[:1], np.delete(clear, i, axis=0))
