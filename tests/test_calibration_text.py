@@ -24,13 +24,14 @@ from dus_edge.errors import CheckpointError, UsageError
 from dus_edge.export.vocab.vocab import read_vocab
 from dus_edge.jobs.gguf import export_gguf
 from dus_edge.quant.recipe import PRESETS
-from dus_edge.text.chunks import Chunks, cut_stream, load_tokenizer, make_chunks, shares
+from dus_edge.text.chunks import Chunks, cut_stream, make_chunks, shares
 from dus_edge.text.documents import (
     BUILTIN_LANGUAGES,
     Document,
     builtin_documents,
     read_documents,
 )
+from dus_edge.text.tokenizers import load_tokenizer
 from dus_edge.upscale.model import plan_chooser
 
 from .draws import examples

@@ -14,8 +14,9 @@ from dus_edge import __version__
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.errors import CheckpointError, UsageError
 from dus_edge.progress import progress
-from dus_edge.text.chunks import DEFAULT_N_CTX, Chunks, load_tokenizer, make_chunks
+from dus_edge.text.chunks import DEFAULT_N_CTX, Chunks, make_chunks
 from dus_edge.text.documents import builtin_documents, read_documents
+from dus_edge.text.tokenizers import load_tokenizer
 from dus_edge.upscale.model import Model, Say
 
 if TYPE_CHECKING:  # these import torch

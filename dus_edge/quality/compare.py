@@ -24,14 +24,9 @@ from dus_edge.run.folders import check_packages, torch_device
 from dus_edge.run.llama_logits import GGUFTokenizer
 from dus_edge.run.open import inspect_source, open_source
 from dus_edge.run.source import LogitSource, SourceInfo
-from dus_edge.text.chunks import (
-    DEFAULT_N_CTX,
-    Chunks,
-    Tokenizer,
-    load_tokenizer,
-    make_chunks,
-)
+from dus_edge.text.chunks import DEFAULT_N_CTX, Chunks, make_chunks
 from dus_edge.text.documents import builtin_documents, read_documents
+from dus_edge.text.tokenizers import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
