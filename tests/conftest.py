@@ -39,6 +39,12 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Tell `fuzz.py` of a failure while it is still made small."""
+    if report.failed and (mark := os.environ.get("FUZZ_FAILED")):
+        Path(mark).touch()
+
+
 def pytest_collection_modifyitems() -> None:
     """Keep draws apart from what else ran.
 

@@ -15,6 +15,10 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).parent
+#: Made by tests/conftest.py when a test fails, beside the tests.
+FAILED = ".fuzz-failed"
+#: Seconds that a failure may take to be reported after time is up.
+LAST_WORDS_S = 600
 KEEP = """
 A drawn case failed; it stands above, after "Failing test case" (or "Falsifying example").
 To keep it, write its arguments above the test, where they are tried on every run from then on:
@@ -58,13 +62,18 @@ def one_round(seed: int, timeout: float, folder: Path, options: tuple[str, ...])
         *("--hypothesis-profile=fuzz", f"--hypothesis-seed={seed}", "--no-header"),
         *(*options, *files),
     ]
+    failed = folder / FAILED
+    failed.unlink(missing_ok=True)
     # Workers of pytest-xdist and what tests start end with it.
-    run = subprocess.Popen(command, start_new_session=True)
+    environment = {**os.environ, "FUZZ_FAILED": str(failed)}
+    run = subprocess.Popen(command, start_new_session=True, env=environment)
     try:
         return run.wait(timeout)
     except subprocess.TimeoutExpired:
-        return None
+        # A test that failed in the last moments is still to be said: its example is made small.
+        return run.wait(LAST_WORDS_S) if failed.exists() else None
     finally:
+        failed.unlink(missing_ok=True)
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGTERM)
             run.wait()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dus_edge.quant import ggml, native
@@ -130,11 +130,14 @@ SAFE = 6e4
     zero_share=st.sampled_from([0.0, 0.1, 0.9]),
     offset=st.sampled_from([0.0, 1.0, -1.0]),
 )
+@example(t.Q3_K, "huge", 0, (0.0, -25.0), 0.9, 0.0)  # sums of importance without digits
+@example(t.F16, "none", 0, (0.0, -0.0), 0.0, 0.0)
 @examples(500)
 def test_any_finite_weights(kind, importance, seed, exponents, zero_share, offset):
     """Magnitudes from denormal to the largest float32, alike or mixed in a block."""
     rng = np.random.default_rng(seed)
-    x = rng.choice([-1.0, 1.0], (3, 512)) * 10 ** rng.uniform(*sorted(exponents), (3, 512))
+    low, high = sorted(e + 0.0 for e in exponents)  # no −0, which numpy takes for less than 0
+    x = rng.choice([-1.0, 1.0], (3, 512)) * 10 ** rng.uniform(low, high, (3, 512))
     x = x + offset * 10 ** max(exponents)
     x[rng.random((3, 512)) < zero_share] = 0
     rows = np.clip(x, -3.4e38, 3.4e38).astype(np.float32)

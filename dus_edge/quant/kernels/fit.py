@@ -64,6 +64,11 @@ def inverse(v):
     return where((v > f32(0)) | (f32(0) > v), f32(1) / v, f32(0))
 
 
+#: Sums of wq² up to here have no digits left to divide by: nothing that counts was quantized. The
+#: mean of w is about one.
+SLIGHT = 1e-30
+
+
 class Sums(NamedTuple):
     """Weighted sums over a block, each a vector: Σw, Σwx, Σwq, Σwq², Σwqx."""
 
@@ -207,7 +212,7 @@ def symmetric_grid(x, w, at, n, reach, candidates):
         s_qq, s_qx = symmetric_sums(x, w, at, n, scale, low, high)
         d_i = s_qx * inverse(s_qq)
         gain = s_qx * d_i
-        better = (gain > best) & (s_qq > zero)
+        better = (gain > best) & (s_qq > f32(SLIGHT))
         best = where(better, gain, best)
         d = where(better, d_i, d)
         b_qq = where(better, s_qq, b_qq)

@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit
 
 from dus_edge.quant.kernels.fit import (
+    SLIGHT,
     Search,
     Steps,
     clamp,
@@ -175,7 +176,7 @@ def _requantize(x, w, scales, bits, layout, found):
         at = j * LANES
         per = inverse(to_f32(load(scales, at)) * big)
         s_qq, s_qx = symmetric_sums(x, w, _N * at, _N, per, low, high)
-        d = where(s_qq > f32(0), s_qx * inverse(s_qq), load(found[0], at))
+        d = where(s_qq > f32(SLIGHT), s_qx * inverse(s_qq), load(found[0], at))
         store(found[0], at, d)
         store(found[1], at, s_qq)
         store(found[2], at, s_qx)
