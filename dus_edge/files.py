@@ -1,7 +1,9 @@
 """Outputs that appear under their name only when they are whole.
 
-A file is written beside its final name with the ending `.partial` and renamed at the end; after
-an error or Ctrl-C the partial one is removed and what was there before is untouched.
+A file is written beside its final name, under a name of its own with the ending `.partial`, and
+renamed when all of it is on the disk; after an error or Ctrl-C the partial one is removed and what
+was there before is untouched. One run writes an output at a time (`locks`), so what a killed run
+left behind is known to be nobody's, and the next run to the same output removes it.
 """
 
 from __future__ import annotations
@@ -9,14 +11,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dus_edge.errors import OutputError
+from dus_edge.locks import output_lock
 from dus_edge.words import format_bytes
 
 PARTIAL = ".partial"
+#: A file in a folder that is not whole yet, by which a folder of ours is known.
+MARKER = ".dus-edge-partial"
+_LONGEST_NAME = 200
 
 
 def check_writable(folder: Path) -> None:
@@ -72,35 +80,92 @@ def output_files(sizes: Sequence[tuple[Path, int]]) -> Iterator[list[int]]:
         Descriptors for `os.pwrite`, in the order of `sizes`.
 
     Raises:
-        OutputError: a file cannot be made or the disk is full. Nothing is left behind.
+        OutputError: a file cannot be made, the disk is full, or another run writes one of them.
+            Nothing is left behind.
     """
-    partials = [path.with_name(path.name + PARTIAL) for path, _ in sizes]
-    fds: list[int] = []
-    made: list[Path] = []
+    paths = [path for path, _ in sizes]
+    with _made_folders(paths), output_lock(paths):
+        for path in paths:
+            remove_leftovers(path)
+        partials = [_partial(path) for path in paths]
+        fds: list[int] = []
+        try:
+            for partial, (_, size) in zip(partials, sizes, strict=True):
+                fds.append(open_new(partial, size))
+            yield fds
+            while fds:
+                os.fsync(fds[0])
+                os.close(fds.pop(0))
+            for partial, path in zip(partials, paths, strict=True):
+                partial.replace(path)
+            for folder in {path.parent for path in paths}:
+                _sync(folder)
+        except BaseException as e:
+            for fd in fds:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+            for partial in partials:
+                with contextlib.suppress(OSError):
+                    partial.unlink()
+            if isinstance(e, OSError):
+                raise _refused(paths[0], e) from None
+            raise
+
+
+def open_new(path: Path, size: int) -> int:
+    """A descriptor of a file that was not there before, with all its bytes reserved.
+
+    Raises:
+        OSError: it is there, be it as a link, or the disk is full.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
-        for partial, (_, size) in zip(partials, sizes, strict=True):
-            made += _make_folder(partial.parent)
-            fds.append(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644))
-            _reserve(fds[-1], size)
+        _reserve(fd, size)
+    except BaseException:
+        os.close(fd)
+        path.unlink(missing_ok=True)
+        raise
+    return fd
+
+
+@contextlib.contextmanager
+def new_files(sizes: Sequence[tuple[Path, int]]) -> Iterator[list[int]]:
+    """Descriptors of new files in a folder that is not whole yet; see `output_files`."""
+    fds: list[int] = []
+    try:
+        for path, size in sizes:
+            fds.append(open_new(path, size))
         yield fds
+    finally:
         for fd in fds:
             os.close(fd)
-        fds.clear()
-        for partial, (path, _) in zip(partials, sizes, strict=True):
-            partial.replace(path)
-    except BaseException as e:
-        for fd in fds:
-            with contextlib.suppress(OSError):
-                os.close(fd)
-        for partial in partials:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-        for folder in reversed(made):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        if isinstance(e, OSError):
-            raise _refused(sizes[0][0], e) from None
-        raise
+
+
+def remove_leftovers(output: Path) -> list[str]:
+    """Remove what killed runs left of an output; its lock must be held.
+
+    A folder is ours if `MARKER` is in it. One that a run had put aside to replace it goes back to
+    its name if the new one never took it.
+
+    Returns:
+        names of what was removed or put back.
+    """
+    found = []
+    for entry in _leftovers(output):
+        with contextlib.suppress(OSError):
+            if entry.name.endswith(_ASIDE):
+                if os.path.lexists(output):
+                    shutil.rmtree(entry)
+                else:
+                    entry.rename(output)
+            elif entry.is_dir() and not entry.is_symlink():
+                if not (entry / MARKER).is_file():
+                    continue
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+            found.append(entry.name)
+    return found
 
 
 def write_text(path: Path, text: str) -> None:
@@ -133,9 +198,8 @@ def point_to(link: Path, target: Path) -> None:
     """
     if link.exists() and not link.is_symlink() and link.stat().st_nlink < 2:
         raise OutputError(f"{link} is a file of its own, not a link; move it away.")
-    temporary = link.with_name(link.name + PARTIAL)
+    temporary = _partial(link)
     try:
-        temporary.unlink(missing_ok=True)
         try:
             temporary.symlink_to(target.name)
         except OSError:
@@ -160,28 +224,30 @@ def output_folder(folder: Path, overwrite: bool, replaceable: Sequence[str]) -> 
         OutputError: it exists, holds other things, or cannot be written. Nothing is left behind.
     """
     check_replaceable(folder, overwrite, replaceable)
-    partial = folder.with_name(folder.name + PARTIAL)
-    aside = folder.with_name(folder.name + ".replaced" + PARTIAL)
-    made: list[Path] = []
-    try:
-        made = _make_folder(partial.parent)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        if folder.is_dir():
-            folder.rename(aside)
-        partial.rename(folder)
-        shutil.rmtree(aside, ignore_errors=True)
-    except BaseException as e:
-        shutil.rmtree(partial, ignore_errors=True)
-        if aside.is_dir() and not folder.exists():
-            aside.rename(folder)
-        for parent in reversed(made):
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        if isinstance(e, OSError):
-            raise _refused(folder, e) from None
-        raise
+    with _made_folders([folder]), output_lock([folder]):
+        remove_leftovers(folder)
+        partial = _partial(folder)
+        aside = partial.with_name(partial.name.removesuffix(PARTIAL) + _ASIDE)
+        try:
+            partial.mkdir()
+            (partial / MARKER).touch()
+            yield partial
+            (partial / MARKER).unlink()
+            _sync_all(partial)
+            # Again: it may have been filled while this one was made.
+            check_replaceable(folder, overwrite, replaceable)
+            if folder.is_dir():
+                folder.rename(aside)
+            partial.rename(folder)
+            _sync(folder.parent)
+            shutil.rmtree(aside, ignore_errors=True)
+        except BaseException as e:
+            shutil.rmtree(partial, ignore_errors=True)
+            if aside.is_dir() and not folder.exists():
+                aside.rename(folder)
+            if isinstance(e, OSError):
+                raise _refused(folder, e) from None
+            raise
 
 
 def check_replaceable(folder: Path, overwrite: bool, replaceable: Sequence[str]) -> None:
@@ -199,6 +265,65 @@ def check_replaceable(folder: Path, overwrite: bool, replaceable: Sequence[str])
                 f"{folder} holds {entry.name}, which is no part of a checkpoint; "
                 "it is not replaced, choose another folder with -o."
             )
+
+
+_ASIDE = ".replaced" + PARTIAL
+_TOKEN = re.compile(r"\.[0-9a-f]{16}(\.replaced)?\.partial$")
+
+
+def _partial(path: Path) -> Path:
+    """A name beside `path` that no other run has."""
+    return path.with_name(f"{path.name[:_LONGEST_NAME]}.{secrets.token_hex(8)}{PARTIAL}")
+
+
+def _leftovers(output: Path) -> list[Path]:
+    """Entries beside an output that are named as its partial ones are."""
+    stem = output.name[:_LONGEST_NAME]
+    try:
+        entries = sorted(output.parent.iterdir())
+    except OSError:
+        return []
+    return [e for e in entries if e.name.startswith(stem) and _TOKEN.fullmatch(e.name[len(stem) :])]
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold a file or a folder's entries; where it cannot be asked, go on."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
+    finally:
+        os.close(fd)
+
+
+def _sync_all(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(parent, name))
+        _sync(Path(parent))
+
+
+@contextlib.contextmanager
+def _made_folders(paths: Sequence[Path]) -> Iterator[None]:
+    """Make the parents of some outputs; those that were not there go again after an error."""
+    made: list[Path] = []
+    try:
+        try:
+            for path in paths:
+                made += _make_folder(path.parent)
+        except OSError as e:
+            raise _refused(paths[0], e) from None
+        yield
+    except BaseException:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _nearest(folder: Path) -> Path:

@@ -35,7 +35,7 @@ from dus_edge.files import (
     check_free_space,
     check_replaceable,
     check_writable,
-    output_files,
+    new_files,
     output_folder,
     pwrite_all,
 )
@@ -257,7 +257,7 @@ def checkpoint_folder(
             (partial / name).write_text(text, encoding="utf-8")
         if len(shards) > 1:
             _write_json(partial / INDEX, _index(shards, specs))
-        with output_files([(partial / s.name, s.nbytes) for s in shards]) as fds:
+        with new_files([(partial / s.name, s.nbytes) for s in shards]) as fds:
             for fd, shard in zip(fds, shards, strict=True):
                 pwrite_all(fd, shard.header, 0)
             yield TensorWriter(specs, shards, fds)
