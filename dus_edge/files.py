@@ -70,6 +70,19 @@ def check_absent(paths: Sequence[Path], overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
+def held_outputs(paths: Sequence[Path]) -> Iterator[None]:
+    """Keep other runs from some outputs while the block runs; leftovers of killed ones go.
+
+    Raises:
+        OutputError: another run is writing one of them, or a folder cannot be made.
+    """
+    with _made_folders(paths), output_lock(paths):
+        for path in paths:
+            remove_leftovers(path)
+        yield
+
+
+@contextlib.contextmanager
 def output_files(sizes: Sequence[tuple[Path, int]]) -> Iterator[list[int]]:
     """Open one file per path, each with all its bytes reserved; rename all when the block ends.
 
@@ -84,9 +97,7 @@ def output_files(sizes: Sequence[tuple[Path, int]]) -> Iterator[list[int]]:
             Nothing is left behind.
     """
     paths = [path for path, _ in sizes]
-    with _made_folders(paths), output_lock(paths):
-        for path in paths:
-            remove_leftovers(path)
+    with held_outputs(paths):
         partials = [_partial(path) for path in paths]
         fds: list[int] = []
         try:
@@ -224,8 +235,7 @@ def output_folder(folder: Path, overwrite: bool, replaceable: Sequence[str]) -> 
         OutputError: it exists, holds other things, or cannot be written. Nothing is left behind.
     """
     check_replaceable(folder, overwrite, replaceable)
-    with _made_folders([folder]), output_lock([folder]):
-        remove_leftovers(folder)
+    with held_outputs([folder]):
         partial = _partial(folder)
         aside = partial.with_name(partial.name.removesuffix(PARTIAL) + _ASIDE)
         try:

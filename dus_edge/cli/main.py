@@ -69,7 +69,11 @@ class LazyGroup(click.Group):
 
 def main() -> None:
     """Entry point of `dus-edge`: errors become one sentence and an exit code."""
-    signal.signal(signal.SIGTERM, _terminated)
+    for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        # What nohup has a process ignore stays ignored.
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _terminated)
     try:
         sys.exit(cli.main(standalone_mode=False, prog_name="dus-edge"))
     except DusEdgeError as e:

@@ -57,6 +57,10 @@ class BnbJob(Job[list[TensorSpec]]):
         """bitsandbytes must be there."""
         bnb.check_available()
 
+    def outputs(self, model: Model) -> list[Path]:
+        """The folder."""
+        return [self.folder]
+
     def check(self, model: Model, checkpoint: Checkpoint) -> list[TensorSpec]:
         """The folder's tensors; its name and the disk must do."""
         bnb.check_outputs(checkpoint, self.folder, self.scheme, self.writing.overwrite)

@@ -36,6 +36,10 @@ class CheckpointJob(Job[None]):
     folder: Path
     writing: Writing
 
+    def outputs(self, model: Model) -> list[Path]:
+        """The folder."""
+        return [self.folder]
+
     def check(self, model: Model, checkpoint: Checkpoint) -> None:
         """The folder's name and the disk must do."""
         hf.check_outputs(checkpoint, self.folder, self.writing.overwrite)

@@ -109,6 +109,10 @@ class GGUFJob(Job[GGUFPlan]):
         """A tokenizer that GGUF cannot hold is met before the weights are fetched."""
         read_vocab(folder, config.vocab_size)
 
+    def outputs(self, model: Model) -> list[Path]:
+        """A file for each preset."""
+        return [self.folder / model.name.file_name(preset) for preset in self.presets]
+
     def check(self, model: Model, checkpoint: Checkpoint) -> GGUFPlan:
         """Lay the files out; names, folder and disk must do."""
         vocab = read_vocab(model.source.folder, model.config.vocab_size)
@@ -157,10 +161,10 @@ class GGUFJob(Job[GGUFPlan]):
                 model.shapes,
                 metadata,
                 preset,
-                self.folder / model.name.file_name(preset),
+                path,
                 said,
             )
-            for preset in self.presets
+            for preset, path in zip(self.presets, self.outputs(model), strict=True)
         ]
 
 

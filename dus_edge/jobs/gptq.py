@@ -64,6 +64,10 @@ class GPTQJob(Job[GPTQPlan]):
         """PyTorch must be there."""
         require("hf", "calibration needs")
 
+    def outputs(self, model: Model) -> list[Path]:
+        """The folder."""
+        return [self.folder]
+
     def check(self, model: Model, checkpoint: Checkpoint) -> GPTQPlan:
         """Settings, the folder's name, the disk and the text must do."""
         sink.check_settings(checkpoint, self.settings)

@@ -119,6 +119,10 @@ class ImatrixJob(Job[None]):
         check_absent([self.path], self.overwrite)
         check_writable(self.path.parent)
 
+    def outputs(self, model: Model) -> list[Path]:
+        """The file."""
+        return [self.path]
+
     def check(self, model: Model, checkpoint: Checkpoint) -> None:
         """Nothing more is known before the text is read."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.machine import default_threads
+from dus_edge.files import held_outputs
 from dus_edge.upscale.model import ChoosePlan, Model, Say, describe, find_model
 
 #: What a job's `check` finds out for its `write`.
@@ -81,6 +82,10 @@ class Job(ABC, Generic[Planned]):
         """Check what the small files are enough for, before a hub base's gigabytes are fetched."""
 
     @abstractmethod
+    def outputs(self, model: Model) -> Sequence[Path]:
+        """What is written: no other run may write it from `check` to the end."""
+
+    @abstractmethod
     def check(self, model: Model, checkpoint: Checkpoint) -> Planned:
         """Plan the outputs to the byte and refuse what can be refused; nothing is written yet."""
 
@@ -107,9 +112,10 @@ def run_job(job: Job, base: str, choose: ChoosePlan, say: Say) -> Result:
     job.need(say)
     model = find_model(base, choose, weights=True, say=say, early=job.early)
     checkpoint = model.open()
-    planned = job.check(model, checkpoint)
-    say(describe(model))
-    outputs, notes = job.write(model, checkpoint, planned, say)
+    with held_outputs(job.outputs(model)):
+        planned = job.check(model, checkpoint)
+        say(describe(model))
+        outputs, notes = job.write(model, checkpoint, planned, say)
     return Result(model, outputs, time.monotonic() - start, notes)
 
 
