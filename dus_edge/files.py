@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dus_edge.errors import OutputError
@@ -188,6 +188,26 @@ def write_text(path: Path, text: str) -> None:
     data = text.encode()
     with output_files([(path, len(data))]) as (fd,):
         pwrite_all(fd, data, 0)
+
+
+def append_text(
+    path: Path, text: str, check: Callable[[str], object] = lambda before: None
+) -> None:
+    """Add text to a file, all or nothing; runs that add at once wait for each other.
+
+    Args:
+        path: the file, there or not.
+        text: whole lines.
+        check: told of what is there before; what it raises stops everything.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with _made_folders([path]), output_lock([path], wait=True):
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        check(before)
+        gap = "" if not before or before.endswith("\n") else "\n"
+        write_text(path, before + gap + text)
 
 
 def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
