@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("models", "Show MODEL's shape, plan and the size of every preset."),
     "modelfile": ("models", "Write the Modelfile of a GGUF file or a checkpoint."),
     "quality": ("quality", "Measure how far each CANDIDATE is from REFERENCE on text."),
+    "verify": ("verify", "Read finished models whole and say whether they are sound."),
     "upscale": ("export", "Up-scale BASE into a checkpoint that transformers loads."),
 }
 

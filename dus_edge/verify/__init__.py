@@ -1,0 +1,1 @@
+"""Finished models read whole: structure, sizes, finite values, digests."""
