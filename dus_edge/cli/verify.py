@@ -49,6 +49,6 @@ def verify_command(paths: tuple[Path, ...], digests: Path | None, as_json: bool)
                 what += f": {counts_text(facts['types'])}"
             click.echo(f"sound: {result.path}\n  {what}")
             if result.n_digests:
-                click.echo(f"  {result.n_digests} digests agree")
+                click.echo(f"  digests agree: {result.n_digests}")
     if any(result.problem is not None for result in found):
         sys.exit(CheckpointError.exit_code)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,21 +47,22 @@ def verify_gguf(path: Path, advance: Callable[[int], None] = lambda n: None) -> 
         CheckpointError: what is wrong, with the tensor's name.
     """
     try:
-        with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            values, tensors = read_header(view)
+        with path.open("rb", buffering=0) as f:
+            with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as view:
+                values, tensors = read_header(view)
+                size = len(view)
             sizes = [_n_bytes(path, t) for t in tensors]
-            _check_places(path, tensors, sizes, len(view), values.get("general.alignment", 32))
+            _check_places(path, tensors, sizes, size, values.get("general.alignment", 32))
             _check_model(path, values, tensors)
             run_tasks(
                 (
                     task
                     for tensor, n_bytes in zip(tensors, sizes, strict=True)
-                    for task in _tasks(path, view, tensor, n_bytes)
+                    for task in _tasks(path, f.fileno(), tensor, n_bytes)
                 ),
                 n_threads=default_threads(),
                 advance=advance,
             )
-            size = len(view)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
     except (OSError, ValueError) as e:
@@ -160,26 +162,29 @@ def _layer(name: str) -> int:
 
 
 def _tasks(
-    path: Path, view: mmap.mmap, tensor: GGUFTensor, n_bytes: int
+    path: Path, fd: int, tensor: GGUFTensor, n_bytes: int
 ) -> Iterator[Callable[[], int]]:
     kind = _BY_ID[tensor.kind]
     step = max(1, _PIECE // kind.block_bytes) * kind.block_bytes
     for start in range(0, n_bytes, step):
         size = min(step, n_bytes - start)
-        yield lambda start=start, size=size: _check_values(path, view, tensor, start, size)
+        yield lambda start=start, size=size: _check_values(path, fd, tensor, start, size)
 
 
-def _check_values(path: Path, view: mmap.mmap, tensor: GGUFTensor, start: int, size: int) -> int:
+def _check_values(path: Path, fd: int, tensor: GGUFTensor, start: int, size: int) -> int:
     kind = _BY_ID[tensor.kind]
-    at = tensor.offset + start
+    # Read, not mapped: a page that a disk cannot give is an error then, and no signal.
+    data = os.pread(fd, size, tensor.offset + start)
+    if len(data) != size:
+        raise CheckpointError(f"{path} became shorter while it was read.")
     bad: np.ndarray
     if kind.name == "F32":
-        bad = ~np.isfinite(np.frombuffer(view, "<f4", size // 4, at))
+        bad = ~np.isfinite(np.frombuffer(data, "<f4"))
     elif kind.name in ("F16", "BF16"):
         exponent = _HALF if kind.name == "F16" else _BRAIN
-        bad = _all_ones(np.frombuffer(view, "<u2", size // 2, at), exponent)
+        bad = _all_ones(np.frombuffer(data, "<u2"), exponent)
     else:
-        blocks = np.frombuffer(view, np.uint8, size, at).reshape(-1, kind.block_bytes)
+        blocks = np.frombuffer(data, np.uint8).reshape(-1, kind.block_bytes)
         scales = [
             _all_ones(np.ascontiguousarray(blocks[:, o : o + 2]).view("<u2")[:, 0], _HALF)
             for o in SCALES[kind.name]
