@@ -170,9 +170,10 @@ def remove_leftovers(output: Path) -> list[str]:
                 else:
                     entry.rename(output)
             elif entry.is_dir() and not entry.is_symlink():
-                if not (entry / MARKER).is_file():
-                    continue
-                shutil.rmtree(entry)
+                if (entry / MARKER).is_file():
+                    shutil.rmtree(entry)
+                else:
+                    entry.rmdir()  # killed right after it was made, or not ours and not empty
             else:
                 entry.unlink()
             found.append(entry.name)
@@ -262,13 +263,15 @@ def output_folder(folder: Path, overwrite: bool, replaceable: Sequence[str]) -> 
             partial.mkdir()
             (partial / MARKER).touch()
             yield partial
-            (partial / MARKER).unlink()
             _sync_all(partial)
             # Again: it may have been filled while this one was made.
             check_replaceable(folder, overwrite, replaceable)
             if folder.is_dir():
                 folder.rename(aside)
             partial.rename(folder)
+            # Only now: a run killed before leaves a folder that is known to be ours.
+            (folder / MARKER).unlink()
+            _sync(folder)
             _sync(folder.parent)
             shutil.rmtree(aside, ignore_errors=True)
         except BaseException as e:
@@ -287,10 +290,10 @@ def check_replaceable(folder: Path, overwrite: bool, replaceable: Sequence[str])
     if not folder.is_dir():
         raise OutputError(f"{folder} exists and is no folder; choose another name with -o.")
     entries = sorted(folder.iterdir())
-    if entries and not overwrite:
+    if [e for e in entries if e.name != MARKER] and not overwrite:
         raise OutputError(f"{folder} exists; add --overwrite to replace it.")
     for entry in entries:
-        if not any(entry.match(pattern) for pattern in replaceable):
+        if entry.name != MARKER and not any(entry.match(pattern) for pattern in replaceable):
             raise OutputError(
                 f"{folder} holds {entry.name}, which is no part of a checkpoint; "
                 "it is not replaced, choose another folder with -o."

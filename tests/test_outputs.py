@@ -133,7 +133,9 @@ def test_what_a_killed_run_left_goes_with_the_next_one(tmp_path):
     (left / MARKER).touch()
     (left / "half").touch()
     other = tmp_path / "folder.fedcba9876543210.partial"
-    other.mkdir()  # no marker: not ours
+    other.mkdir()
+    (other / "notes").touch()  # no marker: not ours
+    (tmp_path / "folder.0000000000000000.partial").mkdir()  # killed right after it was made
     write_text(tmp_path / "out", "x")
     with output_folder(tmp_path / "folder", False, ()):
         pass

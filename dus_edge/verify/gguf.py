@@ -161,9 +161,7 @@ def _layer(name: str) -> int:
     return int(parts[1]) if parts[0] == "blk" and parts[1].isdecimal() else -1
 
 
-def _tasks(
-    path: Path, fd: int, tensor: GGUFTensor, n_bytes: int
-) -> Iterator[Callable[[], int]]:
+def _tasks(path: Path, fd: int, tensor: GGUFTensor, n_bytes: int) -> Iterator[Callable[[], int]]:
     kind = _BY_ID[tensor.kind]
     step = max(1, _PIECE // kind.block_bytes) * kind.block_bytes
     for start in range(0, n_bytes, step):
