@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import signal
 import subprocess
 import sys
@@ -84,11 +83,9 @@ def test_a_lock_is_this_process_own_more_than_once(tmp_path):
 
 def test_waiting_for_a_lock(tmp_path, holder):
     child = holder()
-    waiting = subprocess.Popen(
-        [sys.executable, "-c", HOLD.replace("[Path(sys.argv[1])]", "[Path(sys.argv[1])], wait=True"),
-         str(tmp_path / "out")],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    program = HOLD.replace("[Path(sys.argv[1])]", "[Path(sys.argv[1])], wait=True")
+    command = [sys.executable, "-c", program, str(tmp_path / "out")]
+    waiting = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     time.sleep(0.3)
     assert waiting.poll() is None
     child.kill()

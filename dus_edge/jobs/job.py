@@ -15,8 +15,8 @@ from typing import Any, Generic, TypeVar
 
 from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.checkpoint.spec import Checkpoint
-from dus_edge.machine import default_threads
 from dus_edge.files import held_outputs
+from dus_edge.machine import default_threads
 from dus_edge.upscale.model import ChoosePlan, Model, Say, describe, find_model
 
 #: What a job's `check` finds out for its `write`.

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from dus_edge import __version__
 from dus_edge.errors import UsageError
-from dus_edge.files import check_writable, write_text
+from dus_edge.files import append_text, check_writable
 from dus_edge.machine import (
     command_output,
     default_threads,
@@ -130,12 +130,10 @@ def append_record(path: Path, measurements: Sequence[Measurement]) -> None:
         OutputError: it cannot be written.
     """
     here = machine()
-    before = _read(path, _WRITER) if path.exists() else ""
-    if before:
-        parse_lines(before, str(path))
-        before = before.removesuffix("\n") + "\n"
     lines = (json.dumps(measurement_json(m) | here, allow_nan=False) + "\n" for m in measurements)
-    write_text(path, before + "".join(lines))
+    if path.exists():
+        read_lines(path)
+    append_text(path, "".join(lines), lambda before: parse_lines(before, str(path)))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -71,10 +71,10 @@ def write_digests(
     for folder, digests in by_folder.items():
         target = folder / DIGESTS
         with output_lock([target], wait=True):
-            write_text(target, render(read_digests(target) | digests))
+            write_text(target, digest_lines(read_digests(target) | digests))
     return [folder / DIGESTS for folder in by_folder]
 
 
-def render(digests: Mapping[str, str]) -> str:
+def digest_lines(digests: Mapping[str, str]) -> str:
     """The file's text, which `sha256sum -c` reads."""
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))

@@ -17,8 +17,9 @@ from dus_edge.checkpoint.safetensors import (
 )
 from dus_edge.checkpoint.spec import DTYPE_BYTES
 from dus_edge.errors import CheckpointError
+from dus_edge.machine import default_threads
 from dus_edge.predict.memory.folder import is_quantized_folder, read_folder
-from dus_edge.stream import default_threads, run_tasks
+from dus_edge.stream import run_tasks
 
 _PIECE = 1 << 23
 _EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00}

@@ -18,8 +18,9 @@ import numpy as np
 from dus_edge.checkpoint.gguf_header import GGUFTensor, read_header
 from dus_edge.errors import CheckpointError
 from dus_edge.families.family import Family, find_gguf_family
+from dus_edge.machine import default_threads
 from dus_edge.quant.types import TYPES
-from dus_edge.stream import default_threads, run_tasks
+from dus_edge.stream import run_tasks
 
 #: Bytes of a block at which its float16 scales stand.
 SCALES: Mapping[str, tuple[int, ...]] = {
@@ -90,7 +91,7 @@ def _n_bytes(path: Path, tensor: GGUFTensor) -> int:
     kind = _BY_ID.get(tensor.kind)
     if kind is None:
         raise CheckpointError(
-            f"{path}: tensor {tensor.name} is of ggml's type {tensor.kind}, which is not known here."
+            f"{path}: tensor {tensor.name} is of ggml type {tensor.kind}, which is not known."
         )
     if not tensor.dims or not all(tensor.dims):
         raise CheckpointError(f"{path}: tensor {tensor.name} has a shape of {list(tensor.dims)}.")
