@@ -2,11 +2,78 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
+import stat
 from pathlib import Path
 from typing import Any
 
 from dus_edge.errors import CheckpointError
+
+#: No file of JSON that checkpoints hold is larger; Gemma's tokenizer.json has 34 MB.
+MAX_BYTES = 256 << 20
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]", re.ASCII)
+
+
+def parse_strict(text: str) -> Any:
+    """JSON as it is meant: what other readers would take another way is refused.
+
+    Raises:
+        ValueError: no JSON; a key that stands twice with different values, NaN or Infinity, a
+            number of thousands of digits, or half of a surrogate pair.
+    """
+    value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+    if _SURROGATE.search(text):
+        _check_text(value)
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key, value in pairs:
+            if found[key] != value:
+                raise ValueError(f"the key {key!r} stands twice with different values")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _check_text(value: Any) -> None:
+    """ValueError where a string cannot be written as UTF-8."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            try:
+                item.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{item[:20]!r} holds half of a surrogate pair") from None
+        elif isinstance(item, dict):
+            waiting += (*item.keys(), *item.values())
+        elif isinstance(item, list):
+            waiting += item
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The bytes of a regular file; a pipe or a device does not make the program wait.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be read, is no regular file, or has more than `most` bytes.
+    """
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    with os.fdopen(fd, "rb") as f:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        if info.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {info.st_size:,} bytes, more than any such file")
+        return f.read(most + 1)
 
 
 def read_object(path: Path, *, what: str = "", missing: str = "fetch it again") -> dict[str, Any]:
@@ -30,7 +97,7 @@ def find_object(path: Path, *, what: str = "") -> dict[str, Any] | None:
     """The same, or None if there is no such file."""
     what = what or str(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_strict(read_regular(path, MAX_BYTES).decode("utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as e:

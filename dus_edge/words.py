@@ -10,6 +10,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 WIDTH = 80
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: characters that would steer it are spelled out, as ``\\x1b``."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 def format_count(n: int) -> str:
     """``10.73 B``, ``8.14 M``."""
     value, unit = float(n), ""

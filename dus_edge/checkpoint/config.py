@@ -34,6 +34,21 @@ _ROPE_NEEDS = {
         "original_max_position_embeddings",
     ),
 }
+#: Sizes beyond these are a mistake or a trap: work and memory follow them before a weight is seen.
+_MOST = {
+    "n_layers": 4096,
+    "vocab_size": 1 << 22,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "n_heads": 1 << 14,
+    "head_dim": 1 << 16,
+}
+#: Numbers that a rotary embedding may have beside those that it needs.
+_ROPE_NUMBERS = (
+    *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    *("attention_factor", "extrapolation_factor", "beta_fast", "beta_slow", "mscale"),
+    "mscale_all_dim",
+)
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -161,6 +176,12 @@ def _family(raw: Mapping[str, Any], where: str) -> Family:
             f"{where}: the architecture is {named_architecture(raw)}, which is not supported; "
             f"known are {known}."
         )
+    kind = raw.get("model_type")
+    if kind is not None and kind != family.model_type:
+        raise UnsupportedError(
+            f"{where}: model_type is {kind!r}, but a {family.architecture} is of "
+            f"{family.model_type!r}; correct one of the two."
+        )
     return family
 
 
@@ -180,15 +201,26 @@ def _rope(raw: Mapping[str, Any], where: str, family: Family) -> Rope:
         )
     for key in _ROPE_NEEDS.get(kind, ()):
         value = params.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        if not _is_number(value) or not 0 < value < 1e30:
             raise CheckpointError(
                 f"{where}: rope type {kind!r} needs a positive number {key!r}, not {value!r}."
             )
+    for key, value in params.items():
+        if (
+            key in _ROPE_NUMBERS
+            and value is not None
+            and not (_is_number(value) and abs(value) < 1e30)
+        ):
+            raise CheckpointError(f"{where}: {key} of rope is {value!r}; a number is needed.")
     if params.get("partial_rotary_factor", 1) not in (None, 1):
         raise UnsupportedError(f"{where}: partial rotary embeddings are not supported.")
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < 1e30:
         raise CheckpointError(f"{where}: rope_theta is {theta!r}; a positive number is needed.")
     return Rope(float(theta), kind, params)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -228,13 +260,20 @@ class _Fields:
     def number(self, name: str) -> float:
         rule = self.rules[name]
         value = self.raw.get(rule.key, rule.default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"{self.where}: {rule.key} is {value!r}; a number is needed.")
+        if not _is_number(value) or not 0 < value < 1e30:
+            raise CheckpointError(
+                f"{self.where}: {rule.key} is {value!r}; a positive number is needed."
+            )
         return float(value)
 
     def flag(self, name: str) -> bool:
         rule = self.rules[name]
-        return bool(self.raw.get(rule.key, rule.default))
+        value = self.raw.get(rule.key)
+        if value is None:
+            return bool(rule.default)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self.where}: {rule.key} is {value!r}, not true or false.")
+        return value
 
     def _count(self, name: str, found: Mapping[str, int]) -> int:
         rule = self.rules[name]
@@ -245,6 +284,11 @@ class _Fields:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
             raise CheckpointError(
                 f"{self.where}: {rule.key} is {value!r}; a positive whole number is needed."
+            )
+        most = _MOST.get(name)
+        if most is not None and value > most:
+            raise CheckpointError(
+                f"{self.where}: {rule.key} is {value:,}; more than {most:,} are not believed."
             )
         return value
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dus_edge.checkpoint.builtin import BUILTIN, model_dir
 from dus_edge.checkpoint.card import read_licence
+from dus_edge.checkpoint.contained import check_small_files
 from dus_edge.checkpoint.hub import from_hub
 from dus_edge.checkpoint.names import CONFIG
 from dus_edge.checkpoint.spec import Source
@@ -124,11 +125,12 @@ def _builtin() -> Source:
 
 
 def _local(base: str, folder: Path) -> Source:
-    if not (folder / CONFIG).is_file():
+    if not _exists(folder / CONFIG):
         hint = ""
         if _HUB_ID.fullmatch(base):
             hint = "; a folder wins over the hub's model of the same name, rename one to get that"
         raise CheckpointError(f"The folder {base} has no {CONFIG}{hint}.")
+    check_small_files(folder)
     repo, commit = snapshot_origin(folder)
     name = repo.rpartition("/")[2] if repo else folder.resolve().name
     return Source(folder, base, name or "model", repo, commit, read_licence(folder))

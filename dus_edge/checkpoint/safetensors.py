@@ -6,7 +6,6 @@ header length, a JSON header, then the tensors' bytes back to back.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import threading
@@ -20,6 +19,7 @@ from dus_edge.checkpoint.config import ModelConfig, load_config, tensor_shapes
 from dus_edge.checkpoint.names import CONFIG, INDEX, SINGLE
 from dus_edge.checkpoint.spec import DTYPE_BYTES, Checkpoint, Source, TensorSpec
 from dus_edge.errors import CheckpointError, UnsupportedError
+from dus_edge.jsonfile import MAX_BYTES, parse_strict, read_regular
 
 #: The reference implementation's own limit on a header's length.
 MAX_HEADER_BYTES = 100_000_000
@@ -59,7 +59,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             )
         blob = f.read(length)
     try:
-        header = json.loads(blob)
+        header = parse_strict(blob.decode())
     except (ValueError, RecursionError) as e:  # also what is no UTF-8
         raise CheckpointError(f"{path}: the header is not JSON ({e}); fetch it again.") from None
     if not isinstance(header, dict):
@@ -157,7 +157,7 @@ def shard_files(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parse_strict(read_regular(index, MAX_BYTES).decode())["weight_map"]
         if not (isinstance(weight_map, dict) and weight_map):
             raise ValueError("weight_map is empty")
         if not all(isinstance(v, str) for v in weight_map.values()):

@@ -16,6 +16,7 @@ import click
 
 from dus_edge import __version__
 from dus_edge.errors import DusEdgeError
+from dus_edge.words import printable
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
@@ -82,7 +83,7 @@ def main() -> None:
             import traceback
 
             traceback.print_exc()
-        click.echo(f"dus-edge: {e}", err=True)
+        click.echo(f"dus-edge: {printable(str(e))}", err=True)
         sys.exit(e.exit_code)
     except click.ClickException as e:
         e.show()

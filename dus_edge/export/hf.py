@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from dus_edge.checkpoint.contained import carried_files, check_small_files
 from dus_edge.checkpoint.names import (
     CONFIG,
     GENERATION_CONFIG,
@@ -58,15 +59,6 @@ REPLACEABLE = (
     "README.md",
     "LICENSE*",
     "NOTICE*",
-)
-#: Files of the source that belong to the result as they are.
-_CARRIED = (
-    GENERATION_CONFIG,
-    *TOKENIZER_FILES,
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "NOTICE",
 )
 
 
@@ -312,11 +304,10 @@ def _write_small_files(
     checkpoint: Checkpoint, folder: Path, card: str, config_extra: Mapping[str, Any]
 ) -> None:
     source = checkpoint.source.folder
-    for name in _CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    if (source / "additional_chat_templates").is_dir():
-        shutil.copytree(source / "additional_chat_templates", folder / "additional_chat_templates")
+    check_small_files(source)
+    for name in carried_files(source):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
     _write_json(folder / CONFIG, both_spellings({**checkpoint.config.raw, **config_extra}))
     (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -22,6 +22,7 @@ from dus_edge.measure.timing import measurement, repeat
 from dus_edge.measure.workload import BenchSettings, Workload
 from dus_edge.progress import Advance
 from dus_edge.run.folders import (
+    NO_CODE_WEIGHTS,
     check_packages,
     check_whole,
     explained,
@@ -193,7 +194,7 @@ def _load(info: SourceInfo, device: torch.device) -> tuple[Any, dict[str, Any]]:
     model, found = transformers.AutoModelForCausalLM.from_pretrained(
         info.path,
         dtype="auto",
-        local_files_only=True,
+        **NO_CODE_WEIGHTS,
         output_loading_info=True,
         **({"device_map": {"": device}} if info.kind == "bitsandbytes" else {}),
     )

@@ -20,6 +20,7 @@ from dus_edge.errors import (
     UnsupportedError,
     UsageError,
 )
+from dus_edge.families.family import find_family
 from dus_edge.packages import require
 from dus_edge.quant.gptq_format import GPTQ_BITS, dequantized
 from dus_edge.run.source import SourceInfo, read_config, weight_files
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 _CODES = ".qweight"
 _GPTQ_PARTS = (_CODES, ".qzeros", ".scales", ".g_idx")
+#: What every call of transformers on a folder says: nothing of the folder's is run, nor fetched.
+NO_CODE = {"local_files_only": True, "trust_remote_code": False}
+#: The same where weights are loaded: no pickle is opened.
+NO_CODE_WEIGHTS = {**NO_CODE, "use_safetensors": True}
 _V1_FORMATS = (None, "gptq")
 
 
@@ -37,11 +42,12 @@ def load_gptq(info: SourceInfo, device: torch.device) -> tuple[Any, dict[str, An
     import torch
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(info.path, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(info.path, **NO_CODE)
     raw = read_config(info.path)
     del config.quantization_config
-    name = (raw.get("architectures") or ["?"])[0]
-    model, found = getattr(transformers, name).from_pretrained(
+    family = find_family(raw)
+    assert family is not None  # `inspect_source` has seen to it
+    model, found = getattr(transformers, family.architecture).from_pretrained(
         None,
         config=config,
         state_dict=_dequantized_state(info, raw["quantization_config"]),

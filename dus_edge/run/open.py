@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dus_edge.checkpoint.config import parse_config, tensor_shapes
+from dus_edge.checkpoint.contained import check_small_files
 from dus_edge.checkpoint.gguf_header import GGUF_MAGIC
 from dus_edge.checkpoint.names import CONFIG
 from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
@@ -72,6 +73,7 @@ def open_source(info: SourceInfo, device: str = "cpu", n_threads: int | None = N
 
 
 def _inspect_folder(folder: Path, name: str) -> SourceInfo:
+    check_small_files(folder)
     raw = read_config(folder)
     kind = _kind(raw, folder / CONFIG)
     plain = {k: v for k, v in raw.items() if k != "quantization_config"}

@@ -15,6 +15,8 @@ import numpy as np
 from dus_edge.errors import DusEdgeError
 from dus_edge.machine import default_threads
 from dus_edge.run.folders import (
+    NO_CODE,
+    NO_CODE_WEIGHTS,
     check_packages,
     check_whole,
     explained,
@@ -78,7 +80,7 @@ def _load(info: SourceInfo, device: torch.device) -> tuple[Any, dict[str, Any]]:
     import torch
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(info.path, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(info.path, **NO_CODE)
     if info.kind == "bitsandbytes":
         details = dict(config.quantization_config)
         if details.get("load_in_4bit"):
@@ -88,7 +90,7 @@ def _load(info: SourceInfo, device: torch.device) -> tuple[Any, dict[str, Any]]:
         info.path,
         config=config,
         dtype=torch.float32,
-        local_files_only=True,
+        **NO_CODE_WEIGHTS,
         output_loading_info=True,
         **({"device_map": {"": device}} if info.kind == "bitsandbytes" else {}),
     )
