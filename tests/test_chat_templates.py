@@ -9,6 +9,7 @@ import pytest
 
 from dus_edge.ollama import chat
 from dus_edge.ollama.gotemplate import GoTemplateError, render, render_conversation
+from dus_edge.ollama.jinja import render_jinja
 
 DATA = Path(__file__).parent / "data"
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -73,7 +74,7 @@ def test_known_checkpoints_are_recognised_and_render_alike(name, tokens, family,
     found = chat.identify(jinja(name), tokens)
     assert (found.name, found.system) == (family, system)
     for conversation in TALKS:
-        text = chat.render_jinja(jinja(name), conversation, tokens)
+        text = render_jinja(jinja(name), conversation, tokens)
         has_system = conversation[0]["role"] == "system"
         if has_system and name in REFUSES_SYSTEM:
             assert text is None
@@ -145,7 +146,7 @@ CONTENT_ONLY = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 @pytest.mark.parametrize("template", [ROLE_TAGS, USER_ASSISTANT, CONTENT_ONLY, jinja("tulu-3")])
 def test_other_formats_are_unknown(template):
-    assert chat.render_jinja(template, TALKS[0], LLAMA) is not None
+    assert render_jinja(template, TALKS[0], LLAMA) is not None
     assert chat.identify(template, LLAMA) is None
 
 
@@ -185,7 +186,7 @@ def test_a_token_text_that_would_be_a_go_action_is_not_put_in():
 
 def test_todays_date_does_not_change_what_is_found():
     assert "strftime_now" in jinja("llama-3.2-instruct")
-    assert "26 Jul 2024" in chat.render_jinja(jinja("llama-3.2-instruct"), TALKS[0], LLAMA3)
+    assert "26 Jul 2024" in render_jinja(jinja("llama-3.2-instruct"), TALKS[0], LLAMA3)
 
 
 def test_a_begin_of_text_token_that_a_template_spells_out():
@@ -213,7 +214,7 @@ def test_the_jinja_environment_is_that_of_transformers():
             [TALKS[5]], chat_template=jinja(name), add_generation_prompt=True, **tokens
         )
         begin = tokens.get("bos_token", "") if "bos_token" in jinja(name) else ""
-        assert chat.render_jinja(jinja(name), TALKS[5], tokens) == expected[0].removeprefix(begin)
+        assert render_jinja(jinja(name), TALKS[5], tokens) == expected[0].removeprefix(begin)
 
 
 # --- the evaluator ----------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -235,3 +236,40 @@ def test_a_config_cannot_paint_the_terminal(run, make_checkpoint, tmp_path, wher
     code, out, err = run("gguf", base, "-o", tmp_path / "o")
     assert code == 3
     assert "\x1b" not in out + err and "\x07" not in out + err
+
+
+# Chat templates
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 9 ** 9 ** 9 }}",
+        "{% set x = namespace(s='aaaaaaaa') %}{% for i in range(60) %}"
+        "{% set x.s = x.s ~ x.s %}{% endfor %}{{ x.s }}",
+        "{{ 'a' * 2000000000 }}",
+        "{{ [1] * 1000000000 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
+    ids=["loops", "powers", "doubled", "long", "list", "recursion"],
+)
+def test_a_template_without_end_is_an_unknown_format(run, make_checkpoint, tmp_path, template):
+    base = make_checkpoint()
+    (base / "chat_template.jinja").write_text(template)
+    start = time.monotonic()
+    code, _, err = run("gguf", base, "-q", "q8_0", "-o", tmp_path / "out")
+    assert code == 0, err
+    assert time.monotonic() - start < 30
+    text = next((tmp_path / "out").glob("*.Modelfile")).read_text()
+    assert "nknown" in text
+
+
+def test_a_template_may_not_take_our_memory():
+    """What the limits are for: the parent's own memory does not grow with a doubled string."""
+    from dus_edge.ollama.jinja import render_apart
+
+    talk = [{"role": "user", "content": "x"}]
+    assert render_apart("{{ messages[0].content }}!", [talk, talk], {}) == ["x!", "x!"]
+    assert render_apart("{{ 'a' * 3000000000 }}", [talk], {}) in (None, [None])
+    assert render_apart("{{ 'a' * 50000000 }}", [talk], {}) is None  # more text than any prompt

@@ -31,7 +31,7 @@ def verify_command(paths: tuple[Path, ...], digests: Path | None, as_json: bool)
     code is 0 if all are sound and 3 if one is not.
     """
     from dus_edge.errors import CheckpointError
-    from dus_edge.jobs.verify import verify
+    from dus_edge.verify.verify import verify
     from dus_edge.words import counts_text, format_bytes
 
     found = verify(list(paths), digests)

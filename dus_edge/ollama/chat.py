@@ -6,20 +6,14 @@ the programs' texts, as Ollama does by edit distance when a Modelfile has no TEM
 mistakes short templates for others.
 """
 
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
-from functools import cache, lru_cache
+from functools import cache
 from importlib import resources
-from typing import Any
 
 from dus_edge.ollama.gotemplate import Message, render_conversation
-
-# Templates that ask for today's date get the day that Llama 3.1's falls back to, so that a
-# template gives the same text on every day.
-_TODAY = datetime(2024, 7, 26)
+from dus_edge.ollama.jinja import render_apart
 
 
 def _talk(*contents: str, system: str | None = None) -> tuple[Message, ...]:
@@ -40,9 +34,6 @@ _WITH_SYSTEM = (
     _talk("하나.", "둘.", "셋?", system='You count.\n"Slowly".'),
 )
 _MARK = "the system message goes here"
-#: Stands for the begin-of-text token while a template runs: the token's own text may also be
-#: what a format begins with (SmolLM2's is `<|im_start|>`), and only the token is left out.
-_BEGIN = "\ue000begin\ue000"
 
 
 @dataclass(frozen=True)
@@ -96,14 +87,17 @@ def identify(jinja_template: str | None, special_tokens: Mapping[str, str]) -> C
 
     `special_tokens` is the tokenizer's (`bos_token`, `eos_token`, …). A template may refuse
     system messages; it must render every other probe, and equal the family's wherever it
-    renders. A system message of its own is found and kept in `ChatFamily.system`.
+    renders. A system message of its own is found and kept in `ChatFamily.system`. A template that
+    takes more time or memory than any that is meant is not known.
     """
     if not jinja_template:
         return None
-    plain = [render_jinja(jinja_template, talk, special_tokens) for talk in _WITHOUT_SYSTEM]
+    texts = render_apart(jinja_template, (*_WITHOUT_SYSTEM, *_WITH_SYSTEM), special_tokens)
+    if texts is None:
+        return None
+    plain, told = texts[: len(_WITHOUT_SYSTEM)], texts[len(_WITHOUT_SYSTEM) :]
     if None in plain:
         return None
-    told = [render_jinja(jinja_template, talk, special_tokens) for talk in _WITH_SYSTEM]
     if found := _family_of(plain, told, special_tokens):
         return found
     begin = special_tokens.get("bos_token")
@@ -133,72 +127,6 @@ def _family_of(
             if _agrees(candidate, prepended, plain):
                 return replace(candidate, system=system)
     return None
-
-
-def render_jinja(
-    jinja_template: str, messages: Sequence[Message], special_tokens: Mapping[str, str]
-) -> str | None:
-    """The prompt a chat template makes, without `bos_token` at its front; None if it fails.
-
-    The environment is that of transformers (`utils/chat_template_utils.py`), except that
-    today is a fixed day. A checkpoint's template is a stranger's program: it runs in Jinja's
-    sandbox, and whatever it raises counts as a refusal.
-    """
-    begin = special_tokens.get("bos_token")
-    tokens = {**special_tokens, "bos_token": _BEGIN} if begin else special_tokens
-    try:
-        text = _compiled(jinja_template).render(
-            messages=[dict(message) for message in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=True,
-            **tokens,
-        )
-    except Exception:  # see above
-        return None
-    return text.removeprefix(_BEGIN).replace(_BEGIN, begin or "")
-
-
-@lru_cache(maxsize=8)
-def _compiled(jinja_template: str):
-    return _environment().from_string(jinja_template)
-
-
-@cache
-def _environment():
-    import jinja2
-    import jinja2.ext
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks an answer for training; its text passes as it is."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = _TODAY.strftime
-    return environment
 
 
 def _with_tokens(known: ChatFamily, special_tokens: Mapping[str, str]) -> ChatFamily:

@@ -1,4 +1,4 @@
-"""The job `verify`: a finished model read whole, its digest against what was kept of it."""
+"""A finished model read whole, its digest against what was kept of it."""
 
 from __future__ import annotations
 
