@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def gguf_command(
     )
     model = alias or result.model.name.stem.lower()
     if as_json:
-        command = f"ollama create {model} -f {result.outputs[-1].modelfile}"
+        command = _create(model, result.outputs[-1].modelfile)
         print_json(result, quantizer=quantizer, command=command)
         return
     for output in result.outputs:
@@ -114,7 +115,12 @@ def gguf_command(
     for output in result.outputs:
         # The name alone is the last, as the link is.
         tag = "" if output is result.outputs[-1] else f":{output.preset}"
-        click.echo(f"  ollama create {model}{tag} -f {output.modelfile}")
+        click.echo(f"  {_create(model + tag, output.modelfile)}")
+
+
+def _create(name: str, modelfile: Path) -> str:
+    """The command that makes an Ollama model, to be pasted into a shell."""
+    return f"ollama create {shlex.quote(name)} -f {shlex.quote(str(modelfile))}"
 
 
 @click.command("upscale")

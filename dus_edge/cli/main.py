@@ -15,6 +15,7 @@ import sys
 import click
 
 from dus_edge import __version__
+from dus_edge.cli.streams import make_patient
 from dus_edge.errors import DusEdgeError
 from dus_edge.words import printable
 
@@ -71,6 +72,7 @@ class LazyGroup(click.Group):
 
 def main() -> None:
     """Entry point of `dus-edge`: errors become one sentence and an exit code."""
+    make_patient()
     for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         # What nohup has a process ignore stays ignored.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -83,4 +84,4 @@ def modelfile_command(
     check_absent([out], overwrite)
     check_writable(out.parent)
     write_text(out, text)
-    click.echo(f"ollama create {out.stem.lower()} -f {out}")
+    click.echo(f"ollama create {shlex.quote(out.stem.lower())} -f {shlex.quote(str(out))}")

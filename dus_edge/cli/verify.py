@@ -19,8 +19,8 @@ from dus_edge.cli.options import json_option
     "--digests",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Digests to compare with, as sha256sum writes them [default: SHA256SUMS beside or in "
-    "each, if there].",
+    help="Compare with the digests in this file of sha256sum. "
+    "[default: SHA256SUMS beside or in each, if there]",
 )
 @json_option
 def verify_command(paths: tuple[Path, ...], digests: Path | None, as_json: bool) -> None:

@@ -7,12 +7,16 @@ Convention: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#gguf-namin
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
 from dus_edge.quant.recipe import Preset
 
 #: What the convention assumes of a model that does not say its version.
 DEFAULT_VERSION = "v1.0"
+#: Bytes of a base's name at most: with size, version, type and the ending of a partial file a name
+#: stays below the 255 that file systems take.
+_MOST_BYTES = 96
 
 
 @dataclass(frozen=True)
@@ -72,18 +76,25 @@ def name_model(source_name: str, n_parameters: int, *, upscaled: bool) -> ModelN
     """
     import gguf
 
+    plain = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", source_name)).strip("-.")
     _, _, base, finetune, version, label = gguf.Metadata.get_model_id_components(
-        source_name.replace(" ", "-"), n_parameters
+        plain, n_parameters
     )
-    base = _clean(base or source_name)
+    base = _shortened(_clean(base or plain) or "model", _MOST_BYTES)
+    finetune = _shortened(_clean(finetune), _MOST_BYTES // 2) or None
+    version = _shortened(_clean(version), _MOST_BYTES // 4) or DEFAULT_VERSION
     if not upscaled:
-        return ModelName(
-            base, label or size_label(n_parameters), finetune, version or DEFAULT_VERSION
-        )
+        return ModelName(base, _clean(label) or size_label(n_parameters), finetune, version)
     base = base if base.upper().endswith("-DUS") else f"{base}-DUS"
-    return ModelName(base, size_label(n_parameters), finetune, version or DEFAULT_VERSION)
+    return ModelName(base, size_label(n_parameters), finetune, version)
 
 
-def _clean(text: str) -> str:
-    """A name without what file systems and Modelfiles trip over."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.") or "model"
+def _shortened(text: str, most: int) -> str:
+    """A name of at most so many bytes of UTF-8, whole characters."""
+    return text.encode()[:most].decode(errors="ignore").strip("-.")
+
+
+def _clean(text: str | None) -> str:
+    """A name without what file systems, shells and Modelfiles trip over; letters stay letters."""
+    kept = re.sub(r"[^\w.]+|_+", "-", unicodedata.normalize("NFC", text or ""))
+    return kept.strip("-.")
