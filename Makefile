@@ -37,7 +37,7 @@ GGUF_STAMPS := $(VENV)/$(if $(filter ggml,$(QUANTIZER)),llama,run).stamp \
 .DEFAULT_GOAL := help
 # Two pips must not write one environment at the same time.
 .NOTPARALLEL:
-.PHONY: help gguf gptq imatrix modelfiles upscale interop tables test fuzz lint bench bench-export clean
+.PHONY: help gguf gptq imatrix modelfiles upscale interop tables test fuzz torture lint bench bench-export clean
 
 help: ## List the targets.
 	@echo "Targets:"
@@ -94,6 +94,9 @@ test: $(VENV)/test.stamp ## Run the tests; they draw the same cases every time.
 
 fuzz: $(VENV)/test.stamp ## Repeat the property tests with new draws for MINUTES.
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py "$(MINUTES)" -n auto
+
+torture: $(VENV)/test.stamp ## Kill every exporting command at random moments (minutes).
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/torture.py
 
 lint: $(VENV)/test.stamp ## Check style.
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

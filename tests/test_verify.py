@@ -167,3 +167,16 @@ def test_digests(run, copy, tmp_path):
     sums.write_text("nonsense\n")
     code, out, _ = run("verify", path)
     assert code == 3 and "line 1 is no line of sha256sum" in out
+
+
+@pytest.mark.parametrize("command", ["gguf", "upscale"])
+def test_exports_keep_digests_if_asked(run, tmp_path, command):
+    out = tmp_path / "out"
+    words = (command, "pico", "-o", out, "--digest", "--overwrite")
+    assert run(*words)[0] == 0
+    assert run(*words)[0] == 0  # the digests are ours to replace
+    model = out if command == "upscale" else next(out.glob("*.gguf"))
+    code, said, _ = run("verify", model)
+    assert code == 0 and "digests agree: " in said
+    checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=out, capture_output=True)
+    assert checked.returncode == 0

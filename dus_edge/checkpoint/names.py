@@ -1,6 +1,8 @@
 """Names of the files that make a checkpoint folder, as transformers writes them."""
 
 CONFIG = "config.json"
+#: What users of sha256sum call a file of digests.
+DIGESTS = "SHA256SUMS"
 QUANTIZE_CONFIG = "quantize_config.json"
 GENERATION_CONFIG = "generation_config.json"
 SINGLE = "model.safetensors"

@@ -193,6 +193,8 @@ class SafetensorsCheckpoint(Checkpoint):
     def __init__(self, source: Source, config: ModelConfig | None = None) -> None:
         self.source = source
         self.config = config or load_config(source.folder / CONFIG)
+        # Before the headers are read: a change after this is seen at the end.
+        self._identities = {file: _identity(file) for file in shard_files(source.folder)[0]}
         self._stored = _collect(source.folder)
         self._specs = _check_against_config(source.folder, self.config, self._stored)
         self._handles: dict[Path, int] = {}
@@ -210,7 +212,13 @@ class SafetensorsCheckpoint(Checkpoint):
         fd = self._descriptor(stored.file)
         view, done = memoryview(buffer), 0
         while done < n_bytes:
-            got = os.preadv(fd, [view[done:]], stored.offset + start * spec.row_bytes + done)
+            try:
+                got = os.preadv(fd, [view[done:]], stored.offset + start * spec.row_bytes + done)
+            except OSError as e:  # the disk's fault, not the output's
+                raise CheckpointError(
+                    f"{stored.file}: tensor {name} cannot be read ({e.strerror or e}); check the "
+                    "disk, or fetch the file again."
+                ) from None
             if got <= 0:
                 raise CheckpointError(
                     f"{stored.file}: tensor {name} ended early; the file changed while it was read."
@@ -221,8 +229,18 @@ class SafetensorsCheckpoint(Checkpoint):
     def _descriptor(self, file: Path) -> int:
         with self._opening:
             if file not in self._handles:
-                self._handles[file] = os.open(file, os.O_RDONLY)
+                try:
+                    self._handles[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as e:
+                    raise CheckpointError(f"{file} cannot be read ({e.strerror or e}).") from None
             return self._handles[file]
+
+    def check_unchanged(self) -> None:
+        for file, before in self._identities.items():
+            if _identity(file) != before:
+                raise CheckpointError(
+                    f"{file} changed while it was read; start again when nothing writes to it."
+                )
 
     def close(self) -> None:
         """Close the files; reading again opens them again."""
@@ -232,6 +250,15 @@ class SafetensorsCheckpoint(Checkpoint):
     def __del__(self) -> None:
         if hasattr(self, "_handles"):
             self.close()
+
+
+def _identity(file: Path) -> tuple[int, ...]:
+    """What differs when a file was replaced or written to."""
+    try:
+        found = file.stat()
+    except OSError as e:
+        raise CheckpointError(f"{file} cannot be read ({e.strerror or e}).") from None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _collect(folder: Path) -> dict[str, StoredTensor]:

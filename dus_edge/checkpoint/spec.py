@@ -102,3 +102,10 @@ class Checkpoint(ABC):
 
         BF16 comes as ``uint16`` (its bit pattern), F16 as ``float16``, F32 as ``float32``.
         """
+
+    def check_unchanged(self) -> None:  # noqa: B027 - nothing can change under most
+        """See that what was read is still what stands there; to be called before a result is named.
+
+        Raises:
+            CheckpointError: a file was written to, or replaced, since its header was read.
+        """

@@ -10,12 +10,13 @@ import click
 
 from dus_edge.cli.options import (
     calibration_options,
+    digest_option,
     folder_option,
     json_option,
     output_options,
     plan_options,
 )
-from dus_edge.cli.say import print_folder, print_json, print_notes, say_to
+from dus_edge.cli.say import keep_digests, print_folder, print_json, print_notes, say_to
 from dus_edge.quant.choose import DEFAULT, QUANTIZERS
 from dus_edge.words import counts_text, duration, format_bytes
 
@@ -62,6 +63,7 @@ from dus_edge.words import counts_text, duration, format_bytes
     "Modelfiles that are the same for every base.",
 )
 @output_options
+@digest_option
 def gguf_command(
     base: str,
     choose: Any,
@@ -74,6 +76,7 @@ def gguf_command(
     alias: str | None,
     as_json: bool,
     verbose: bool,
+    digest: bool,
     **writing: Any,
 ) -> None:
     """Up-scale BASE into GGUF files and their Modelfiles."""
@@ -99,6 +102,7 @@ def gguf_command(
         say=say_to(as_json),
         **writing,
     )
+    keep_digests(result, digest)
     model = alias or result.model.name.stem.lower()
     if as_json:
         command = _create(model, result.outputs[-1].modelfile)
@@ -128,12 +132,14 @@ def _create(name: str, modelfile: Path) -> str:
 @plan_options
 @folder_option
 @output_options
+@digest_option
 def upscale_command(
     base: str,
     choose: Any,
     out: Path,
     as_json: bool,
     verbose: bool,
+    digest: bool,
     **writing: Any,
 ) -> None:
     """Up-scale BASE into a checkpoint that transformers loads."""
@@ -146,6 +152,7 @@ def upscale_command(
         say=say_to(as_json),
         **writing,
     )
+    keep_digests(result, digest)
     print_folder(result, out, as_json, verbose)
 
 
@@ -163,8 +170,16 @@ def upscale_command(
 )
 @click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
 @json_option
+@digest_option
 def imatrix_command(
-    base: str, choose: Any, text: Any, machine: Any, out: Path, overwrite: bool, as_json: bool
+    base: str,
+    choose: Any,
+    text: Any,
+    machine: Any,
+    out: Path,
+    overwrite: bool,
+    as_json: bool,
+    digest: bool,
 ) -> None:
     """Collect the importance matrix of BASE, up-scaled, from text.
 
@@ -176,6 +191,7 @@ def imatrix_command(
     result = export_imatrix(
         base, choose, out, text, machine, overwrite=overwrite, say=say_to(as_json)
     )
+    keep_digests(result, digest)
     if as_json:
         print_json(result)
         return
@@ -232,6 +248,7 @@ def imatrix_command(
 )
 @click.option("--overwrite", is_flag=True, help="Replace DIR if it exists.")
 @json_option
+@digest_option
 def gptq_command(
     base: str,
     choose: Any,
@@ -244,6 +261,7 @@ def gptq_command(
     machine: Any,
     out: Path,
     as_json: bool,
+    digest: bool,
     **writing: Any,
 ) -> None:
     """Up-scale BASE into a GPTQ checkpoint.
@@ -267,6 +285,7 @@ def gptq_command(
         say=say_to(as_json),
         **writing,
     )
+    keep_digests(result, digest)
     print_folder(result, out, as_json)
 
 
@@ -282,6 +301,7 @@ def gptq_command(
 )
 @folder_option
 @output_options
+@digest_option
 def bnb_command(
     base: str,
     choose: Any,
@@ -290,6 +310,7 @@ def bnb_command(
     out: Path,
     as_json: bool,
     verbose: bool,
+    digest: bool,
     **writing: Any,
 ) -> None:
     """Up-scale BASE into a bitsandbytes checkpoint.
@@ -308,4 +329,5 @@ def bnb_command(
         say=say_to(as_json),
         **writing,
     )
+    keep_digests(result, digest)
     print_folder(result, out, as_json, verbose)

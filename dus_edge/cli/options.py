@@ -14,6 +14,13 @@ json_option = click.option(
 )
 
 
+digest_option = click.option(
+    "--digest",
+    is_flag=True,
+    help="Keep SHA-256 digests of the outputs in SHA256SUMS, for `dus-edge verify`.",
+)
+
+
 def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Which layers; the command gets `choose`, see `jobs.plan_chooser`."""
     off = click.option("--no-upscale", is_flag=True, help="Leave the model's depth as it is.")

@@ -17,6 +17,15 @@ def say_to(as_json: bool) -> Callable[[str], None]:
     return functools.partial(click.echo, err=True) if as_json else click.echo
 
 
+def keep_digests(result: Any, asked: bool) -> None:
+    """Keep the digests of a job's outputs beside or in them, where that was asked for."""
+    if not asked:
+        return
+    from dus_edge.verify.digest import files_of, write_digests
+
+    write_digests(files_of([output.path for output in result.outputs]))
+
+
 def print_json(result: Any, **more: Any) -> None:
     from dus_edge.jobs.job import result_json
 

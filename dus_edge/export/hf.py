@@ -22,6 +22,7 @@ import numpy as np
 from dus_edge.checkpoint.contained import carried_files, check_small_files
 from dus_edge.checkpoint.names import (
     CONFIG,
+    DIGESTS,
     GENERATION_CONFIG,
     INDEX,
     QUANTIZE_CONFIG,
@@ -57,6 +58,7 @@ REPLACEABLE = (
     *TOKENIZER_FILES,
     "additional_chat_templates",
     "README.md",
+    DIGESTS,
     "LICENSE*",
     "NOTICE*",
 )
@@ -253,6 +255,7 @@ def checkpoint_folder(
             for fd, shard in zip(fds, shards, strict=True):
                 pwrite_all(fd, shard.header, 0)
             yield TensorWriter(specs, shards, fds)
+        checkpoint.check_unchanged()
 
 
 def by_source(specs: Iterable[TensorSpec]) -> list[list[TensorSpec]]:

@@ -36,6 +36,9 @@ class UpscaledCheckpoint(Checkpoint):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         return self.base.read(self._names[name], start, stop)
 
+    def check_unchanged(self) -> None:
+        self.base.check_unchanged()
+
 
 def base_tensor_name(name: str, plan: DepthPlan, family: Family) -> str:
     """The base's name of a tensor of the result; what belongs to no layer keeps its own."""

@@ -7,11 +7,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from dus_edge.checkpoint.names import DIGESTS
 from dus_edge.errors import CheckpointError
 from dus_edge.files import output_lock, write_text
 
-#: What `sha256sum` users call the file.
-DIGESTS = "SHA256SUMS"
 _LINE = re.compile(r"^([0-9a-f]{64}) [ *](.+)$")
 _PIECE = 1 << 22
 
@@ -73,6 +72,14 @@ def write_digests(
         with output_lock([target], wait=True):
             write_text(target, digest_lines(read_digests(target) | digests))
     return [folder / DIGESTS for folder in by_folder]
+
+
+def files_of(outputs: Iterable[Path]) -> list[Path]:
+    """The files of some outputs: a file itself, of a folder all that are directly in it."""
+    found: list[Path] = []
+    for output in outputs:
+        found += sorted(f for f in output.iterdir() if f.is_file()) if output.is_dir() else [output]
+    return [path for path in found if path.name != DIGESTS]
 
 
 def digest_lines(digests: Mapping[str, str]) -> str:

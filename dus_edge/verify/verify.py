@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dus_edge.checkpoint.names import DIGESTS
 from dus_edge.errors import CheckpointError, DusEdgeError, UsageError
 from dus_edge.progress import progress
-from dus_edge.verify.digest import DIGESTS, read_digests, sha256
+from dus_edge.verify.digest import read_digests, sha256
 from dus_edge.verify.folder import folder_bytes, verify_folder
 from dus_edge.verify.gguf import data_bytes, verify_gguf
 

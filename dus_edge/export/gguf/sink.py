@@ -215,6 +215,7 @@ def write_files(
             for task in _tasks(checkpoint, job, fds, quantizer, allow_nonfinite)
         )
         run_tasks(tasks, n_threads=n_threads, advance=advance)
+        checkpoint.check_unchanged()
 
 
 def _jobs(
