@@ -25,10 +25,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # llama-cpp-python is compiled on the spot: leave out what is not used here, use every core.
 LLAMA_BUILD := CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" CMAKE_GENERATOR=Ninja
 
-# A comma cannot stand in an argument of $(subst) otherwise.
-comma := ,
-PLAN  := $(if $(DROP),--drop $(DROP))
-WORDS := $(foreach t,$(TEXT),--text "$(t)")
+# What a person sets reaches the shell through its environment and is quoted there: neither make nor
+# the shell reads anything in it.
+SET := QUANT BASE DROP OUT QUANTIZER IMATRIX BITS GROUP TEXT MINUTES TESTS
+$(foreach v,$(SET),$(eval override $(v) := $$(value $(v))))
+export $(SET)
+PLAN  := $${DROP:+--drop "$$DROP"}
+# The words --text PATH for each path of TEXT, or for TEXT itself if that is one, as "$$@".
+TEXTS := set -f; if [ -e "$$TEXT" ]; then set -- --text "$$TEXT"; \
+  else set --; for t in $$TEXT; do set -- "$$@" --text "$$t"; done; fi
 
 # What `make gguf` needs set up: ggml's quantizers come with llama-cpp-python, calibrating needs torch.
 GGUF_STAMPS := $(VENV)/$(if $(filter ggml,$(QUANTIZER)),llama,run).stamp \
@@ -45,34 +50,34 @@ help: ## List the targets.
 	  | while IFS='|' read -r name text; do printf '%-19s %s\n' "$$name" "$$text"; done
 	@echo "Variables, as they are now:"
 	@printf '  %-16s %s\n' \
-	  "QUANT=$(QUANT)" "Preset of gguf, or several: QUANT=q4_k_m,q8_0." \
-	  "BASE=$(BASE)" "Folder, hub id (org/name@rev), or the built-in pico." \
-	  "DROP=$(DROP)" "Layers to drop from each copy; empty: a quarter of them." \
-	  "OUT=$(OUT)" "Folder to write results to." \
-	  "QUANTIZER=$(QUANTIZER)" "Quantize with native, or llama.cpp's ggml, compiled once." \
-	  "IMATRIX=$(IMATRIX)" "Importance matrix of gguf: a file, or auto to collect it." \
-	  "BITS=$(BITS)" "Bits of gptq: 2, 3, 4 or 8; empty: bench without gptq." \
-	  "GROUP=$(GROUP)" "Columns of gptq that share a scale; -1: the whole row." \
-	  "TEXT=$(TEXT)" "Calibration text, files or folders; empty: built in." \
-	  "MINUTES=$(MINUTES)" "Minutes for which fuzz draws anew."
+	  "QUANT=$$QUANT" "Preset of gguf, or several: QUANT=q4_k_m,q8_0." \
+	  "BASE=$$BASE" "Folder, hub id (org/name@rev), or the built-in pico." \
+	  "DROP=$$DROP" "Layers to drop from each copy; empty: a quarter of them." \
+	  "OUT=$$OUT" "Folder to write results to." \
+	  "QUANTIZER=$$QUANTIZER" "Quantize with native, or llama.cpp's ggml, compiled once." \
+	  "IMATRIX=$$IMATRIX" "Importance matrix of gguf: a file, or auto to collect it." \
+	  "BITS=$$BITS" "Bits of gptq: 2, 3, 4 or 8; empty: bench without gptq." \
+	  "GROUP=$$GROUP" "Columns of gptq that share a scale; -1: the whole row." \
+	  "TEXT=$$TEXT" "Calibration text, files or folders; empty: built in." \
+	  "MINUTES=$$MINUTES" "Minutes for which fuzz draws anew."
 
 gguf: $(GGUF_STAMPS) ## Up-scale BASE to a GGUF of preset QUANT, with its Modelfile.
-	@$(BIN)/dus-edge gguf "$(BASE)" $(PLAN) $(foreach q,$(subst $(comma), ,$(QUANT)),-q $(q)) \
-	  --quantizer "$(QUANTIZER)" $(if $(IMATRIX),--imatrix "$(IMATRIX)" $(WORDS)) \
-	  -o "$(OUT)" --alias solar-dus --overwrite
+	@$(TEXTS); [ -n "$$IMATRIX" ] || set --; $(BIN)/dus-edge gguf $(PLAN) -q "$$QUANT" \
+	  --quantizer "$$QUANTIZER" $${IMATRIX:+--imatrix "$$IMATRIX"} "$$@" \
+	  -o "$$OUT" --alias solar-dus --overwrite -- "$$BASE"
 
 upscale: $(VENV)/run.stamp ## Up-scale BASE to a transformers checkpoint, OUT/checkpoint.
-	@$(BIN)/dus-edge upscale "$(BASE)" $(PLAN) -o "$(OUT)/checkpoint" --overwrite
+	@$(BIN)/dus-edge upscale $(PLAN) -o "$$OUT/checkpoint" --overwrite -- "$$BASE"
 
 gptq: $(VENV)/hf.stamp ## Up-scale BASE to a GPTQ checkpoint of BITS, OUT/gptq.
-	@$(BIN)/dus-edge gptq "$(BASE)" $(PLAN) --bits "$(BITS)" --group-size "$(GROUP)" $(WORDS) \
-	  -o "$(OUT)/gptq" --overwrite
+	@$(TEXTS); $(BIN)/dus-edge gptq $(PLAN) --bits "$$BITS" --group-size "$$GROUP" "$$@" \
+	  -o "$$OUT/gptq" --overwrite -- "$$BASE"
 
 imatrix: $(VENV)/hf.stamp ## Collect BASE's importance matrix, OUT/imatrix.gguf.
-	@$(BIN)/dus-edge imatrix "$(BASE)" $(PLAN) $(WORDS) -o "$(OUT)/imatrix.gguf" --overwrite
+	@$(TEXTS); $(BIN)/dus-edge imatrix $(PLAN) "$$@" -o "$$OUT/imatrix.gguf" --overwrite -- "$$BASE"
 
 interop: $(VENV)/hf.stamp $(AUTOGPTQ)/done.stamp $(GPTQMODEL)/done.stamp ## Load our GPTQ folders with auto-gptq and GPTQModel.
-	@OMP_NUM_THREADS=1 interop/run.sh $(BIN) "$(OUT)/interop" $(AUTOGPTQ) $(GPTQMODEL)
+	@OMP_NUM_THREADS=1 interop/run.sh $(BIN) "$$OUT/interop" $(AUTOGPTQ) $(GPTQMODEL)
 
 $(AUTOGPTQ)/done.stamp: interop/auto-gptq.txt interop/setup.sh
 	@echo "Setting up auto-gptq (minutes, 1.5 GB)"
@@ -90,10 +95,10 @@ tables: $(VENV)/run.stamp ## Predict SOLAR on every device; write benchmarks/TAB
 
 # Files in order: sorted by their number of tests, the longest would start last.
 test: $(VENV)/test.stamp ## Run the tests; they draw the same cases every time.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(TESTS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $$TESTS
 
 fuzz: $(VENV)/test.stamp ## Repeat the property tests with new draws for MINUTES.
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py "$(MINUTES)" -n auto
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py "$$MINUTES" -n auto
 
 torture: $(VENV)/test.stamp ## Kill every exporting command at random moments (minutes).
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/torture.py
@@ -102,8 +107,8 @@ lint: $(VENV)/test.stamp ## Check style.
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 bench: $(VENV)/llama.stamp $(if $(BITS),$(VENV)/hf.stamp) ## Measure BASE's files here; write benchmarks/TABLES.md.
-	@$(BIN)/dus-edge bench all "$(BASE)" $(PLAN) --bits "$(BITS)" --group-size "$(GROUP)" $(WORDS) \
-	  -o "$(OUT)/bench" --overwrite
+	@$(TEXTS); $(BIN)/dus-edge bench all $(PLAN) --bits "$$BITS" --group-size "$$GROUP" "$$@" \
+	  -o "$$OUT/bench" --overwrite -- "$$BASE"
 
 bench-export: $(VENV)/test.stamp ## Measure the export itself (minutes, 20 GB of disk).
 	@$(BIN)/python benchmarks/bench_export.py

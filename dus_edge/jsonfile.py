@@ -52,7 +52,9 @@ def _check_text(value: Any) -> None:
             try:
                 item.encode()
             except UnicodeEncodeError:
-                raise ValueError(f"{item[:20]!r} is not valid Unicode: half of a surrogate pair") from None
+                raise ValueError(
+                    f"{item[:20]!r} is not valid Unicode: half of a surrogate pair"
+                ) from None
         elif isinstance(item, dict):
             waiting += (*item.keys(), *item.values())
         elif isinstance(item, list):

@@ -32,7 +32,7 @@ from dus_edge.words import counts_text, duration, format_bytes
     metavar="PRESET",
     default=("q4_k_m",),
     show_default=True,
-    help="Preset of the file; repeat it for several files.",
+    help="Preset of the file; several by commas, or repeated.",
 )
 @click.option(
     "-o",
@@ -84,7 +84,7 @@ def gguf_command(
     from dus_edge.quant.recipe import find_preset
 
     # Each once; of one that is given twice the later place counts.
-    asked = [find_preset(name) for name in presets]
+    asked = [find_preset(name) for word in presets for name in word.split(",")]
     chosen = list({p.name: p for p in reversed(asked)}.values())[::-1]
     source = None
     if imatrix is not None:

@@ -122,6 +122,26 @@ def added_tokens(files: TokenizerFiles) -> tuple[tuple[AddedToken, ...], Path]:
     return files.added, files.folder / "tokenizer.json"
 
 
+def contradiction_notes(files: TokenizerFiles, model: SentencePieceModel) -> list[str]:
+    """One sentence where ``tokenizer.json`` gives an id to another text than ``tokenizer.model``.
+
+    The latter is what is exported, as llama.cpp's converter does; transformers reads the former.
+    """
+    kept = ((files.tokenizer or {}).get("model") or {}).get("vocab")
+    if not isinstance(kept, dict):
+        return []
+    texts = {i: text for text, i in kept.items() if isinstance(i, int)}
+    differ = [i for i, p in enumerate(model.pieces) if i in texts and texts[i] != p.text]
+    if not differ:
+        return []
+    i = differ[0]
+    return [
+        f"tokenizer.model and tokenizer.json disagree on {len(differ):,} tokens: {i} is "
+        f"{model.pieces[i].text!r} in the one and {texts[i]!r} in the other. The file has those of "
+        "tokenizer.model; take out the one that is not the model's."
+    ]
+
+
 def spm_notes(model: SentencePieceModel, space_prefix: bool) -> list[str]:
     """What llama.cpp will not reproduce of this model, one sentence each."""
     notes = []

@@ -160,7 +160,11 @@ def _read_spm(files: TokenizerFiles, vocab_size: int) -> Vocab:
     space_prefix = model.dummy_prefix if prefix is None else prefix
     table = vocab_spm.spm_table(files, model, vocab_size)
     added, _ = vocab_spm.added_tokens(files)
-    notes = [*vocab_spm.spm_notes(model, space_prefix), *_added_notes(added)]
+    notes = [
+        *vocab_spm.contradiction_notes(files, model),
+        *vocab_spm.spm_notes(model, space_prefix),
+        *_added_notes(added),
+    ]
     return _finish(files, table, "llama", "default", space_prefix, notes)
 
 
