@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from dus_edge.words import format_bytes
 PARTIAL = ".partial"
 #: A file in a folder that is not whole yet, by which a folder of ours is known.
 MARKER = ".dus-edge-partial"
+#: Seconds between two requests to write back.
+WRITE_BACK_S = 0.3
 _LONGEST_NAME = 200
 
 
@@ -103,7 +106,8 @@ def output_files(sizes: Sequence[tuple[Path, int]]) -> Iterator[list[int]]:
         try:
             for partial, (_, size) in zip(partials, sizes, strict=True):
                 fds.append(open_new(partial, size))
-            yield fds
+            with _written_back(fds):
+                yield fds
             while fds:
                 os.fsync(fds[0])
                 os.close(fds.pop(0))
@@ -121,6 +125,34 @@ def output_files(sizes: Sequence[tuple[Path, int]]) -> Iterator[list[int]]:
             if isinstance(e, OSError):
                 raise _refused(paths[0], e) from None
             raise
+
+
+@contextlib.contextmanager
+def _written_back(fds: Sequence[int]) -> Iterator[None]:
+    """Have the disk take what was written while the block goes on, so that little is left for sync.
+
+    Raises:
+        OSError: the disk refused; it says so only once, so it is kept for the end of the block.
+    """
+    ended, refused = threading.Event(), []
+
+    def write_back() -> None:
+        while not ended.wait(WRITE_BACK_S) and not refused:
+            try:
+                for fd in fds:
+                    os.fsync(fd)
+            except OSError as e:
+                refused.append(e)
+
+    thread = threading.Thread(target=write_back, name="write-back", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    if refused:
+        raise refused[0]
 
 
 def open_new(path: Path, size: int) -> int:
@@ -146,7 +178,8 @@ def new_files(sizes: Sequence[tuple[Path, int]]) -> Iterator[list[int]]:
     try:
         for path, size in sizes:
             fds.append(open_new(path, size))
-        yield fds
+        with _written_back(fds):
+            yield fds
     finally:
         for fd in fds:
             os.close(fd)
