@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +100,8 @@ class GGUFJob(Job[GGUFPlan]):
     imatrix: ImatrixSource | None
     alias: str | None
     writing: Writing
+    #: What `early` read; a vocabulary of 128,000 tokens is read once.
+    _vocabs: list[Vocab] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def need(self, say: Say) -> None:
         """A missing library is met before any work."""
@@ -107,7 +109,7 @@ class GGUFJob(Job[GGUFPlan]):
 
     def early(self, folder: Path, config: ModelConfig) -> None:
         """A tokenizer that GGUF cannot hold is met before the weights are fetched."""
-        read_vocab(folder, config.vocab_size)
+        self._vocabs.append(read_vocab(folder, config.vocab_size))
 
     def outputs(self, model: Model) -> list[Path]:
         """A file for each preset."""
@@ -115,7 +117,7 @@ class GGUFJob(Job[GGUFPlan]):
 
     def check(self, model: Model, checkpoint: Checkpoint) -> GGUFPlan:
         """Lay the files out; names, folder and disk must do."""
-        vocab = read_vocab(model.source.folder, model.config.vocab_size)
+        vocab = self._vocabs[-1]
         metadata = build_metadata(model.config, model.source, model.name, model.plan, vocab)
         files = self._files(model, metadata, None if self.imatrix is None else [])
         sink.check_outputs(files, self.writing.overwrite)
