@@ -238,6 +238,15 @@ def test_a_config_cannot_paint_the_terminal(run, make_checkpoint, tmp_path, wher
     assert "\x1b" not in out + err and "\x07" not in out + err
 
 
+def test_a_card_cannot_paint_the_terminal(run, make_checkpoint):
+    base = make_checkpoint()
+    (base / "README.md").write_text('---\nlicense: "\\amine"\n---\n')
+    code, out, err = run("inspect", base)
+    assert code == 0 and "mine" in out
+    # A bell: click takes colours out by itself where nobody watches.
+    assert "\x07" not in out + err
+
+
 # Chat templates
 
 

@@ -11,6 +11,7 @@ import click
 
 from dus_edge.cli.options import json_option, plan_options
 from dus_edge.cli.say import say_to
+from dus_edge.words import printable
 
 
 @click.command("inspect")
@@ -26,7 +27,7 @@ def inspect_command(model: str, choose: Any, as_json: bool) -> None:
     from dus_edge.upscale.model import find_model
 
     found = find_model(model, choose, weights=False, say=say_to(as_json))
-    click.echo(json.dumps(inspection_json(found)) if as_json else inspection(found))
+    click.echo(json.dumps(inspection_json(found)) if as_json else printable(inspection(found)))
 
 
 @click.command("modelfile")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import Any
 
 import click
 
-from dus_edge.words import counts_text, duration, format_bytes, wrap
+from dus_edge.words import counts_text, duration, format_bytes, printable, wrap
 
 
 def say_to(as_json: bool) -> Callable[[str], None]:
-    return functools.partial(click.echo, err=True) if as_json else click.echo
+    """What takes a job's lines: on standard error where a program reads standard output."""
+    return lambda line: click.echo(printable(line), err=as_json)
 
 
 def keep_digests(result: Any, asked: bool) -> None:
