@@ -9,7 +9,7 @@ mistakes short templates for others.
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 
 from dus_edge.ollama.gotemplate import Message, render_conversation
@@ -92,6 +92,13 @@ def identify(jinja_template: str | None, special_tokens: Mapping[str, str]) -> C
     """
     if not jinja_template:
         return None
+    return _identified(jinja_template, tuple(sorted(special_tokens.items())))
+
+
+@lru_cache(maxsize=8)
+def _identified(jinja_template: str, tokens: tuple[tuple[str, str], ...]) -> ChatFamily | None:
+    """The same; kept, for a process is started for it and several files may have one template."""
+    special_tokens = dict(tokens)
     texts = render_apart(jinja_template, (*_WITHOUT_SYSTEM, *_WITH_SYSTEM), special_tokens)
     if texts is None:
         return None
