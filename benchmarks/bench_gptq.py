@@ -36,8 +36,8 @@ from common import HERE, RESULTS, append, machine, read
 
 from dus_edge.checkpoint.builtin import BUILTIN
 from dus_edge.export import gptq as sink
-from dus_edge.jobs.calibration import TextChoice, read_chunks
-from dus_edge.jobs.checkpoint import export_checkpoint
+from dus_edge.jobs.export.calibration import TextChoice, read_chunks
+from dus_edge.jobs.export.checkpoint import export_checkpoint
 from dus_edge.quality import compare as quality_run
 from dus_edge.quant import gptq, gptq_format
 from dus_edge.upscale.model import find_model, plan_chooser

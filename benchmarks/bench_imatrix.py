@@ -20,9 +20,9 @@ from pathlib import Path
 from common import HERE, RESULTS, append, machine, read
 
 from dus_edge.checkpoint.builtin import BUILTIN
-from dus_edge.jobs.calibration import Machine, TextChoice
-from dus_edge.jobs.gguf import export_gguf
-from dus_edge.jobs.imatrix import imatrix_source
+from dus_edge.jobs.export.calibration import Machine, TextChoice
+from dus_edge.jobs.export.gguf import export_gguf
+from dus_edge.jobs.export.imatrix import imatrix_source
 from dus_edge.quality import compare as quality_run
 from dus_edge.quality import plot as quality_plot
 from dus_edge.quant.recipe import find_preset

@@ -35,7 +35,7 @@ import numpy as np
 from common import RESULTS, append, machine, read
 
 from dus_edge.checkpoint.builtin import BUILTIN
-from dus_edge.jobs.gguf import export_gguf
+from dus_edge.jobs.export.gguf import export_gguf
 from dus_edge.quant import ggml
 from dus_edge.quant.recipe import find_preset
 from dus_edge.train.pico.corpus import SourceFile, choose_text, load_split, total_bytes

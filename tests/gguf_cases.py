@@ -7,7 +7,7 @@ from pathlib import Path
 
 import llama_cpp
 
-from dus_edge.jobs.gguf import export_gguf
+from dus_edge.jobs.export.gguf import export_gguf
 from dus_edge.quant.choose import DEFAULT
 from dus_edge.quant.recipe import PRESETS
 from dus_edge.upscale.model import plan_chooser

@@ -209,8 +209,8 @@ def test_spoiled_checkpoint(make_checkpoint, tmp_path, run_job, spoil, job):
 
 @pytest.fixture
 def run_job():
-    from dus_edge.jobs.checkpoint import export_checkpoint
-    from dus_edge.jobs.gguf import export_gguf
+    from dus_edge.jobs.export.checkpoint import export_checkpoint
+    from dus_edge.jobs.export.gguf import export_gguf
     from dus_edge.quant.recipe import PRESETS
     from dus_edge.upscale.model import plan_chooser
 
@@ -290,7 +290,7 @@ def test_nonfinite_weights_can_be_allowed(make_checkpoint, tmp_path, run_job):
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_values_too_large_for_f16(make_checkpoint, tmp_path, quantizer):
-    from dus_edge.jobs.gguf import export_gguf
+    from dus_edge.jobs.export.gguf import export_gguf
     from dus_edge.quant.recipe import PRESETS
     from dus_edge.upscale.model import plan_chooser
 

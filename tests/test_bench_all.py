@@ -12,7 +12,7 @@ import pytest
 
 from dus_edge.errors import DusEdgeError, OutputError, UsageError
 from dus_edge.jobs.bench_all import bench_all, in_its_own_process
-from dus_edge.jobs.calibration import TextChoice
+from dus_edge.jobs.export.calibration import TextChoice
 from dus_edge.measure.workload import BenchSettings
 from dus_edge.upscale.model import plan_chooser
 

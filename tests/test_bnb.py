@@ -18,7 +18,7 @@ from dus_edge.checkpoint.config import load_config
 from dus_edge.checkpoint.spec import Checkpoint, Source, TensorSpec
 from dus_edge.errors import CheckpointError, DependencyError, OutputError
 from dus_edge.export import bnb, hf
-from dus_edge.jobs.checkpoint import export_checkpoint
+from dus_edge.jobs.export.checkpoint import export_checkpoint
 from dus_edge.upscale.model import find_model, plan_chooser
 
 from .draws import examples

@@ -14,7 +14,7 @@ from dus_edge.calibrate import engine
 from dus_edge.calibrate.imatrix import ImatrixCollector
 from dus_edge.errors import CheckpointError, UsageError
 from dus_edge.families.family import load_families
-from dus_edge.jobs.gguf import export_gguf
+from dus_edge.jobs.export.gguf import export_gguf
 from dus_edge.quant.recipe import PRESETS
 from dus_edge.upscale.model import find_model, plan_chooser
 

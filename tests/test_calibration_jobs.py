@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from dus_edge.calibrate import engine
 from dus_edge.checkpoint import hub
-from dus_edge.jobs.calibration import Machine, TextChoice, read_chunks
-from dus_edge.jobs.checkpoint import export_checkpoint
-from dus_edge.jobs.gptq import export_gptq
+from dus_edge.jobs.export.calibration import Machine, TextChoice, read_chunks
+from dus_edge.jobs.export.checkpoint import export_checkpoint
+from dus_edge.jobs.export.gptq import export_gptq
 from dus_edge.jobs.job import Result
 from dus_edge.quant import gptq_format
 from dus_edge.quant.gptq_format import GPTQSettings

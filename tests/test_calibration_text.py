@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from dus_edge.checkpoint.builtin import model_dir
 from dus_edge.errors import CheckpointError, UsageError
 from dus_edge.export.vocab.vocab import read_vocab
-from dus_edge.jobs.gguf import export_gguf
+from dus_edge.jobs.export.gguf import export_gguf
 from dus_edge.quant.recipe import PRESETS
 from dus_edge.text.chunks import Chunks, cut_stream, make_chunks, shares
 from dus_edge.text.documents import (

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from dus_edge.jobs.checkpoint import export_checkpoint
-from dus_edge.jobs.gguf import export_gguf
+from dus_edge.jobs.export.checkpoint import export_checkpoint
+from dus_edge.jobs.export.gguf import export_gguf
 from dus_edge.quant.recipe import PRESETS
 from dus_edge.upscale.model import plan_chooser
 

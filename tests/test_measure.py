@@ -17,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dus_edge.errors import CheckpointError, DependencyError, DusEdgeError, UsageError
-from dus_edge.jobs.gguf import export_gguf
+from dus_edge.jobs.export.gguf import export_gguf
 from dus_edge.machine import physical_cores
 from dus_edge.measure import resources
 from dus_edge.measure.bench import bench_run

@@ -26,7 +26,7 @@ LIMIT = 0.03
 
 @pytest.fixture(scope="module")
 def pico_gguf(tmp_path_factory, pico):
-    from dus_edge.jobs.gguf import export_gguf
+    from dus_edge.jobs.export.gguf import export_gguf
     from dus_edge.upscale.model import plan_chooser
 
     folder = tmp_path_factory.mktemp("gguf")

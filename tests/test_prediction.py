@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dus_edge.jobs.gguf import export_gguf
+from dus_edge.jobs.export.gguf import export_gguf
 from dus_edge.predict.memory.llama import PLATFORMS
 from dus_edge.quant.recipe import PRESETS
 from dus_edge.tables.predicted import solar_config

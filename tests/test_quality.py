@@ -30,7 +30,7 @@ from dus_edge.errors import (
     UnsupportedError,
     UsageError,
 )
-from dus_edge.jobs.gguf import export_gguf
+from dus_edge.jobs.export.gguf import export_gguf
 from dus_edge.quality.compare import ComparedModel, Results, compare_models, quality
 from dus_edge.quality.label_layout import place_labels
 from dus_edge.quality.names import labels

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dus_edge.errors import UsageError
-from dus_edge.jobs.gguf import export_gguf
+from dus_edge.jobs.export.gguf import export_gguf
 from dus_edge.measure import record
 from dus_edge.measure.measurement import About, Measurement, measurement_json
 from dus_edge.measure.workload import Workload

@@ -13,7 +13,7 @@ from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint
 from dus_edge.checkpoint.spec import Source
 from dus_edge.export import hf
 from dus_edge.families.family import load_families
-from dus_edge.jobs.checkpoint import export_checkpoint
+from dus_edge.jobs.export.checkpoint import export_checkpoint
 from dus_edge.upscale.model import plan_chooser
 from dus_edge.upscale.plan import from_drop
 from dus_edge.upscale.view import UpscaledCheckpoint, base_tensor_name

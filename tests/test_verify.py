@@ -13,7 +13,7 @@ from gguf.quants import dequantize
 
 from dus_edge.checkpoint.gguf_header import read_header
 from dus_edge.errors import CheckpointError
-from dus_edge.jobs.gguf import export_gguf
+from dus_edge.jobs.export.gguf import export_gguf
 from dus_edge.quant.recipe import PRESETS
 from dus_edge.quant.types import TYPES
 from dus_edge.upscale.model import plan_chooser

@@ -266,7 +266,7 @@ def bench_all_command(
     others on the built-in evaluation text.
     """
     from dus_edge.jobs.bench_all import bench_all
-    from dus_edge.jobs.calibration import TextChoice
+    from dus_edge.jobs.export.calibration import TextChoice
     from dus_edge.quant.gptq_format import GPTQSettings
 
     settings = GPTQSettings(bits=int(bits or 4), group_size=group_size)

@@ -80,7 +80,7 @@ def gguf_command(
     **writing: Any,
 ) -> None:
     """Up-scale BASE into GGUF files and their Modelfiles."""
-    from dus_edge.jobs.gguf import export_gguf
+    from dus_edge.jobs.export.gguf import export_gguf
     from dus_edge.quant.recipe import find_preset
 
     # Each once; of one that is given twice the later place counts.
@@ -88,7 +88,7 @@ def gguf_command(
     chosen = list({p.name: p for p in reversed(asked)}.values())[::-1]
     source = None
     if imatrix is not None:
-        from dus_edge.jobs.imatrix import imatrix_source
+        from dus_edge.jobs.export.imatrix import imatrix_source
 
         source = imatrix_source(imatrix, text, machine, out, say_to(as_json))
     result = export_gguf(
@@ -143,7 +143,7 @@ def upscale_command(
     **writing: Any,
 ) -> None:
     """Up-scale BASE into a checkpoint that transformers loads."""
-    from dus_edge.jobs.checkpoint import export_checkpoint
+    from dus_edge.jobs.export.checkpoint import export_checkpoint
 
     result = export_checkpoint(
         base,
@@ -186,7 +186,7 @@ def imatrix_command(
     Layers run one after the other, so the model need not fit into memory. For
     `dus-edge gguf --imatrix FILE`, and for llama.cpp's own tools.
     """
-    from dus_edge.jobs.imatrix import export_imatrix
+    from dus_edge.jobs.export.imatrix import export_imatrix
 
     result = export_imatrix(
         base, choose, out, text, machine, overwrite=overwrite, say=say_to(as_json)
@@ -269,7 +269,7 @@ def gptq_command(
     Layers are quantized one after the other, so the model need not fit into
     memory; a run that is cut short goes on where it was.
     """
-    from dus_edge.jobs.gptq import export_gptq
+    from dus_edge.jobs.export.gptq import export_gptq
     from dus_edge.quant.gptq_format import GPTQSettings
 
     settings = GPTQSettings(
@@ -318,7 +318,7 @@ def bnb_command(
     transformers loads it, and QLoRA trains on it. Weights stream through: the
     model need not fit into memory.
     """
-    from dus_edge.jobs.bnb import export_bnb
+    from dus_edge.jobs.export.bnb import export_bnb
 
     result = export_bnb(
         base,

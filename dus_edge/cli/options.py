@@ -177,7 +177,7 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         dtype: str | None,
         **rest: Any,
     ) -> Any:
-        from dus_edge.jobs.calibration import Machine, TextChoice
+        from dus_edge.jobs.export.calibration import Machine, TextChoice
 
         text = TextChoice(paths, field, n_ctx, n_chunks, seed)
         return command(text=text, machine=Machine(device, dtype), **rest)

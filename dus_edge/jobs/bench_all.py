@@ -14,9 +14,9 @@ from typing import Any
 from dus_edge.checkpoint.builtin import model_dir
 from dus_edge.errors import DusEdgeError
 from dus_edge.files import check_absent, check_writable
-from dus_edge.jobs.calibration import Machine, TextChoice
-from dus_edge.jobs.gguf import GGUFJob
-from dus_edge.jobs.gptq import GPTQJob
+from dus_edge.jobs.export.calibration import Machine, TextChoice
+from dus_edge.jobs.export.gguf import GGUFJob
+from dus_edge.jobs.export.gptq import GPTQJob
 from dus_edge.jobs.job import Writing, quiet, run_job
 from dus_edge.measure import record
 from dus_edge.measure.bench import bench_run

@@ -10,7 +10,7 @@ from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
 from dus_edge.export import gptq as sink
 from dus_edge.export import hf
 from dus_edge.export.card import model_card
-from dus_edge.jobs.calibration import (
+from dus_edge.jobs.export.calibration import (
     Machine,
     TextChoice,
     forget_state,

@@ -8,7 +8,7 @@ from pathlib import Path
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.export.gguf.imatrix import write_imatrix
 from dus_edge.files import check_absent, check_writable
-from dus_edge.jobs.calibration import (
+from dus_edge.jobs.export.calibration import (
     Machine,
     TextChoice,
     forget_state,
@@ -16,7 +16,7 @@ from dus_edge.jobs.calibration import (
     read_chunks,
     run_collector,
 )
-from dus_edge.jobs.gguf import ImatrixSource
+from dus_edge.jobs.export.gguf import ImatrixSource
 from dus_edge.jobs.job import Job, Result, Written, quiet, run_job
 from dus_edge.packages import require
 from dus_edge.quant.imatrix import Importance, read_imatrix
