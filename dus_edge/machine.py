@@ -1,6 +1,6 @@
-"""The machine that the program runs on: its processor, cores, memory and system.
+"""The machine that the program runs on: its processor, cores, memory, system and clock.
 
-What a system does not tell is None, empty or the next best; nothing here raises.
+What a system does not tell is None, empty or the next best; nothing here raises but `deadline`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,13 @@ import contextlib
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 
 def default_threads() -> int:
@@ -86,3 +90,37 @@ def command_output(*command: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+class _Late(BaseException):
+    """Raised wherever the main thread is; no library's ``except Exception`` swallows it."""
+
+
+@contextlib.contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """End what takes longer, even a read that waits for a byte now and then.
+
+    By the system's alarm, so in the main thread alone; elsewhere, and where there is no alarm,
+    there is no limit.
+
+    Raises:
+        TimeoutError: the time was up.
+    """
+    if not hasattr(signal, "setitimer") or (
+        threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+
+    def late(signum: int, frame: FrameType | None) -> None:
+        raise _Late
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except _Late:
+        raise TimeoutError(f"it took more than {seconds:.0f} s") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

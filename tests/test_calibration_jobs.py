@@ -14,7 +14,7 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
 from dus_edge.calibrate import engine
-from dus_edge.checkpoint import hub
+from dus_edge.checkpoint.hub import fetch as hub
 from dus_edge.jobs.export.calibration import Machine, TextChoice, read_chunks
 from dus_edge.jobs.export.checkpoint import export_checkpoint
 from dus_edge.jobs.export.gptq import export_gptq

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from dus_edge.checkpoint.hub import indexed_shards
+from dus_edge.checkpoint.hub.fetch import indexed_shards
 
 from .scripts import BENCHMARKS, load_script
 

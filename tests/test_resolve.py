@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from dus_edge.checkpoint import hub as hub_files
-from dus_edge.checkpoint.hub import indexed_shards, is_small_file
+from dus_edge.checkpoint.hub import fetch as hub_files
+from dus_edge.checkpoint.hub.fetch import indexed_shards, is_small_file
 from dus_edge.checkpoint.resolve import parse_hub_id, resolve_base
 from dus_edge.errors import CheckpointError, DusEdgeError, OutputError, UsageError
 

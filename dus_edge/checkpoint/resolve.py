@@ -15,7 +15,7 @@ from pathlib import Path
 from dus_edge.checkpoint.builtin import BUILTIN, model_dir
 from dus_edge.checkpoint.card import read_licence
 from dus_edge.checkpoint.contained import check_small_files
-from dus_edge.checkpoint.hub import from_hub
+from dus_edge.checkpoint.hub.fetch import from_hub
 from dus_edge.checkpoint.names import CONFIG
 from dus_edge.checkpoint.spec import Source
 from dus_edge.errors import CheckpointError, UsageError

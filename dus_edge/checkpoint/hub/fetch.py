@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -15,9 +14,19 @@ from pathlib import Path
 
 import dus_edge
 from dus_edge.checkpoint.card import read_licence
+from dus_edge.checkpoint.hub.explain import Unreachable, hub_explained
+from dus_edge.checkpoint.hub.limits import (
+    ANSWER_BYTES,
+    ANSWER_SECONDS,
+    SMALL_FILE_SECONDS,
+    answer_limit,
+    check_answer,
+)
 from dus_edge.checkpoint.names import CONFIG, GENERATION_CONFIG, INDEX, SINGLE, TOKENIZER_FILES
 from dus_edge.checkpoint.spec import Source
-from dus_edge.errors import CheckpointError, DusEdgeError, OutputError, UnsupportedError, UsageError
+from dus_edge.errors import CheckpointError, DusEdgeError, OutputError, UnsupportedError
+from dus_edge.jsonfile import MAX_BYTES
+from dus_edge.machine import deadline
 from dus_edge.progress import Advance
 from dus_edge.progress import progress as show_progress
 from dus_edge.words import format_bytes
@@ -73,7 +82,7 @@ def from_hub(
         cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
         try:
             listing = _list_files(repo, revision, cache)
-        except _Unreachable as e:
+        except Unreachable as e:
             folder = _cached_folder(repo, revision, weights, cache, str(e))
             progress(f"{repo}: using the cached copy, commit {folder.name[:12]}")
             if on_config is not None:
@@ -196,8 +205,11 @@ def _fetch(repo: _Repo, names: Iterable[str], progress: Progress) -> None:
                 f"{repo.id}: fetching {name} ({i} of {len(missing)}"
                 + (f", {format_bytes(size)})" if size is not None else ")")
             )
+            small = is_small_file(name)
+            most = min(size or MAX_BYTES, MAX_BYTES) if small else size
+            limited = deadline(SMALL_FILE_SECONDS) if small else nullcontext()
             try:
-                with _explained(repo.id, repo.commit, name):
+                with hub_explained(repo.id, repo.commit, name), answer_limit(most), limited:
                     hf_hub_download(
                         repo.id,
                         name,
@@ -205,22 +217,29 @@ def _fetch(repo: _Repo, names: Iterable[str], progress: Progress) -> None:
                         cache_dir=repo.cache,
                         library_name="dus-edge",
                         library_version=dus_edge.__version__,
-                        tqdm_class=_reporting(advance),
+                        tqdm_class=_reporting(advance, most),
                     )
             except KeyboardInterrupt:
                 progress(f"{repo.id}: interrupted; run the same command again to go on with {name}")
                 raise
 
 
-def _reporting(advance: Advance) -> type:
-    """A bar for the hub client that shows nothing and passes the bytes on."""
+def _reporting(advance: Advance, most: int | None) -> type:
+    """A bar for the hub client that shows nothing, passes the bytes on and counts them.
+
+    Its transfer back end in other threads is seen by nothing else here.
+    """
     from tqdm import tqdm
 
     class Reporting(tqdm):
         def __init__(self, *args: object, **options: object) -> None:
             super().__init__(*args, **(options | {"disable": True}))
+            self.taken = 0
 
         def update(self, n: float | None = 1) -> None:
+            self.taken += int(n or 0)
+            if most is not None and self.taken > most:
+                raise ValueError(f"it sends more than {format_bytes(most)}")
             advance(int(n or 0))
 
     return Reporting
@@ -231,8 +250,13 @@ def _list_files(repo: str, revision: str | None, cache: Path) -> _Repo:
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="dus-edge", library_version=dus_edge.__version__)
-    with _explained(repo, revision, None):
+    with (
+        hub_explained(repo, revision, None),
+        answer_limit(ANSWER_BYTES),
+        deadline(ANSWER_SECONDS),
+    ):
         info = api.model_info(repo, revision=revision, files_metadata=True, timeout=30)
+        check_answer(info)
     sizes = {f.rfilename: f.size for f in info.siblings or ()}
     if not _COMMIT.fullmatch(info.sha or ""):
         raise DusEdgeError(f"The hub names no commit for {repo}; check HF_ENDPOINT.")
@@ -286,78 +310,6 @@ def _cached_folder(
                 f"{why_not_online}, and the copy of {repo} in {cache} is incomplete."
             ) from None
     return folder
-
-
-class _Unreachable(DusEdgeError):
-    """No answer from the hub; the message is a clause without its full stop."""
-
-
-@contextmanager
-def _explained(repo: str, revision: str | None, file: str | None) -> Iterator[None]:
-    """Turn what the hub client raises into one sentence.
-
-    With no file (the first question to the hub) a hub that does not answer is `_Unreachable`,
-    so that the cache can be tried; later it is the download that broke off.
-    """
-    # The client's transport errors are httpx's or httpx2's, depending on its version.
-    from huggingface_hub.errors import HfHubHTTPError
-
-    transport = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
-    try:
-        yield
-    # RuntimeError is what the client's compiled transfer back end raises.
-    except (transport, OSError, ValueError, RuntimeError) as e:
-        raise _explain(e, repo, revision, file) from e
-
-
-def _explain(e: BaseException, repo: str, revision: str | None, file: str | None) -> DusEdgeError:
-    from huggingface_hub import constants, errors
-
-    cause: BaseException | None = e
-    if isinstance(e, errors.LocalEntryNotFoundError) and e.__cause__ is not None:
-        cause = e.__cause__  # the client's wrapping says less than what it wraps
-    status = getattr(getattr(cause, "response", None), "status_code", 0)
-    page = f"{constants.ENDPOINT}/{repo}"
-    match cause:
-        case errors.GatedRepoError():
-            return DusEdgeError(
-                f"{repo} is gated: accept its licence on {page} and set HF_TOKEN to a token of "
-                "the account that did."
-            )
-        case errors.RepositoryNotFoundError():
-            return UsageError(
-                f"The hub has no model {repo}, or it is private: check the spelling, or set "
-                "HF_TOKEN to a token that may read it."
-            )
-        case errors.RevisionNotFoundError():
-            return UsageError(
-                f"{repo} has no revision {revision}; its branches and tags are on {page}/tree/main."
-            )
-        case errors.OfflineModeIsEnabled():
-            return _Unreachable("HF_HUB_OFFLINE is set")
-    if status in (401, 403):
-        return DusEdgeError(f"The hub refuses access to {repo} ({status}): check HF_TOKEN.")
-    if status == 404:
-        return CheckpointError(f"The hub has no {file or repo} at {page} (404).")
-    number = getattr(cause, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"The disk of the hub cache is full; {file or repo} does not fit.")
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        place = getattr(cause, "filename", None) or "the hub cache"
-        return OutputError(f"{place} cannot be written ({os.strerror(number)}).")
-    reason = f"HTTP status {status}" if status else _first_line(cause)
-    if file is not None:
-        return DusEdgeError(
-            f"The download of {file} from {repo} broke off ({reason}); finished files are kept, "
-            "run the same command again to go on."
-        )
-    if isinstance(cause, ValueError):
-        reason = "its answer is not the hub's"
-    return _Unreachable(f"The hub at {constants.ENDPOINT} cannot be reached ({reason})")
-
-
-def _first_line(e: BaseException | None) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip(".")
 
 
 @contextmanager
