@@ -20,6 +20,7 @@ from pathlib import Path
 
 from dus_edge.errors import OutputError
 from dus_edge.locks import output_lock
+from dus_edge.stream import OpenFiles
 from dus_edge.words import format_bytes
 
 PARTIAL = ".partial"
@@ -106,7 +107,7 @@ def output_files(sizes: Sequence[tuple[Path, int]]) -> Iterator[list[int]]:
         try:
             for partial, (_, size) in zip(partials, sizes, strict=True):
                 fds.append(open_new(partial, size))
-            with _written_back(fds):
+            with _written_back(lambda: [os.fsync(fd) for fd in fds]):
                 yield fds
             while fds:
                 os.fsync(fds[0])
@@ -128,7 +129,7 @@ def output_files(sizes: Sequence[tuple[Path, int]]) -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def _written_back(fds: Sequence[int]) -> Iterator[None]:
+def _written_back(sync: Callable[[], object]) -> Iterator[None]:
     """Have the disk take what was written while the block goes on, so that little is left for sync.
 
     Raises:
@@ -139,8 +140,7 @@ def _written_back(fds: Sequence[int]) -> Iterator[None]:
     def write_back() -> None:
         while not ended.wait(WRITE_BACK_S) and not refused:
             try:
-                for fd in fds:
-                    os.fsync(fd)
+                sync()
             except OSError as e:
                 refused.append(e)
 
@@ -171,18 +171,37 @@ def open_new(path: Path, size: int) -> int:
     return fd
 
 
+#: Writes bytes at an offset of one file.
+Write = Callable[[bytes | memoryview, int], None]
+
+
 @contextlib.contextmanager
-def new_files(sizes: Sequence[tuple[Path, int]]) -> Iterator[list[int]]:
-    """Descriptors of new files in a folder that is not whole yet; see `output_files`."""
-    fds: list[int] = []
+def new_files(sizes: Sequence[tuple[Path, int]]) -> Iterator[list[Write]]:
+    """Writers of new files in a folder that is not whole yet; see `output_files`.
+
+    There may be more files than a process may have open.
+    """
+    for path, size in sizes:
+        os.close(open_new(path, size))
+    files = OpenFiles(os.O_RDWR | os.O_NOFOLLOW)
+
+    def writer(path: Path) -> Write:
+        def write(data: bytes | memoryview, offset: int) -> None:
+            with files.use(path) as fd:
+                pwrite_all(fd, data, offset)
+
+        return write
+
+    def sync() -> None:
+        for path, _ in sizes:
+            with files.use(path) as fd:
+                os.fsync(fd)
+
     try:
-        for path, size in sizes:
-            fds.append(open_new(path, size))
-        with _written_back(fds):
-            yield fds
+        with _written_back(sync):
+            yield [writer(path) for path, _ in sizes]
     finally:
-        for fd in fds:
-            os.close(fd)
+        files.close()
 
 
 def remove_leftovers(output: Path) -> list[str]:

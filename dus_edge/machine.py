@@ -6,6 +6,7 @@ What a system does not tell is None, empty or the next best; nothing here raises
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import re
@@ -17,12 +18,54 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+_OWN_GROUPS = Path("/proc/self/cgroup")
+
 
 def default_threads() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may use: those it may run on, and no more than its group's share."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return min([cores, *(max(1, math.ceil(share)) for share in _group_shares())])
+
+
+def _group_shares(root: Path = Path("/sys/fs/cgroup"), own: Path = _OWN_GROUPS) -> list[float]:
+    """Cores' worth of time that Linux control groups leave, as containers have it.
+
+    cgroup v2: ``cpu.max`` (quota and period in µs); v1: ``cpu.cfs_quota_us`` and its period
+    (Documentation/admin-guide/cgroup-v2.rst and cgroup-v1 of the kernel).
+    """
+    try:
+        lines = [line.split(":", 2) for line in own.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return []
+    shares = []
+    for _, controllers, path in (parts for parts in lines if len(parts) == 3):
+        if controllers == "":
+            folders = [(root, path), (root / "unified", path)]
+        elif "cpu" in controllers.split(","):
+            folders = [(root / controllers, path), (root / "cpu", path)]
+        else:
+            continue
+        for top, inner in folders:
+            # Seen from inside a container its own group is the top.
+            for folder in {top / inner.strip("/"), top}:
+                shares += _share(folder)
+    return shares
+
+
+def _share(folder: Path) -> list[float]:
+    try:
+        if (file := folder / "cpu.max").exists():
+            quota, period = file.read_text().split()
+        else:
+            quota, period = (
+                (folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+            )
+        return [int(quota) / int(period)] if int(quota) > 0 and int(period) > 0 else []
+    except (OSError, ValueError):  # no such group, or "max"
+        return []
 
 
 def physical_cores() -> int:

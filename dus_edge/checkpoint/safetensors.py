@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,6 +19,7 @@ from dus_edge.checkpoint.names import CONFIG, INDEX, SINGLE
 from dus_edge.checkpoint.spec import DTYPE_BYTES, Checkpoint, Source, TensorSpec
 from dus_edge.errors import CheckpointError, UnsupportedError
 from dus_edge.jsonfile import MAX_BYTES, parse_strict, read_regular
+from dus_edge.stream import OpenFiles
 
 #: The reference implementation's own limit on a header's length.
 MAX_HEADER_BYTES = 100_000_000
@@ -197,8 +197,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self._identities = {file: _identity(file) for file in shard_files(source.folder)[0]}
         self._stored = _collect(source.folder)
         self._specs = _check_against_config(source.folder, self.config, self._stored)
-        self._handles: dict[Path, int] = {}
-        self._opening = threading.Lock()
+        self._files = OpenFiles(os.O_RDONLY)
 
     def specs(self) -> Mapping[str, TensorSpec]:
         return self._specs
@@ -208,32 +207,25 @@ class SafetensorsCheckpoint(Checkpoint):
         stop = spec.n_rows if stop is None else stop
         n_bytes = (stop - start) * spec.row_bytes
         buffer = np.empty(n_bytes, np.uint8)
-        # pread has no file position: threads read from one descriptor without a lock.
-        fd = self._descriptor(stored.file)
         view, done = memoryview(buffer), 0
-        while done < n_bytes:
-            try:
-                got = os.preadv(fd, [view[done:]], stored.offset + start * spec.row_bytes + done)
-            except OSError as e:  # the disk's fault, not the output's
-                raise CheckpointError(
-                    f"{stored.file}: tensor {name} cannot be read ({e.strerror or e}); check the "
-                    "disk, or fetch the file again."
-                ) from None
-            if got <= 0:
-                raise CheckpointError(
-                    f"{stored.file}: tensor {name} ended early; the file changed while it was read."
-                )
-            done += got
+        try:
+            # pread has no file position: threads read from one descriptor without a lock.
+            with self._files.use(stored.file) as fd:
+                while done < n_bytes:
+                    at = stored.offset + start * spec.row_bytes + done
+                    got = os.preadv(fd, [view[done:]], at)
+                    if got <= 0:
+                        raise CheckpointError(
+                            f"{stored.file}: tensor {name} ended early; the file changed while it "
+                            "was read."
+                        )
+                    done += got
+        except OSError as e:  # the disk's fault, not the output's
+            raise CheckpointError(
+                f"{stored.file}: tensor {name} cannot be read ({e.strerror or e}); check the "
+                "disk, or fetch the file again."
+            ) from None
         return buffer.view(_NUMPY[spec.dtype]).reshape(stop - start, *spec.shape[1:])
-
-    def _descriptor(self, file: Path) -> int:
-        with self._opening:
-            if file not in self._handles:
-                try:
-                    self._handles[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as e:
-                    raise CheckpointError(f"{file} cannot be read ({e.strerror or e}).") from None
-            return self._handles[file]
 
     def check_unchanged(self) -> None:
         for file, before in self._identities.items():
@@ -244,11 +236,10 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def close(self) -> None:
         """Close the files; reading again opens them again."""
-        while self._handles:
-            os.close(self._handles.popitem()[1])
+        self._files.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_handles"):
+        if hasattr(self, "_files"):
             self.close()
 
 

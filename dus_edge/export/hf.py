@@ -34,12 +34,12 @@ from dus_edge.errors import OutputError
 from dus_edge.export import finite
 from dus_edge.export.chunks import chunks
 from dus_edge.files import (
+    Write,
     check_free_space,
     check_replaceable,
     check_writable,
     new_files,
     output_folder,
-    pwrite_all,
 )
 from dus_edge.stream import run_tasks
 
@@ -182,12 +182,12 @@ class TensorWriter:
     """Puts tensors where the planned files want them: in any order, from any thread."""
 
     def __init__(
-        self, specs: Iterable[TensorSpec], shards: Sequence[Shard], fds: Sequence[int]
+        self, specs: Iterable[TensorSpec], shards: Sequence[Shard], writes: Sequence[Write]
     ) -> None:
         self._specs = {s.name: s for s in specs}
         self._places = {
-            name: (fd, offset)
-            for fd, shard in zip(fds, shards, strict=True)
+            name: (write, offset)
+            for write, shard in zip(writes, shards, strict=True)
             for name, offset in shard.offsets.items()
         }
 
@@ -212,8 +212,8 @@ class TensorWriter:
                 f"{rows.dtype} {rows.shape} from row {start} on do not fit "
                 f"tensor {name}, {spec.dtype} {spec.shape}"
             )
-        fd, offset = self._places[name]
-        pwrite_all(fd, rows.reshape(-1).view(np.uint8).data, offset + skip)
+        write, offset = self._places[name]
+        write(rows.reshape(-1).view(np.uint8).data, offset + skip)
         return rows.nbytes
 
 
@@ -251,10 +251,10 @@ def checkpoint_folder(
             (partial / name).write_text(text, encoding="utf-8")
         if len(shards) > 1:
             _write_json(partial / INDEX, _index(shards, specs))
-        with new_files([(partial / s.name, s.nbytes) for s in shards]) as fds:
-            for fd, shard in zip(fds, shards, strict=True):
-                pwrite_all(fd, shard.header, 0)
-            yield TensorWriter(specs, shards, fds)
+        with new_files([(partial / s.name, s.nbytes) for s in shards]) as writes:
+            for write, shard in zip(writes, shards, strict=True):
+                write(shard.header, 0)
+            yield TensorWriter(specs, shards, writes)
         checkpoint.check_unchanged()
 
 

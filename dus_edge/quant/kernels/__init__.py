@@ -14,11 +14,14 @@ They release the GIL. `load` gives one of them; compiled code is cached on disk.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
 import importlib
 import os
+import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -61,20 +64,51 @@ def cached_code() -> Iterator[None]:
 
 @functools.cache
 def cache_folder() -> Path:
-    """Folder of the compiled code; a temporary one where the user's cache cannot be written."""
+    """Folder of the compiled code: in the user's cache, else in the temporary folder."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
     beside = [here.parent / name for name in ("simd.py", "gptq_kernel.py")]
     for path in sorted([*here.glob("*.py"), *beside]):
         digest.update(path.read_bytes())
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "dus-edge" / f"kernels-{digest.hexdigest()[:16]}"
+    name = f"kernels-{digest.hexdigest()[:16]}"
+    for base in (_user_cache(), _own_temporary()):
+        if base is not None and (folder := _made(base / "dus-edge" / name)):
+            return folder
+    folder = Path(tempfile.mkdtemp(prefix="dus-edge-kernels-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _user_cache() -> Path | None:
+    """Where the system wants caches; None for a user without a home."""
+    try:
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # neither HOME nor an entry in the list of users
+        return None
+
+
+def _own_temporary() -> Path | None:
+    """A folder in the temporary one that only this user can write to, the same every time.
+
+    Compiled code is loaded from it, so one that belongs to somebody else is not used.
+    """
+    folder = Path(tempfile.gettempdir()) / f"dus-edge-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return None
+    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    return folder if own and not found.st_mode & 0o022 else None
+
+
+def _made(folder: Path) -> Path | None:
+    """The folder, if files can be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError:
-        return Path(tempfile.mkdtemp(prefix="dus-edge-kernels-"))
+        return None
