@@ -22,7 +22,7 @@ HANGUL = re.compile("[가-힣ㄱ-ㅎㅏ-ㅣ]")
 #: Anything but these, Hangul and a line end is a slip of the hand in text of this kind.
 ASCII = frozenset(map(chr, range(0x20, 0x7F)))
 ROLES = ("user", "assistant")
-#: Share of three-letter pieces two lines may have in common: 0.45 is the most there is.
+#: Share of three-letter pieces two lines may have in common: 0.43 is the most there is.
 MOST_ALIKE = 0.55
 
 Line = dict[str, Any]
@@ -311,5 +311,4 @@ def test_a_rejected_answer_is_no_answer_to_learn():
     chat, pairs = map(read_lines, FILES)
     learnt = {m["content"] for line in (*chat, *pairs) for m in talk(line)}
     again = [r for p in pairs if (r := p["rejected"][0]["content"]) in learnt]
-    # A sentence that is left uncorrected says the same again.
-    assert len(again) <= 1, again
+    assert not again
