@@ -1,0 +1,1 @@
+"""Healing an up-scaled model: continued pretraining in plain PyTorch."""
