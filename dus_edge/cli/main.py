@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("devices", "Does MODEL fit a device, and if not, what would?"),
     "gguf": ("export", "Up-scale BASE into GGUF files and their Modelfiles."),
     "gptq": ("export", "Up-scale BASE into a GPTQ checkpoint."),
+    "heal": ("heal", "Up-scale BASE and train it on text until it is whole again."),
     "imatrix": ("export", "Collect the importance matrix of BASE, up-scaled, from text."),
     "inspect": ("models", "Show MODEL's shape, plan and the size of every preset."),
     "modelfile": ("models", "Write the Modelfile of a GGUF file or a checkpoint."),

@@ -42,9 +42,13 @@ from dus_edge.files import (
     output_folder,
 )
 from dus_edge.stream import run_tasks
+from dus_edge.upscale.view import UpscaledCheckpoint
 
 #: transformers' own default for `save_pretrained`.
 SHARD_BYTES = 5_000_000_000
+
+#: Key of config.json under which an up-scaled checkpoint says its plan.
+PLAN_KEY = "dus_edge"
 
 #: Where GPTQ loaders look for what config.json also says.
 
@@ -58,6 +62,8 @@ REPLACEABLE = (
     *TOKENIZER_FILES,
     "additional_chat_templates",
     "README.md",
+    "training.jsonl",
+    "recovery.svg",
     DIGESTS,
     "LICENSE*",
     "NOTICE*",
@@ -311,8 +317,20 @@ def _write_small_files(
     for name in carried_files(source):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, folder / name)
-    _write_json(folder / CONFIG, both_spellings({**checkpoint.config.raw, **config_extra}))
+    raw = {**checkpoint.config.raw, **_plan_entry(checkpoint), **config_extra}
+    _write_json(folder / CONFIG, both_spellings(raw))
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _plan_entry(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What config.json says of a view's plan; transformers carries what it does not know."""
+    while not isinstance(checkpoint, UpscaledCheckpoint):
+        below = getattr(checkpoint, "below", None)
+        if below is None:
+            return {}
+        checkpoint = below
+    plan = checkpoint.plan
+    return {PLAN_KEY: {"n_base_layers": plan.n_base, "sources": list(plan.sources)}}
 
 
 def both_spellings(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dus_edge.train.heal.batches import Batch
-from dus_edge.train.heal.loss import NO_LABEL
 from dus_edge.train.heal.network import Network
 from dus_edge.train.heal.parallel import World
+from dus_edge.train.packing.batches import NO_LABEL, Batch
 
 
 @dataclass(frozen=True)

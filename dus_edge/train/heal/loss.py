@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from dus_edge.train.packing.batches import NO_LABEL
+
 #: Tokens whose logits are in memory at a time.
 CHUNK_TOKENS = 512
-#: The label of a token that has no next one to predict.
-NO_LABEL = -100
 
 
 def chunked_cross_entropy(

@@ -15,8 +15,10 @@ from functools import lru_cache
 import numpy as np
 
 from dus_edge.errors import UsageError
-from dus_edge.train.heal.loss import NO_LABEL
-from dus_edge.train.heal.tokens import Stream
+from dus_edge.train.packing.tokens import Stream
+
+#: The label of a token that has no next one to predict.
+NO_LABEL = -100
 
 
 @dataclass(frozen=True)

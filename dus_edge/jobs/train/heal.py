@@ -1,0 +1,255 @@
+"""The job `heal`: base and plan to an up-scaled checkpoint that was trained on."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dus_edge.checkpoint.config import ModelConfig
+from dus_edge.checkpoint.spec import Checkpoint
+from dus_edge.errors import UsageError
+from dus_edge.export import hf
+from dus_edge.files import check_free_space, check_replaceable
+from dus_edge.jobs.job import Job, Result, Writing, Written, quiet, run_job
+from dus_edge.jobs.train.heal_options import HealOptions
+from dus_edge.packages import require
+from dus_edge.progress import progress
+from dus_edge.text.documents import read_documents
+from dus_edge.train.heal.mode import LORA, learned_layers
+from dus_edge.upscale.model import ChoosePlan, Model, Say, find_model
+from dus_edge.upscale.plan import DepthPlan
+from dus_edge.upscale.view import UpscaledCheckpoint
+
+if TYPE_CHECKING:  # these import torch
+    from dus_edge.jobs.train.heal_card import Recovery
+    from dus_edge.jobs.train.heal_data import HealData
+    from dus_edge.train.heal.parallel import World
+
+LOG = "training.jsonl"
+#: Bytes on the disk for a weight that learns: itself and two moments, in two checkpoints and one
+#: that is being written.
+_STATE_BYTES = 3 * 12
+
+
+def heal(
+    base: str,
+    choose: ChoosePlan,
+    folder: Path,
+    options: HealOptions,
+    *,
+    n_threads: int | None = None,
+    overwrite: bool = False,
+    say: Say = quiet,
+) -> tuple[Result | None, dict[str, Any]]:
+    """Train an up-scaled model on text, and write it as a checkpoint folder.
+
+    Args:
+        base: folder, hub id or the built-in base's name; an up-scaled folder too.
+        choose: gives the plan for a base's depth.
+        folder: the result. Beside it ``<folder>.training`` keeps what an interrupted run needs.
+        options: see `HealOptions`.
+        n_threads: worker threads.
+        overwrite: replace an older checkpoint folder of that name.
+        say: takes lines for the user.
+
+    Returns:
+        what was written, None in all processes but the first; and what was measured.
+
+    Raises:
+        DusEdgeError: base, plan, text or options cannot be used, or the loss is no number.
+    """
+    options.check()
+    require("hf", "healing needs")
+    from dus_edge.train.heal.parallel import joined_world
+
+    with joined_world(options.device) as world:
+        job = HealJob(folder, options, Writing(n_threads, overwrite), world)
+        if world.first:
+            return run_job(job, base, choose, say), job.figures
+        model = find_model(base, choose, weights=True, say=quiet)
+        job.train(model, model.open(), quiet)
+        return None, {}
+
+
+@dataclass(frozen=True)
+class HealJob(Job[None]):
+    """See `heal`; `figures` is filled with what was measured."""
+
+    folder: Path
+    options: HealOptions
+    writing: Writing
+    world: World
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def work(self) -> Path:
+        """Where the run keeps what it needs to go on."""
+        return self.folder.with_name(f"{self.folder.name}.training")
+
+    def need(self, say: Say) -> None:
+        """Packages and the output's name."""
+        if self.options.mode.kind == LORA:
+            require("train", "--train lora needs", "peft")
+            if self.world.many:
+                raise UsageError("--train lora runs in one process; take copies, seam:K or all.")
+        check_replaceable(self.folder, self.writing.overwrite, hf.REPLACEABLE)
+
+    def early(self, folder: Path, config: ModelConfig) -> None:
+        """The text must be there, and a window within the context."""
+        if self.options.length > config.context_length:
+            raise UsageError(
+                f"--ctx {self.options.length} is more than the model's context of "
+                f"{config.context_length:,}; choose a smaller one."
+            )
+        parts = [*self.options.texts, *self.options.replay]
+        paths = [*(p.path for p in parts), *self.options.heldout_texts]
+        for path in paths:
+            read_documents([path], self.options.field)
+
+    def outputs(self, model: Model) -> list[Path]:
+        """The folder."""
+        return [self.folder]
+
+    def check(self, model: Model, checkpoint: Checkpoint) -> None:
+        """The plan must have what is to learn, and the disk must do."""
+        layers = learned_layers(self.options.mode, healed_plan(model))
+        share = len(layers) / model.config.n_layers
+        hf.check_outputs(checkpoint, self.folder, self.writing.overwrite)
+        if self.options.mode.kind != LORA:
+            state = int(_STATE_BYTES * share * model.n_parameters)
+            check_free_space(self.folder.parent, state)
+
+    def write(
+        self, model: Model, checkpoint: Checkpoint, planned: None, say: Say
+    ) -> tuple[tuple[Written, ...], tuple[str, ...]]:
+        """Train, then write the checkpoint, its log and its picture."""
+        from dus_edge.jobs.train.heal_card import PICTURE, gap_sentence, healed_card
+        from dus_edge.train.heal.trained import TrainedCheckpoint
+
+        weights, data, recovery = self.train(model, checkpoint, say)
+        trained = TrainedCheckpoint(checkpoint, weights)
+        n_learned = sum(w.numel() for w in weights.values())
+        extra = {LOG: (self.work / LOG).read_text(encoding="utf-8")}
+        if picture := _picture(model, recovery):
+            extra[PICTURE] = picture
+        card = healed_card(
+            model, healed_plan(model), self.options, data, recovery, n_learned, bool(picture)
+        )
+        specs = trained.specs().values()
+        total = sum(s.nbytes for s in specs)
+        with progress("Writing", total) as tick:
+            hf.write_checkpoint(
+                trained,
+                self.folder,
+                card,
+                n_threads=self.writing.threads,
+                overwrite=self.writing.overwrite,
+                allow_nonfinite=False,
+                advance=tick,
+                extra_files=extra,
+            )
+        shutil.rmtree(self.work, ignore_errors=True)
+        sentence = gap_sentence(recovery)
+        written = Written(self.folder, total, types=Counter(s.dtype for s in specs))
+        return (written,), (sentence,) if sentence else ()
+
+    def train(
+        self, model: Model, checkpoint: Checkpoint, say: Say
+    ) -> tuple[Mapping[str, Any], HealData, Recovery]:
+        """What every process does: all runs, to their ends."""
+        from dus_edge.jobs.train.heal_card import Recovery
+        from dus_edge.jobs.train.heal_data import prepare_data, text_digest
+        from dus_edge.jobs.train.heal_run import Runner, control_options
+        from dus_edge.train.recovery.log import Log
+
+        options, world, plan = self.options, self.world, healed_plan(model)
+        identity = {
+            **options.identity(),
+            "base": _base_identity(model),
+            "plan": plan.spelled,
+            "text": text_digest(options),
+        }
+        if options.restart and world.first:
+            shutil.rmtree(self.work, ignore_errors=True)
+        if world.first:
+            self.work.mkdir(parents=True, exist_ok=True)
+        world.wait()
+        data = prepare_data(model, options, self.work, world)
+        log = Log(self.work / LOG)
+        runner = Runner(options, data, world, self.work, log, say)
+        base = checkpoint.base if isinstance(checkpoint, UpscaledCheckpoint) else None
+        if base is not None:
+            before = runner.untrained("base", base)
+            say(f"held-out loss of the base: {before.mean:.4f} ({before.n_tokens:,} tokens)")
+        weights = runner.train("heal", checkpoint, plan, options.mode, identity, base)
+        if options.control and base is not None:
+            alone = Runner(control_options(options), data, world, self.work, log, say)
+            identity_plan = DepthPlan(model.plan.n_base, tuple(range(model.plan.n_base)))
+            alone.train(
+                "control",
+                base,
+                identity_plan,
+                alone.options.mode,
+                identity | {"plan": identity_plan.spelled, "train mode": "all"},
+            )
+        recovery = Recovery(
+            log.curve("heal"),
+            log.curve("base") if base is not None else None,
+            log.curve("control") if options.control and base is not None else None,
+        )
+        self.figures.update(_figures(recovery))
+        return weights, data, recovery
+
+
+def healed_plan(model: Model) -> DepthPlan:
+    """The plan of a model: the one that is asked for, or what an up-scaled folder says of itself.
+
+    Raises:
+        UsageError: the folder's own words make no plan.
+    """
+    said = model.base_config.raw.get("dus_edge")
+    if not model.plan.is_identity or not isinstance(said, dict):
+        return model.plan
+    try:
+        plan = DepthPlan(int(said["n_base_layers"]), tuple(map(int, said["sources"])))
+    except (KeyError, TypeError, ValueError, UsageError):
+        plan = None
+    if plan is None or plan.depth != model.plan.depth:
+        raise UsageError(
+            f"{model.source.label}: the plan in config.json (dus_edge) does not fit the model; "
+            "remove it, or up-scale the base again."
+        )
+    return plan
+
+
+def _base_identity(model: Model) -> list[Any]:
+    weights = sorted(model.source.folder.glob("*.safetensors"))
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights]
+
+
+def _picture(model: Model, recovery: Recovery) -> str | None:
+    """The plot as SVG; None where matplotlib is not there or the base's loss is not known."""
+    import importlib.util
+
+    if recovery.base is None or importlib.util.find_spec("matplotlib") is None:
+        return None
+    from dus_edge.train.recovery.plot import render_recovery
+
+    curves = [recovery.healed, *([recovery.control] if recovery.control else [])]
+    title = f"{model.name.title}: recovery"
+    return render_recovery(curves, recovery.base.means[0], title).decode()
+
+
+def _figures(recovery: Recovery) -> dict[str, Any]:
+    return {
+        "base_loss": recovery.base.means[0] if recovery.base else None,
+        "upscaled_loss": recovery.healed.means[0],
+        "healed_loss": recovery.healed.means[-1],
+        "control_loss": recovery.control.means[-1] if recovery.control else None,
+        "gap_closed": recovery.closed,
+        "tokens": recovery.healed.tokens[-1],
+    }

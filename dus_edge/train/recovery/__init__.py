@@ -1,0 +1,1 @@
+"""What a run of healing measured: its log, and the curve of its recovery."""
