@@ -60,9 +60,9 @@ MOST_FUNCTION_LINES = 90
 HEAVY = {
     "torch": ("train.", "calibrate.", "run.", "measure.", "quant.gptq", "export.bnb"),
     "transformers": ("train.", "calibrate.", "run.", "measure.", "export.bnb"),
-    "bitsandbytes": ("export.bnb",),
+    "bitsandbytes": ("export.bnb", "train.heal.optim"),
     "llama_cpp": ("run.",),
-    "matplotlib": ("quality.plot",),
+    "matplotlib": ("quality.plot", "train.recovery.plot"),
     "numba": ("quant.",),
     "llvmlite": ("quant.",),
 }

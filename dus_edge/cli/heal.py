@@ -206,17 +206,19 @@ def heal_command(
     divided among the processes.
     """
     from dus_edge.jobs.train.heal import heal
-    from dus_edge.jobs.train.heal_options import HealOptions, TextPart
     from dus_edge.packages import require
     from dus_edge.train.heal.mode import parse_mode
+    from dus_edge.train.recovery.options import HealOptions, TextPart
 
     require("hf", "healing needs")
+    from dus_edge.train.heal.parallel import pick_device
+
     if licences and len(licences) != len(texts):
         raise UsageError("give --text-licence once for each --text, or not at all.")
     parts = tuple(
         TextPart(path, licence=licences[i] if licences else None) for i, path in enumerate(texts)
     )
-    chosen = _device(device)
+    chosen = pick_device(device)
     result, figures = heal(
         base,
         choose,
@@ -259,17 +261,8 @@ def _losses(figures: dict[str, Any]) -> str:
     return arrow + (f" ({', '.join(beside)})" if beside else "")
 
 
-def _device(name: str) -> str:
-    import torch
-
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
-        raise UsageError("no cuda device is usable here; use --device cpu.")
-    return ("cuda" if there else "cpu") if name == "auto" else name
-
-
 def _replay(text: str) -> Any:
-    from dus_edge.jobs.train.heal_options import TextPart
+    from dus_edge.train.recovery.options import TextPart
 
     path, colon, share = text.rpartition(":")
     try:

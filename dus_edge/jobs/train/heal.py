@@ -15,19 +15,19 @@ from dus_edge.errors import UsageError
 from dus_edge.export import hf
 from dus_edge.files import check_free_space, check_replaceable
 from dus_edge.jobs.job import Job, Result, Writing, Written, quiet, run_job
-from dus_edge.jobs.train.heal_options import HealOptions
 from dus_edge.packages import require
 from dus_edge.progress import progress
 from dus_edge.text.documents import read_documents
 from dus_edge.train.heal.mode import LORA, learned_layers
+from dus_edge.train.recovery.options import HealOptions
 from dus_edge.upscale.model import ChoosePlan, Model, Say, find_model
 from dus_edge.upscale.plan import DepthPlan
 from dus_edge.upscale.view import UpscaledCheckpoint
 
 if TYPE_CHECKING:  # these import torch
     from dus_edge.jobs.train.heal_card import Recovery
-    from dus_edge.jobs.train.heal_data import HealData
     from dus_edge.train.heal.parallel import World
+    from dus_edge.train.recovery.data import HealData
 
 LOG = "training.jsonl"
 #: Bytes on the disk for a weight that learns: itself and two moments, in two checkpoints and one
@@ -162,9 +162,9 @@ class HealJob(Job[None]):
     ) -> tuple[Mapping[str, Any], HealData, Recovery]:
         """What every process does: all runs, to their ends."""
         from dus_edge.jobs.train.heal_card import Recovery
-        from dus_edge.jobs.train.heal_data import prepare_data, text_digest
-        from dus_edge.jobs.train.heal_run import Runner, control_options
+        from dus_edge.train.recovery.data import prepare_data, text_digest
         from dus_edge.train.recovery.log import Log
+        from dus_edge.train.recovery.run import Runner, control_options
 
         options, world, plan = self.options, self.world, healed_plan(model)
         identity = {

@@ -8,9 +8,9 @@ from string import Template
 
 from dus_edge import __version__
 from dus_edge.data import read_text
-from dus_edge.jobs.train.heal_data import HealData, licence_of
-from dus_edge.jobs.train.heal_options import HealOptions
+from dus_edge.train.recovery.data import HealData, licence_of
 from dus_edge.train.recovery.log import Curve
+from dus_edge.train.recovery.options import HealOptions
 from dus_edge.upscale.model import Model
 from dus_edge.upscale.plan import DepthPlan
 from dus_edge.words import markdown_table

@@ -41,7 +41,7 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepDone:
     """One step that is done.
 
     Attributes:
@@ -72,7 +72,7 @@ def run_steps(
     pace: Pace,
     world: World,
     state: RunState,
-    told: Callable[[Step], object],
+    told: Callable[[StepDone], object],
     teacher: tuple[Network, float] | None = None,
 ) -> None:
     """Train from the last checkpoint of `state`, or from the start, to the end.
@@ -117,7 +117,7 @@ def run_steps(
             if last or stop or number % pace.save == 0:
                 state.save(number, learned, optimizer)
             tokens = number * batches.batch * batches.length
-            told(Step(number, loss, rate, norm, tokens, seconds, measured))
+            told(StepDone(number, loss, rate, norm, tokens, seconds, measured))
             if stop and not last:
                 raise KeyboardInterrupt
 

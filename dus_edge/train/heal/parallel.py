@@ -60,6 +60,18 @@ class World:
             dist.barrier()
 
 
+def pick_device(name: str) -> str:
+    """``cpu`` or ``cuda``, also for ``auto``.
+
+    Raises:
+        UsageError: no card is usable.
+    """
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise UsageError("no cuda device is usable here; use --device cpu.")
+    return ("cuda" if there else "cpu") if name == "auto" else name
+
+
 @contextmanager
 def joined_world(device: str) -> Iterator[World]:
     """This process's place among those that torchrun started; alone without it.

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dus_edge.errors import OutputError, UsageError
 from dus_edge.files import write_text
@@ -69,6 +70,14 @@ class RunState:
                 found.append(int(path.name.removeprefix(_PREFIX)))
         return sorted(found)
 
+    def processes(self) -> int:
+        """Of how many processes the last checkpoint is; of this run's without one."""
+        steps = self.steps()
+        if not steps:
+            return self.world.size
+        file = self.folder / f"{_PREFIX}{steps[-1]:08}" / _STEP
+        return int(json.loads(file.read_text(encoding="utf-8"))["processes"])
+
     def save(
         self,
         step: int,
@@ -91,13 +100,17 @@ class RunState:
                     _tree(weights, optimizer), checkpoint_id=partial, no_dist=not self.world.many
                 )
             if self.world.first:
-                write_text(partial / _STEP, json.dumps({"step": step}) + "\n")
+                about = {"step": step, "processes": self.world.size}
+                write_text(partial / _STEP, json.dumps(about) + "\n")
                 partial.replace(final)
                 for old in self.steps()[: -self.keep]:
                     shutil.rmtree(self.folder / f"{_PREFIX}{old:08}", ignore_errors=True)
-        except Exception as e:  # the library wraps what the disk says
+        # The library wraps what the disk says in a BaseException of its own.
+        except (Exception, CheckpointException) as e:
             if self.world.first:
                 shutil.rmtree(partial, ignore_errors=True)
+            if any(isinstance(x, KeyboardInterrupt) for x in _chain(e)):
+                raise KeyboardInterrupt from None
             raise OutputError(
                 f"{final} cannot be written ({_root(e)}); the checkpoint before it is kept, make "
                 "room and run the same command again."

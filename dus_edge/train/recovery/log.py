@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dus_edge.train.heal.heldout import HeldoutLoss
-from dus_edge.train.heal.loop import Step
+from dus_edge.train.heal.loop import StepDone
 
 _DIGITS = 9
 
@@ -57,7 +57,7 @@ def heldout_of(line: Mapping[str, Any]) -> HeldoutLoss | None:
     return HeldoutLoss(line["heldout_by_language"], line["heldout_loss"], line["heldout_tokens"])
 
 
-def step_json(step: Step, run: str) -> dict[str, Any]:
+def step_json(step: StepDone, run: str) -> dict[str, Any]:
     """A step as a line of the log."""
     line: dict[str, Any] = {
         "run": run,

@@ -10,12 +10,10 @@ import numpy as np
 import torch
 
 from dus_edge.checkpoint.spec import Checkpoint
-from dus_edge.jobs.train.heal_data import HealData
-from dus_edge.jobs.train.heal_options import HealOptions
 from dus_edge.progress import progress
 from dus_edge.train.heal import lora
 from dus_edge.train.heal.heldout import HeldoutLoss, heldout_loss
-from dus_edge.train.heal.loop import Pace, Step, run_steps
+from dus_edge.train.heal.loop import Pace, StepDone, run_steps
 from dus_edge.train.heal.mode import ALL, LORA, TrainMode, learned_layers
 from dus_edge.train.heal.network import Network, empty_network, learned_names, load_weights
 from dus_edge.train.heal.optim import Schedule, make_optimizer
@@ -27,8 +25,10 @@ from dus_edge.train.heal.parallel import (
     whole,
 )
 from dus_edge.train.heal.state import RunState
-from dus_edge.train.heal.trained import stored
+from dus_edge.train.heal.trained import as_stored
+from dus_edge.train.recovery.data import HealData
 from dus_edge.train.recovery.log import Log, heldout_json, step_json
+from dus_edge.train.recovery.options import HealOptions
 from dus_edge.upscale.model import Say
 from dus_edge.upscale.plan import DepthPlan
 
@@ -100,6 +100,11 @@ class Runner:
             self.log.keep(name, done)
             if done:
                 self.say(f"Going on behind step {done}: an earlier run of the same was cut short")
+            if state.processes() != world.size:
+                self.say(
+                    f"It was of {state.processes()} processes and this is of {world.size}: losses "
+                    "agree to about 1e-5, not digit by digit"
+                )
         pace = Pace(
             Schedule(options.peak, options.n_steps),
             options.micro,
@@ -110,7 +115,7 @@ class Runner:
         title = "Healing" if name == "heal" else "Training the control"
         with progress(title, (options.n_steps - done) * per_step, unit="tokens") as tick:
 
-            def told(step: Step) -> None:
+            def told(step: StepDone) -> None:
                 if world.first:
                     self.log.add(step_json(step, name))
                     tick(per_step)
@@ -164,7 +169,7 @@ class Runner:
         parameters = dict(named_parameters(network))
         for number, key in enumerate(merged if merged is not None else names):
             weight = whole(merged[key] if merged is not None else parameters[key])
-            kept = stored(weight, specs[key])
+            kept = as_stored(weight, specs[key])
             if self.world.first:
                 found[key] = self._on_disk(name, number, kept) if self.world.many else kept
             if merged is None and kept.dtype != torch.float32:

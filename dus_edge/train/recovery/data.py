@@ -10,7 +10,6 @@ from typing import Any
 
 from dus_edge.checkpoint.card import read_licence
 from dus_edge.errors import UsageError
-from dus_edge.jobs.train.heal_options import HealOptions, TextPart
 from dus_edge.jsonfile import find_object
 from dus_edge.progress import progress
 from dus_edge.text.documents import Document, read_documents
@@ -18,6 +17,7 @@ from dus_edge.text.tokenizers import load_tokenizer
 from dus_edge.train.heal.parallel import World
 from dus_edge.train.packing.batches import Batch, Batches, heldout_batches
 from dus_edge.train.packing.tokens import Stream, read_streams, split_heldout, write_tokens
+from dus_edge.train.recovery.options import HealOptions, TextPart
 from dus_edge.upscale.model import Model
 
 #: No more than this share of a text is held out.
