@@ -24,7 +24,14 @@ CARRIED = (
 )
 #: A folder of them.
 CHAT_TEMPLATES = "additional_chat_templates"
-_LOOKED_AT = (CONFIG, "README.md", "quantize_config.json", "tekken.json", *CARRIED)
+_LOOKED_AT = (
+    CONFIG,
+    "adapter_config.json",
+    "README.md",
+    "quantize_config.json",
+    "tekken.json",
+    *CARRIED,
+)
 #: No small file of a checkpoint is larger.
 MAX_SMALL_BYTES = 256 << 20
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from dus_edge.cli.options import (
+    adapter_option,
     calibration_options,
     digest_option,
     folder_option,
@@ -24,6 +25,7 @@ from dus_edge.words import counts_text, duration, format_bytes
 @click.command("gguf")
 @click.argument("base")
 @plan_options
+@adapter_option
 @click.option(
     "-q",
     "--quant",
@@ -130,6 +132,7 @@ def _create(name: str, modelfile: Path) -> str:
 @click.command("upscale")
 @click.argument("base")
 @plan_options
+@adapter_option
 @folder_option
 @output_options
 @digest_option
@@ -159,6 +162,7 @@ def upscale_command(
 @click.command("imatrix")
 @click.argument("base")
 @plan_options
+@adapter_option
 @calibration_options
 @click.option(
     "-o",
@@ -177,6 +181,7 @@ def imatrix_command(
     text: Any,
     machine: Any,
     out: Path,
+    adapter: Path | None,
     overwrite: bool,
     as_json: bool,
     digest: bool,
@@ -189,7 +194,14 @@ def imatrix_command(
     from dus_edge.jobs.export.imatrix import export_imatrix
 
     result = export_imatrix(
-        base, choose, out, text, machine, overwrite=overwrite, say=say_to(as_json)
+        base,
+        choose,
+        out,
+        text,
+        machine,
+        adapter=adapter,
+        overwrite=overwrite,
+        say=say_to(as_json),
     )
     keep_digests(result, digest)
     if as_json:
@@ -203,6 +215,7 @@ def imatrix_command(
 @click.command("gptq")
 @click.argument("base")
 @plan_options
+@adapter_option
 @click.option(
     "--bits",
     type=click.Choice(("2", "3", "4", "8")),
@@ -292,6 +305,7 @@ def gptq_command(
 @click.command("bnb")
 @click.argument("base")
 @plan_options
+@adapter_option
 @click.option(
     "--nf4", "scheme", flag_value="nf4", default="nf4", help="Use 4-bit normal float, the default."
 )
