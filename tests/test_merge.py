@@ -343,7 +343,10 @@ def test_the_card_says_base_adapter_and_licences(make_checkpoint, tmp_path):
             (folder / "README.md").write_text(card)
         export_merged(str(base), adapter, tmp_path / "merged", overwrite=True)
         card = (tmp_path / "merged/README.md").read_text()
-        assert "`sft` merged into its weights" in " ".join(card.split())
+        assert "adapter `sft`, which says that it was trained on `base`, merged" in " ".join(
+            card.split()
+        )
+        assert str(tmp_path) not in card
         assert said in card and front in card
 
     check("mit", None, "The base's licence is `mit`. The adapter does not say", 'license: "mit"')

@@ -21,9 +21,10 @@ from dus_edge.checkpoint.card import CARD, languages, read_licence, tags
 from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.checkpoint.contained import CHAT_TEMPLATES, carried_files
 from dus_edge.checkpoint.names import CONFIG, TOKENIZER_FILES
+from dus_edge.checkpoint.resolve import parse_hub_id
 from dus_edge.checkpoint.spec import Source
 from dus_edge.data import read_text
-from dus_edge.errors import CheckpointError, OutputError
+from dus_edge.errors import CheckpointError, OutputError, UsageError
 from dus_edge.jsonfile import read_object
 
 #: Files of which one makes a tokenizer.
@@ -152,7 +153,10 @@ def _card(source: Source, adapter: Adapter) -> str:
         title=merged_name(source.name, adapter),
         base=base + (f" at revision `{source.revision}`" if source.revision else ""),
         adapter=adapter.name,
-        trained_on=f", which says that it was trained on `{config.base}`" if config.base else "",
+        # Of a path only the end: the rest is of somebody's machine.
+        trained_on=(
+            f",\nwhich says that it was trained on `{_public(config.base)}`" if config.base else ""
+        ),
         n_added=len(adapter.added),
         rank=_ranks(adapter),
         n_replaced=len(adapter.replaced),
@@ -168,6 +172,14 @@ def _card(source: Source, adapter: Adapter) -> str:
         ),
         version=__version__,
     )
+
+
+def _public(base: str) -> str:
+    """A hub id as it is, and the last part of a path."""
+    try:
+        return parse_hub_id(base)[0]
+    except UsageError:
+        return Path(base).name
 
 
 def _tags(folder: Path) -> Sequence[str]:

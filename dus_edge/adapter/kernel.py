@@ -14,7 +14,7 @@ from numba import njit
 from dus_edge.quant.simd import LANES, f32, fma, load, store
 
 #: Rows at once: every part of A that is loaded serves all of them.
-_ROWS = 8
+ROWS = 8
 
 
 def low_rank(b: np.ndarray, a: np.ndarray, scale: float) -> np.ndarray:
@@ -30,8 +30,8 @@ def low_rank(b: np.ndarray, a: np.ndarray, scale: float) -> np.ndarray:
     """
     n_rows, n_cols = len(b), a.shape[1]
     # Whole strips of rows and lanes; what is too much is cut off again.
-    padded_b = np.pad(b, ((0, -n_rows % _ROWS), (0, 0)))
-    padded_a = np.pad(a, ((0, 0), (0, -n_cols % LANES)))
+    padded_b = np.pad(b, ((0, -n_rows % ROWS), (0, 0))) if n_rows % ROWS else b
+    padded_a = np.pad(a, ((0, 0), (0, -n_cols % LANES))) if n_cols % LANES else a
     out = np.empty((len(padded_b), padded_a.shape[1]), np.float32)
     _product(padded_b, padded_a, np.float32(scale), out)
     return out[:n_rows, :n_cols]
@@ -39,12 +39,12 @@ def low_rank(b: np.ndarray, a: np.ndarray, scale: float) -> np.ndarray:
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _product(b, a, scale, out):
-    """`low_rank` for ``b`` of strips of `_ROWS` rows and ``a`` of strips of `LANES` columns."""
+    """`low_rank` for ``b`` of strips of `ROWS` rows and ``a`` of strips of `LANES` columns."""
     n_rows, rank = b.shape
     n_cols = a.shape[1]
     columns, result = a.reshape(-1), out.reshape(-1)
     factor = f32(scale)
-    for i in range(0, n_rows, _ROWS):
+    for i in range(0, n_rows, ROWS):
         for j in range(0, n_cols, LANES):
             s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = f32(0.0)
             for k in range(rank):

@@ -18,8 +18,9 @@ from dus_edge.adapter.numbers import as_floats, as_stored
 from dus_edge.checkpoint.safetensors import StoredTensor
 from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
 
-#: Weights that are worked on at once: what bounds the memory when a whole tensor is read.
-_STEP_WEIGHTS = 1 << 20
+#: Weights that are worked on at once: small enough that what lies between stays in the caches, and
+#: that the system is not asked for new pages each time.
+_STEP_WEIGHTS = 1 << 17
 
 
 class MergedCheckpoint(Checkpoint):
@@ -75,11 +76,11 @@ def _converted(tensor: StoredTensor, spec: TensorSpec, start: int, stop: int) ->
 def _with_added(rows: np.ndarray, pair: LowRank, spec: TensorSpec, start: int) -> np.ndarray:
     """Rows from `start` on with scale·(B·A) added."""
     # Compiles on its first call, and Numba takes its time to import: only where it is needed.
-    from dus_edge.adapter.kernel import low_rank
+    from dus_edge.adapter.kernel import ROWS, low_rank
 
     a = widened_tensor(pair.a)
     out = np.empty_like(rows)
-    step = max(1, _STEP_WEIGHTS // max(1, rows.shape[1]))
+    step = max(1, _STEP_WEIGHTS // rows.shape[1] // ROWS) * ROWS
     for i in range(0, len(rows), step):
         part = rows[i : i + step]
         b = widened_tensor(pair.b, start + i, start + i + len(part))

@@ -25,8 +25,11 @@ def as_stored(values: np.ndarray, dtype: str) -> np.ndarray:
         with np.errstate(over="ignore"):
             return values.astype(np.float16)
     bits = values.view(np.uint32)
-    odd = (bits >> 16) & 1
-    rounded = ((bits + 0x7FFF + odd) >> 16).astype(np.uint16)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += bits
+    rounded += 0x7FFF
+    rounded >>= 16
     # The carry could make a number, or an infinity, of a NaN.
     rounded[np.isnan(values)] = 0x7FC0
-    return rounded
+    return rounded.astype(np.uint16)
