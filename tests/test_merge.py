@@ -504,6 +504,12 @@ def test_an_adapter_of_another_base_is_refused(make_checkpoint, tmp_path):
     assert "[64, 128], but" in refused(base, train(wide, tmp_path / "w"), tmp_path / "out")
 
 
+def test_an_adapter_in_the_base_s_place_is_known(make_checkpoint, tmp_path):
+    adapter = train(make_checkpoint(), tmp_path / "a")
+    with pytest.raises(DusEdgeError, match="it is an adapter, name its base first"):
+        export_checkpoint(str(adapter), DEFAULT, tmp_path / "out")
+
+
 def test_an_adapter_that_could_be_of_either_is_refused(make_checkpoint, tmp_path):
     base = make_checkpoint()
     adapter = train(base, tmp_path / "a", layers_to_transform=[0, 1])

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dus_edge.checkpoint.names import ADAPTER_CONFIG
 from dus_edge.errors import CheckpointError, UnsupportedError
 from dus_edge.jsonfile import read_object
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 #: Fields that say nothing of the weights as they are merged, and those that are read below.
 _NEUTRAL = frozenset(

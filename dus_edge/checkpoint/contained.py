@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from dus_edge.checkpoint.names import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
+from dus_edge.checkpoint.names import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
 from dus_edge.errors import CheckpointError
 
 #: Files of a source that belong to a result as they are.
@@ -26,7 +26,7 @@ CARRIED = (
 CHAT_TEMPLATES = "additional_chat_templates"
 _LOOKED_AT = (
     CONFIG,
-    "adapter_config.json",
+    ADAPTER_CONFIG,
     "README.md",
     "quantize_config.json",
     "tekken.json",
