@@ -117,7 +117,7 @@ def merged_name(base: str, adapter: Adapter) -> str:
 
 def _new_folder(adapter: Adapter) -> Path:
     try:
-        folder = Path(tempfile.mkdtemp(prefix="dus-edge-"))
+        folder = Path(tempfile.mkdtemp(prefix="dus-edge-adapter-"))
     except OSError as e:
         raise OutputError(
             f"No temporary folder can be made ({e.strerror or e}); set TMPDIR to another place."

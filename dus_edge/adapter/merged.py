@@ -7,8 +7,11 @@ rounded once to the weights' own dtype. A module that is saved whole takes the b
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Mapping
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 
@@ -17,6 +20,7 @@ from dus_edge.adapter.fit import check_fit
 from dus_edge.adapter.numbers import as_floats, as_stored
 from dus_edge.checkpoint.safetensors import StoredTensor
 from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
+from dus_edge.quant.kernels import cached_code
 
 #: Weights that are worked on at once: small enough that what lies between stays in the caches, and
 #: that the system is not asked for new pages each time.
@@ -37,6 +41,7 @@ class MergedCheckpoint(Checkpoint):
         self.adapter = adapter
         self.config = below.config
         self.source = below.source
+        self._kernel = _load_kernel()
         self._added = {f"{module}.weight": pair for module, pair in adapter.added.items()}
         self._specs = {name: self._spec(spec) for name, spec in below.specs().items()}
 
@@ -51,7 +56,7 @@ class MergedCheckpoint(Checkpoint):
         else:
             rows = self.below.read(name, start, stop)
         if (pair := self._added.get(name)) is not None and len(rows):
-            rows = _with_added(rows, pair, spec, start)
+            rows = _with_added(self._kernel, rows, pair, spec, start)
         return rows
 
     def check_unchanged(self) -> None:
@@ -73,18 +78,24 @@ def _converted(tensor: StoredTensor, spec: TensorSpec, start: int, stop: int) ->
     return rows if tensor.dtype == spec.dtype else as_stored(as_floats(rows), spec.dtype)
 
 
-def _with_added(rows: np.ndarray, pair: LowRank, spec: TensorSpec, start: int) -> np.ndarray:
-    """Rows from `start` on with scale·(B·A) added."""
-    # Compiles on its first call, and Numba takes its time to import: only where it is needed.
-    from dus_edge.adapter.kernel import ROWS, low_rank
+@functools.cache
+def _load_kernel() -> ModuleType:
+    """The compiled product; Numba takes its time to import, so only where an adapter is given."""
+    with cached_code():
+        return importlib.import_module("dus_edge.adapter.kernel")
 
+
+def _with_added(
+    kernel: ModuleType, rows: np.ndarray, pair: LowRank, spec: TensorSpec, start: int
+) -> np.ndarray:
+    """Rows from `start` on with scale·(B·A) added."""
     a = widened_tensor(pair.a)
     out = np.empty_like(rows)
-    step = max(1, _STEP_WEIGHTS // rows.shape[1] // ROWS) * ROWS
+    step = max(1, _STEP_WEIGHTS // rows.shape[1] // kernel.ROWS) * kernel.ROWS
     for i in range(0, len(rows), step):
         part = rows[i : i + step]
         b = widened_tensor(pair.b, start + i, start + i + len(part))
-        total = low_rank(b, a, pair.scale)
+        total = kernel.low_rank(b, a, pair.scale)
         with np.errstate(over="ignore", invalid="ignore"):
             total = np.add(as_floats(part), total)
         out[i : i + step] = as_stored(total, spec.dtype)
