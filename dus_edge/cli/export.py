@@ -1,4 +1,4 @@
-"""The commands that write models: gguf, upscale, imatrix, gptq, bnb."""
+"""The commands that write models: gguf, upscale, merge, imatrix, gptq, bnb."""
 
 from __future__ import annotations
 
@@ -155,6 +155,34 @@ def upscale_command(
         say=say_to(as_json),
         **writing,
     )
+    keep_digests(result, digest)
+    print_folder(result, out, as_json, verbose)
+
+
+@click.command("merge")
+@click.argument("base")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@folder_option
+@output_options
+@digest_option
+def merge_command(
+    base: str,
+    adapter: Path,
+    out: Path,
+    as_json: bool,
+    verbose: bool,
+    digest: bool,
+    **writing: Any,
+) -> None:
+    """Merge a LoRA ADAPTER into BASE, a checkpoint like any other.
+
+    ADAPTER is a folder as peft and trl write it. Weights stream through: the
+    model need not fit into memory. The result is what peft's merge_and_unload
+    gives, bit for bit.
+    """
+    from dus_edge.jobs.export.merge import export_merged
+
+    result = export_merged(base, adapter, out, say=say_to(as_json), **writing)
     keep_digests(result, digest)
     print_folder(result, out, as_json, verbose)
 

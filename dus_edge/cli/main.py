@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "heal": ("heal", "Up-scale BASE and train it on text until it is whole again."),
     "imatrix": ("export", "Collect the importance matrix of BASE, up-scaled, from text."),
     "inspect": ("models", "Show MODEL's shape, plan and the size of every preset."),
-    "merge": ("merge", "Merge a LoRA ADAPTER into BASE, a checkpoint like any other."),
+    "merge": ("export", "Merge a LoRA ADAPTER into BASE, a checkpoint like any other."),
     "modelfile": ("models", "Write the Modelfile of a GGUF file or a checkpoint."),
     "quality": ("quality", "Measure how far each CANDIDATE is from REFERENCE on text."),
     "verify": ("verify", "Read finished models whole and say whether they are sound."),
