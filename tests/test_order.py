@@ -34,6 +34,7 @@ ORDER = (
     "text",
     "checkpoint",
     "quant",
+    "adapter",
     "upscale",
     "calibrate",
     "run",
@@ -63,7 +64,7 @@ HEAVY = {
     "bitsandbytes": ("export.bnb", "train.heal.optim"),
     "llama_cpp": ("run.",),
     "matplotlib": ("quality.plot", "train.recovery.plot"),
-    "numba": ("quant.",),
+    "numba": ("quant.", "adapter.kernel"),
     "llvmlite": ("quant.",),
 }
 #: The quantizers, which one of `CHOOSING` imports when it is chosen. Neither imports the other.

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from dus_edge.checkpoint.names import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
+from dus_edge.checkpoint.names import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
 from dus_edge.errors import CheckpointError
 
 #: Files of a source that belong to a result as they are.
@@ -24,7 +24,14 @@ CARRIED = (
 )
 #: A folder of them.
 CHAT_TEMPLATES = "additional_chat_templates"
-_LOOKED_AT = (CONFIG, "README.md", "quantize_config.json", "tekken.json", *CARRIED)
+_LOOKED_AT = (
+    CONFIG,
+    ADAPTER_CONFIG,
+    "README.md",
+    "quantize_config.json",
+    "tekken.json",
+    *CARRIED,
+)
 #: No small file of a checkpoint is larger.
 MAX_SMALL_BYTES = 256 << 20
 

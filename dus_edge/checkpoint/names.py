@@ -1,6 +1,7 @@
 """Names of the files that make a checkpoint folder, as transformers writes them."""
 
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 #: What users of sha256sum call a file of digests.
 DIGESTS = "SHA256SUMS"
 QUANTIZE_CONFIG = "quantize_config.json"

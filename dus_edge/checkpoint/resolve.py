@@ -16,7 +16,7 @@ from dus_edge.checkpoint.builtin import BUILTIN, model_dir
 from dus_edge.checkpoint.card import read_licence
 from dus_edge.checkpoint.contained import check_small_files
 from dus_edge.checkpoint.hub.fetch import from_hub
-from dus_edge.checkpoint.names import CONFIG
+from dus_edge.checkpoint.names import ADAPTER_CONFIG, CONFIG
 from dus_edge.checkpoint.spec import Source
 from dus_edge.errors import CheckpointError, UsageError
 
@@ -127,7 +127,9 @@ def _builtin() -> Source:
 def _local(base: str, folder: Path) -> Source:
     if not _exists(folder / CONFIG):
         hint = ""
-        if _HUB_ID.fullmatch(base):
+        if _exists(folder / ADAPTER_CONFIG):
+            hint = "; it is an adapter, name its base first: dus-edge merge BASE ADAPTER"
+        elif _HUB_ID.fullmatch(base):
             hint = "; a folder wins over the hub's model of the same name, rename one to get that"
         raise CheckpointError(f"The folder {base} has no {CONFIG}{hint}.")
     check_small_files(folder)

@@ -193,10 +193,11 @@ class SafetensorsCheckpoint(Checkpoint):
     def __init__(self, source: Source, config: ModelConfig | None = None) -> None:
         self.source = source
         self.config = config or load_config(source.folder / CONFIG)
+        folder = source.weights_folder
         # Before the headers are read: a change after this is seen at the end.
-        self._identities = {file: _identity(file) for file in shard_files(source.folder)[0]}
-        self._stored = _collect(source.folder)
-        self._specs = _check_against_config(source.folder, self.config, self._stored)
+        self._identities = {file: file_identity(file) for file in shard_files(folder)[0]}
+        self._stored = _collect(folder)
+        self._specs = _check_against_config(folder, self.config, self._stored)
         self._files = OpenFiles(os.O_RDONLY)
 
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -229,7 +230,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def check_unchanged(self) -> None:
         for file, before in self._identities.items():
-            if _identity(file) != before:
+            if file_identity(file) != before:
                 raise CheckpointError(
                     f"{file} changed while it was read; start again when nothing writes to it."
                 )
@@ -243,7 +244,7 @@ class SafetensorsCheckpoint(Checkpoint):
             self.close()
 
 
-def _identity(file: Path) -> tuple[int, ...]:
+def file_identity(file: Path) -> tuple[int, ...]:
     """What differs when a file was replaced or written to."""
     try:
         found = file.stat()

@@ -76,6 +76,7 @@ class Source:
         repo_id: ``org/name`` on the hub, if it is known.
         revision: the commit that was asked for, if one was.
         licence: an SPDX-like identifier from the model card, or None when it is unknown.
+        weights: the folder of the safetensors, where that is another one.
     """
 
     folder: Path
@@ -84,6 +85,12 @@ class Source:
     repo_id: str | None = None
     revision: str | None = None
     licence: str | None = None
+    weights: Path | None = None
+
+    @property
+    def weights_folder(self) -> Path:
+        """Where the safetensors lie."""
+        return self.weights or self.folder
 
 
 class Checkpoint(ABC):

@@ -1,4 +1,4 @@
-"""The commands that write models: gguf, upscale, imatrix, gptq, bnb."""
+"""The commands that write models: gguf, upscale, merge, imatrix, gptq, bnb."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from dus_edge.cli.options import (
+    adapter_option,
     calibration_options,
     digest_option,
     folder_option,
@@ -24,6 +25,7 @@ from dus_edge.words import counts_text, duration, format_bytes
 @click.command("gguf")
 @click.argument("base")
 @plan_options
+@adapter_option
 @click.option(
     "-q",
     "--quant",
@@ -130,6 +132,7 @@ def _create(name: str, modelfile: Path) -> str:
 @click.command("upscale")
 @click.argument("base")
 @plan_options
+@adapter_option
 @folder_option
 @output_options
 @digest_option
@@ -156,9 +159,38 @@ def upscale_command(
     print_folder(result, out, as_json, verbose)
 
 
+@click.command("merge")
+@click.argument("base")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@folder_option
+@output_options
+@digest_option
+def merge_command(
+    base: str,
+    adapter: Path,
+    out: Path,
+    as_json: bool,
+    verbose: bool,
+    digest: bool,
+    **writing: Any,
+) -> None:
+    """Merge a LoRA ADAPTER into BASE, a checkpoint like any other.
+
+    ADAPTER is a folder as peft and trl write it. Weights stream through: the
+    model need not fit into memory. The result is what peft's merge_and_unload
+    gives, bit for bit.
+    """
+    from dus_edge.jobs.export.merge import export_merged
+
+    result = export_merged(base, adapter, out, say=say_to(as_json), **writing)
+    keep_digests(result, digest)
+    print_folder(result, out, as_json, verbose)
+
+
 @click.command("imatrix")
 @click.argument("base")
 @plan_options
+@adapter_option
 @calibration_options
 @click.option(
     "-o",
@@ -177,6 +209,7 @@ def imatrix_command(
     text: Any,
     machine: Any,
     out: Path,
+    adapter: Path | None,
     overwrite: bool,
     as_json: bool,
     digest: bool,
@@ -189,7 +222,14 @@ def imatrix_command(
     from dus_edge.jobs.export.imatrix import export_imatrix
 
     result = export_imatrix(
-        base, choose, out, text, machine, overwrite=overwrite, say=say_to(as_json)
+        base,
+        choose,
+        out,
+        text,
+        machine,
+        adapter=adapter,
+        overwrite=overwrite,
+        say=say_to(as_json),
     )
     keep_digests(result, digest)
     if as_json:
@@ -203,6 +243,7 @@ def imatrix_command(
 @click.command("gptq")
 @click.argument("base")
 @plan_options
+@adapter_option
 @click.option(
     "--bits",
     type=click.Choice(("2", "3", "4", "8")),
@@ -292,6 +333,7 @@ def gptq_command(
 @click.command("bnb")
 @click.argument("base")
 @plan_options
+@adapter_option
 @click.option(
     "--nf4", "scheme", flag_value="nf4", default="nf4", help="Use 4-bit normal float, the default."
 )

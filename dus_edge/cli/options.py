@@ -75,6 +75,15 @@ def _plan_options(command: Callable[..., Any], default: str, *, always: bool) ->
     return wrapped
 
 
+adapter_option = click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Merge this LoRA adapter on the way, into BASE or, if it was trained on the "
+    "up-scaled model, into that.",
+)
+
+
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How outputs are written and spoken of."""
     options = (

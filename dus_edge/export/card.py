@@ -5,6 +5,7 @@ from __future__ import annotations
 from string import Template
 
 from dus_edge import __version__
+from dus_edge.checkpoint.card import CARD
 from dus_edge.data import read_text
 from dus_edge.upscale.model import Model
 
@@ -13,9 +14,12 @@ def model_card(model: Model) -> str:
     """Markdown with the hub's front matter.
 
     The licence is the base's own: copying layers gives no new rights. One that is not known is
-    said to be unknown.
+    said to be unknown. A base with an adapter and no more layers than before has the card that came
+    with the merging.
     """
     source, plan = model.source, model.plan
+    if model.adapter is not None and plan.is_identity:
+        return (source.folder / CARD).read_text(encoding="utf-8")
     licence = source.licence
     base = source.repo_id or source.name
     seams = "; ".join(
@@ -36,9 +40,23 @@ def model_card(model: Model) -> str:
         n_base=plan.n_base,
         depth=plan.depth,
         spelled=plan.spelled,
+        training=_training(model),
         drop=f" (m = {plan.drop})" if plan.drop is not None else "",
         seams=f"Seams: {seams}." if seams else "There is no seam.",
         parameters=f"{model.n_parameters:,}",
         architecture=model.config.architecture,
         version=__version__,
+    )
+
+
+def _training(model: Model) -> str:
+    """What was done beside copying layers."""
+    if model.adapter is None or not model.on_result:
+        return (
+            "layers are copied, nothing is changed in\nthem, and **nothing has been trained "
+            "since**. Expect it to be worse than its base until it is\ntrained further."
+        )
+    return (
+        f"layers are copied, and then the\nLoRA adapter `{model.adapter.name}` was merged, which "
+        "was trained on the up-scaled model."
     )

@@ -133,7 +133,7 @@ def check_outputs(
     Raises:
         OutputError: the folder exists or holds other things, or the disk is too full.
     """
-    if folder.resolve() == checkpoint.source.folder.resolve():
+    if folder.resolve() == checkpoint.source.weights_folder.resolve():
         raise OutputError(f"{folder} is the source itself; choose another folder with -o.")
     check_replaceable(folder, overwrite, REPLACEABLE)
     check_writable(folder.parent)

@@ -96,7 +96,9 @@ class Job(ABC, Generic[Planned]):
         """Write the outputs; returns them, and notes for the user."""
 
 
-def run_job(job: Job, base: str, choose: ChoosePlan, say: Say) -> Result:
+def run_job(
+    job: Job, base: str, choose: ChoosePlan, say: Say, adapter: Path | None = None
+) -> Result:
     """Do a job.
 
     Args:
@@ -104,13 +106,15 @@ def run_job(job: Job, base: str, choose: ChoosePlan, say: Say) -> Result:
         base: folder, hub id or the built-in base's name.
         choose: gives the plan for a base's depth.
         say: takes lines for the user.
+        adapter: folder of a LoRA adapter to merge on the way.
 
     Raises:
-        DusEdgeError: base, plan, options or outputs cannot be used. Nothing half-written stays.
+        DusEdgeError: base, adapter, plan, options or outputs cannot be used. Nothing half-written
+            stays.
     """
     start = time.monotonic()
     job.need(say)
-    model = find_model(base, choose, weights=True, say=say, early=job.early)
+    model = find_model(base, choose, weights=True, say=say, early=job.early, adapter=adapter)
     checkpoint = model.open()
     with held_outputs(job.outputs(model)):
         planned = job.check(model, checkpoint)
@@ -148,6 +152,7 @@ def model_json(model: Model) -> dict[str, Any]:
         "name": model.name.stem,
         "revision": model.source.revision,
         "licence": model.source.licence,
+        "adapter": str(model.adapter.folder) if model.adapter else None,
         "n_base_layers": model.plan.n_base,
         "n_layers": model.plan.depth,
         "n_parameters": model.n_parameters,

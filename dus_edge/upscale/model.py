@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from dus_edge.adapter.adapter import Adapter
+from dus_edge.adapter.fit import is_for_result
+from dus_edge.adapter.folder import check_tokenizer, merged_name, own_tokenizer, with_adapter
+from dus_edge.adapter.merged import MergedCheckpoint
 from dus_edge.checkpoint.config import ModelConfig, load_config, tensor_shapes, with_layers
 from dus_edge.checkpoint.names import CONFIG
 from dus_edge.checkpoint.resolve import resolve_base
@@ -25,11 +29,21 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Model:
-    """A base and the plan applied to it, known by its configuration alone."""
+    """A base and the plan applied to it, known by its configuration alone.
+
+    Attributes:
+        source: the base; with an adapter, its small files are the merged model's.
+        base_config: its configuration.
+        plan: which of its layers stand where.
+        adapter: merged into the base, or into the result.
+        on_result: whether into the result.
+    """
 
     source: Source
     base_config: ModelConfig
     plan: DepthPlan
+    adapter: Adapter | None = None
+    on_result: bool = False
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -49,12 +63,21 @@ class Model:
     @property
     def name(self) -> ModelName:
         """What the result is called."""
-        return name_model(self.source.name, self.n_parameters, upscaled=not self.plan.is_identity)
+        base = self.source.name
+        if self.adapter is not None and self.on_result:
+            base = merged_name(base, self.adapter)
+        return name_model(base, self.n_parameters, upscaled=not self.plan.is_identity)
 
     def open(self) -> Checkpoint:
         """Open the weights: headers are read and checked, nothing else."""
-        base = SafetensorsCheckpoint(self.source, self.base_config)
-        return base if self.plan.is_identity else UpscaledCheckpoint(base, self.plan)
+        found: Checkpoint = SafetensorsCheckpoint(self.source, self.base_config)
+        if self.adapter is not None and not self.on_result:
+            found = MergedCheckpoint(found, self.adapter)
+        if not self.plan.is_identity:
+            found = UpscaledCheckpoint(found, self.plan)
+        if self.adapter is not None and self.on_result:
+            found = MergedCheckpoint(found, self.adapter)
+        return found
 
 
 def plan_chooser(
@@ -73,6 +96,7 @@ def find_model(
     weights: bool,
     say: Say,
     early: Callable[[Path, ModelConfig], object] = lambda folder, config: None,
+    adapter: Path | None = None,
 ) -> Model:
     """Resolve a base and its plan.
 
@@ -83,18 +107,33 @@ def find_model(
         say: takes lines for the user.
         early: a check that the small files are enough for. Like configuration and plan it comes
             before a hub base's gigabytes are fetched.
+        adapter: folder of a LoRA adapter that is merged on the way: into the base if it is one of
+            the base, else into the up-scaled model.
     """
+    merged = None if adapter is None else Adapter(adapter)
 
     def check(folder: Path) -> None:
         config = load_config(folder / CONFIG)
-        plans.check_pattern(
-            choose(config.n_layers), config.family.period, config.family.architecture
-        )
-        early(folder, config)
+        plan = choose(config.n_layers)
+        plans.check_pattern(plan, config.family.period, config.family.architecture)
+        if merged is not None:
+            _is_for_result(merged, config, plan)
+            check_tokenizer(merged, config)
+        early(merged.folder if merged and own_tokenizer(merged) else folder, config)
 
     source = resolve_base(base, weights=weights, on_config=check, progress=say)
     config = load_config(source.folder / CONFIG)
-    return Model(source, config, choose(config.n_layers))
+    plan = choose(config.n_layers)
+    if merged is None:
+        return Model(source, config, plan)
+    on_result = _is_for_result(merged, config, plan)
+    source = with_adapter(source, merged, of_base=not on_result)
+    return Model(source, config, plan, merged, on_result)
+
+
+def _is_for_result(adapter: Adapter, config: ModelConfig, plan: DepthPlan) -> bool:
+    result = config if plan.is_identity else with_layers(config, plan.sources)
+    return is_for_result(adapter, config, result)
 
 
 def describe(model: Model) -> str:
@@ -105,4 +144,5 @@ def describe(model: Model) -> str:
         if plan.is_identity
         else f"{plan.n_base} → {plan.depth} layers ({plan.spelled})"
     )
-    return f"{model.source.name}: {depth}, {format_count(model.n_parameters)} parameters"
+    merged = f", {model.adapter.name} merged" if model.adapter and model.on_result else ""
+    return f"{model.source.name}: {depth}{merged}, {format_count(model.n_parameters)} parameters"

@@ -33,11 +33,25 @@ _SAMPLING = (
 
 
 def build_metadata(
-    config: ModelConfig, source: Source, name: ModelName, plan: DepthPlan, vocab: Vocab
+    config: ModelConfig,
+    source: Source,
+    name: ModelName,
+    plan: DepthPlan,
+    vocab: Vocab,
+    adapter: str | None = None,
 ) -> list[KeyValue]:
-    """All entries that do not depend on the preset; `with_file_type` adds the rest."""
+    """All entries that do not depend on the preset; `with_file_type` adds the rest.
+
+    Args:
+        config: of the model to be written.
+        source: where it comes from.
+        name: what it is called.
+        plan: which of the base's layers stand where.
+        vocab: the tokenizer.
+        adapter: name of the adapter that was merged into the up-scaled model, if one was.
+    """
     return [
-        *_general(config, source, name, plan),
+        *_general(config, source, name, plan, adapter),
         *_hyperparameters(config),
         *_plan(source, plan),
         *vocab_metadata(vocab),
@@ -70,7 +84,7 @@ def _f32(key: str, value: float) -> KeyValue:
 
 
 def _general(
-    config: ModelConfig, source: Source, name: ModelName, plan: DepthPlan
+    config: ModelConfig, source: Source, name: ModelName, plan: DepthPlan, adapter: str | None
 ) -> Iterator[KeyValue]:
     yield _text("general.architecture", config.family.gguf_architecture)
     yield _text("general.type", "model")
@@ -85,10 +99,11 @@ def _general(
         yield _text("general.finetune", name.finetune)
     yield _text("general.basename", name.base)
     if not plan.is_identity:
+        then = f"with the adapter {adapter} merged into it" if adapter else "not trained further"
         yield _text(
             "general.description",
             f"{source.name} up-scaled in depth from {plan.n_base} to {plan.depth} layers "
-            f"({plan.spelled}), not trained further.",
+            f"({plan.spelled}), {then}.",
         )
     yield _text("general.size_label", name.size)
     if source.licence:

@@ -21,6 +21,7 @@ def export_bnb(
     scheme_name: str,
     *,
     double_quant: bool = True,
+    adapter: Path | None = None,
     n_threads: int | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
@@ -34,15 +35,15 @@ def export_bnb(
         folder: the result.
         scheme_name: ``nf4`` or ``int8``.
         double_quant: of nf4, whether its scales are quantized too.
+        adapter: folder of a LoRA adapter to merge on the way; of the base, or of the result.
         n_threads: worker threads; all cores by default.
         overwrite: replace an older checkpoint folder of that name.
         allow_nonfinite: go on although a weight is NaN or infinite.
         say: takes lines for the user.
     """
     writing = Writing(n_threads, overwrite, allow_nonfinite)
-    return run_job(
-        BnbJob(folder, bnb.Scheme(scheme_name, double_quant), writing), base, choose, say
-    )
+    job = BnbJob(folder, bnb.Scheme(scheme_name, double_quant), writing)
+    return run_job(job, base, choose, say, adapter)
 
 
 @dataclass(frozen=True)

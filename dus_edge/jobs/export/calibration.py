@@ -99,7 +99,7 @@ def kept_state(
     """Where finished layers are kept while `output` is made; it stays when the run is cut short."""
     from dus_edge.calibrate.engine import State
 
-    weights = sorted(model.source.folder.glob("*.safetensors"))
+    weights = sorted(model.source.weights_folder.glob("*.safetensors"))
     identity = {
         "version": __version__,
         "config": dict(model.config.raw),
@@ -107,6 +107,7 @@ def kept_state(
         "weights": [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weights],
         "text": chunks.digest,
         "compute": asdict(compute),
+        "adapter": model.adapter.identity if model.adapter else None,
         "more": more,
     }
     state = State(_state_folder(output), identity)

@@ -19,6 +19,7 @@ def export_checkpoint(
     choose: ChoosePlan,
     folder: Path,
     *,
+    adapter: Path | None = None,
     n_threads: int | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
@@ -26,7 +27,7 @@ def export_checkpoint(
 ) -> Result:
     """Base to an up-scaled checkpoint folder that transformers loads; see `export_gguf`."""
     job = CheckpointJob(folder, Writing(n_threads, overwrite, allow_nonfinite))
-    return run_job(job, base, choose, say)
+    return run_job(job, base, choose, say, adapter)
 
 
 @dataclass(frozen=True)

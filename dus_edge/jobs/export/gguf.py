@@ -49,6 +49,7 @@ def export_gguf(
     quantizer: str = choose.DEFAULT,
     imatrix: ImatrixSource | None = None,
     alias: str | None = None,
+    adapter: Path | None = None,
     n_threads: int | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
@@ -64,15 +65,15 @@ def export_gguf(
         quantizer: name of the one that makes the blocks, see `choose.QUANTIZERS`.
         imatrix: how much an error in each column of a matrix counts; nothing known if None.
         alias: also link ``<alias>.gguf`` to the last and ``<alias>-<preset>.gguf`` to each.
+        adapter: folder of a LoRA adapter to merge on the way; of the base, or of the result.
         n_threads: worker threads; all cores by default.
         overwrite: replace files of these names.
         allow_nonfinite: go on although a weight is NaN or infinite.
         say: takes lines for the user.
     """
     writing = Writing(n_threads, overwrite, allow_nonfinite)
-    return run_job(
-        GGUFJob(tuple(presets), folder, quantizer, imatrix, alias, writing), base, choose, say
-    )
+    job = GGUFJob(tuple(presets), folder, quantizer, imatrix, alias, writing)
+    return run_job(job, base, choose, say, adapter)
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,10 @@ class GGUFJob(Job[GGUFPlan]):
     def check(self, model: Model, checkpoint: Checkpoint) -> GGUFPlan:
         """Lay the files out; names, folder and disk must do."""
         vocab = self._vocabs[-1]
-        metadata = build_metadata(model.config, model.source, model.name, model.plan, vocab)
+        trained = model.adapter.name if model.adapter and model.on_result else None
+        metadata = build_metadata(
+            model.config, model.source, model.name, model.plan, vocab, trained
+        )
         files = self._files(model, metadata, None if self.imatrix is None else [])
         sink.check_outputs(files, self.writing.overwrite)
         check_absent([_modelfile(f) for f in files], self.writing.overwrite)

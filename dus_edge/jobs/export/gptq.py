@@ -33,13 +33,14 @@ def export_gptq(
     text: TextChoice,
     machine: Machine,
     *,
+    adapter: Path | None = None,
     n_threads: int | None = None,
     overwrite: bool = False,
     say: Say = quiet,
 ) -> Result:
     """Base to a GPTQ checkpoint of its up-scaled model; no other copy of it is written."""
     job = GPTQJob(folder, settings, text, machine, Writing(n_threads, overwrite))
-    return run_job(job, base, choose, say)
+    return run_job(job, base, choose, say, adapter)
 
 
 @dataclass(frozen=True)

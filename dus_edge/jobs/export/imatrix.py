@@ -97,11 +97,12 @@ def export_imatrix(
     text: TextChoice,
     machine: Machine,
     *,
+    adapter: Path | None = None,
     overwrite: bool = False,
     say: Say = quiet,
 ) -> Result:
     """Base to the importance matrix of its up-scaled model, in llama.cpp's GGUF format."""
-    return run_job(ImatrixJob(path, text, machine, overwrite), base, choose, say)
+    return run_job(ImatrixJob(path, text, machine, overwrite), base, choose, say, adapter)
 
 
 @dataclass(frozen=True)
