@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -47,6 +48,17 @@ def start(out: Path, *more: str, processes: int = 1) -> subprocess.Popen[str]:
     )
 
 
+def kill(run: subprocess.Popen[str], out: Path) -> None:
+    """End a run and the workers that its launcher started, at once."""
+    run.kill()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if str(out).encode() in words:
+                os.kill(int(process.name), signal.SIGKILL)
+    run.communicate()
+
+
 def finish(run: subprocess.Popen[str]) -> str:
     out, err = run.communicate(timeout=400)
     assert run.returncode == 0, out + err
@@ -85,8 +97,7 @@ def test_killed_runs_go_on_digit_by_digit(whole, tmp_path):
     for step in (3, 6):
         run = start(out, *more)
         wait_for_step(out, step, run)
-        os.killpg(run.pid, signal.SIGKILL)
-        run.communicate()
+        kill(run, out)
         assert not out.exists()
     said = finish(start(out, *more))
     assert "Going on behind step" in said
@@ -152,8 +163,7 @@ def test_a_run_of_two_goes_on_in_one(whole, tmp_path):
     out, more = tmp_path / "out", ("--train", "copies", "--steps", "8")
     run = start(out, *more, processes=2)
     wait_for_step(out, 5, run)
-    os.killpg(run.pid, signal.SIGKILL)
-    run.communicate()
+    kill(run, out)
     said = finish(start(out, *more))
     assert "2 processes" in said
     assert max(abs(a - b) for a, b in zip(losses(out), losses(whole), strict=True)) < 1e-5

@@ -102,7 +102,7 @@ def _training_options() -> tuple[Any, ...]:
         click.option(
             "--teacher",
             metavar="base[:SHARE]",
-            help="Take a share of the target from the base's own distribution. [share: 0.5]",
+            help="Take a share of the target from the base's own distribution. [default: 0.5, if base is given]",
         ),
         click.option(
             "--optimizer",
@@ -116,7 +116,7 @@ def _training_options() -> tuple[Any, ...]:
             type=click.FloatRange(min=0),
             default=0.0,
             show_default=True,
-            help="Of matrices.",
+            help="Weight decay of matrices.",
         ),
         click.option(
             "--rank", type=_POSITIVE, default=16, show_default=True, help="Rank of --train lora."
@@ -140,7 +140,7 @@ def _running_options() -> tuple[Any, ...]:
         click.option(
             "--dtype",
             type=click.Choice(("float32", "bfloat16")),
-            help="Of the computation. [default: float32 on cpu, else bfloat16]",
+            help="Precision of the computation. [default: float32 on cpu, else bfloat16]",
         ),
         click.option(
             "--checkpointing/--no-checkpointing",

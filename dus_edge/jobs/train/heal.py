@@ -201,7 +201,8 @@ class HealJob(Job[None]):
             log.curve("base") if base is not None else None,
             log.curve("control") if options.control and base is not None else None,
         )
-        self.figures.update(_figures(recovery))
+        if world.first:  # the log is its own
+            self.figures.update(_figures(recovery))
         return weights, data, recovery
 
 

@@ -45,6 +45,6 @@ class TrainedCheckpoint(Checkpoint):
         self.below.check_unchanged()
 
 
-def as_stored(weight: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+def in_stored_dtype(weight: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     """A learned weight as its checkpoint stores it, on the CPU."""
     return weight.detach().to("cpu", _TORCH[spec.dtype])

@@ -25,7 +25,7 @@ from dus_edge.train.heal.parallel import (
     whole,
 )
 from dus_edge.train.heal.state import RunState
-from dus_edge.train.heal.trained import as_stored
+from dus_edge.train.heal.trained import in_stored_dtype
 from dus_edge.train.recovery.data import HealData
 from dus_edge.train.recovery.log import Log, heldout_json, step_json
 from dus_edge.train.recovery.options import HealOptions
@@ -169,7 +169,7 @@ class Runner:
         parameters = dict(named_parameters(network))
         for number, key in enumerate(merged if merged is not None else names):
             weight = whole(merged[key] if merged is not None else parameters[key])
-            kept = as_stored(weight, specs[key])
+            kept = in_stored_dtype(weight, specs[key])
             if self.world.first:
                 found[key] = self._on_disk(name, number, kept) if self.world.many else kept
             if merged is None and kept.dtype != torch.float32:
