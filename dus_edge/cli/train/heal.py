@@ -102,7 +102,8 @@ def _training_options() -> tuple[Any, ...]:
         click.option(
             "--teacher",
             metavar="base[:SHARE]",
-            help="Take a share of the target from the base's own distribution. [default: 0.5, if base is given]",
+            help="Take a share of the target from the base's own distribution. [default: none; "
+            "0.5 without SHARE]",
         ),
         click.option(
             "--optimizer",
