@@ -4,6 +4,8 @@ CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 #: What users of sha256sum call a file of digests.
 DIGESTS = "SHA256SUMS"
+#: One JSON object a step of a training run.
+TRAINING_LOG = "log.jsonl"
 QUANTIZE_CONFIG = "quantize_config.json"
 GENERATION_CONFIG = "generation_config.json"
 SINGLE = "model.safetensors"

@@ -28,6 +28,7 @@ from dus_edge.checkpoint.names import (
     QUANTIZE_CONFIG,
     SINGLE,
     TOKENIZER_FILES,
+    TRAINING_LOG,
 )
 from dus_edge.checkpoint.spec import DTYPE_BYTES, Checkpoint, TensorSpec
 from dus_edge.errors import OutputError
@@ -65,6 +66,7 @@ REPLACEABLE = (
     "training.jsonl",
     "recovery.svg",
     DIGESTS,
+    TRAINING_LOG,
     "LICENSE*",
     "NOTICE*",
 )

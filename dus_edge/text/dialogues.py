@@ -32,7 +32,7 @@ _FEWEST = 2
 _UNKNOWN = "unknown"
 
 Turn = Mapping[str, str]
-Row = TypeVar("Row")
+_Row = TypeVar("_Row")
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,13 @@ def read_preferences(data: str) -> TuningData:
     return _read(data, "preferences.jsonl", _preference)
 
 
-def split_held_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+def split_held_out(rows: Sequence[_Row], share: float) -> tuple[list[_Row], list[_Row]]:
     """Rows to train on and rows held out: a tenth holds out every tenth row.
 
     Raises:
         UsageError: a share that leaves nothing on one of the two sides.
     """
-    kept: tuple[list[Row], list[Row]] = ([], [])
+    kept: tuple[list[_Row], list[_Row]] = ([], [])
     for i, row in enumerate(rows):
         kept[int((i + 1) * share) > int(i * share)].append(row)
     if not all(kept):
@@ -247,11 +247,11 @@ def _messages(value: Any, where: str, role: str | None = None) -> tuple[Turn, ..
 def _message(value: Any, where: str) -> Turn:
     if not isinstance(value, dict) or not {"role", "content"} <= value.keys():
         raise UsageError(f"{where} is no message; each has a role and a content.")
-    if more := sorted(value.keys() - {"role", "content"}):
-        if any(value[name] for name in more):
-            raise UsageError(
-                f"{where} has {', '.join(more)}, which is not trained on; leave it out, or the row."
-            )
+    # Tools, images, names: silence about them would train on half of a message.
+    if more := sorted(name for name in value.keys() - {"role", "content"} if value[name]):
+        raise UsageError(
+            f"{where} has {', '.join(more)}, which is not trained on; leave it out, or the row."
+        )
     role, content = value["role"], value["content"]
     if role not in (_SYSTEM, _USER, _ASSISTANT):
         raise UsageError(

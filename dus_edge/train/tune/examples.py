@@ -131,7 +131,9 @@ def preference_pairs(coder: Coder, rows: Sequence[Preference]) -> tuple[list[Pai
         chosen, rejected = ids
         n = min(chosen.learnt.index(True), rejected.learnt.index(True))
         found.append(Pair(chosen.ids[:n], chosen.ids[n:], rejected.ids[n:]))
-    short = [p for p in found if len(p.prompt) + max(map(len, (p.chosen, p.rejected))) <= coder.n_ctx]
+    short = [
+        p for p in found if len(p.prompt) + max(map(len, (p.chosen, p.rejected))) <= coder.n_ctx
+    ]
     return short, len(found) - len(short)
 
 

@@ -148,9 +148,7 @@ def own_format(
             f"{what}, and its {{% generation %}} block does not hold the token that ends an "
             "answer, so the model would never stop; move that token into the block."
         )
-    marked, _ = render(
-        TrainingFormat(None, template, {**tokens, "bos_token": _BEGIN}, end), _PROBE
-    )
+    marked, _ = render(TrainingFormat(None, template, {**tokens, "bos_token": _BEGIN}, end), _PROBE)
     front = tokens["bos_token"] if marked.startswith(_BEGIN) else ""
     return TrainingFormat(None, template, tokens, end, front=front)
 

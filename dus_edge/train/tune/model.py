@@ -1,0 +1,131 @@
+"""The model that is tuned: opened whole or in four bits, and read again as a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
+from dus_edge.errors import CheckpointError
+from dus_edge.run.folders import NO_CODE, NO_CODE_WEIGHTS
+from dus_edge.train.tune.settings import TuneSettings
+
+_TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """A checkpoint's fast tokenizer, with something to pad by.
+
+    Raises:
+        CheckpointError: transformers cannot read it.
+    """
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
+    except Exception as e:  # of any kind
+        raise CheckpointError(f"{folder}: transformers cannot read the tokenizer ({e}).") from None
+    if not tokenizer.is_fast:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has no fast form, which says where a token stands in the "
+            "text; put a tokenizer.json into the folder."
+        )
+    if tokenizer.pad_token is None:
+        # Padding is masked out and learnt by nobody; what it is called does not matter.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def open_trainable(checkpoint: Checkpoint, settings: TuneSettings) -> Any:
+    """A checkpoint folder as transformers' model, ready to be trained.
+
+    In float32 where its own weights learn or a CPU computes, else in bfloat16; for QLoRA in NF4
+    with double quantization.
+    """
+    import transformers
+
+    dtype = torch.float32
+    if settings.is_adapter and settings.device == "cuda":
+        dtype = torch.bfloat16
+    more: dict[str, Any] = {}
+    if settings.method == "qlora":
+        more["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if settings.method == "qlora" or settings.device != "cpu":
+        more["device_map"] = {"": settings.device}
+    kind = getattr(transformers, checkpoint.config.architecture)
+    model = kind.from_pretrained(checkpoint.source.folder, dtype=dtype, **more, **NO_CODE_WEIGHTS)
+    model.config.use_cache = False
+    return model
+
+
+def adapter_config(settings: TuneSettings) -> Any:
+    """LoRA on all linear layers but the head; None for full training."""
+    if not settings.is_adapter:
+        return None
+    import peft
+
+    return peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=2 * settings.rank,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+def round_to_stored(model: Any, checkpoint: Checkpoint) -> None:
+    """Round a model's weights to the dtypes that they will be written in.
+
+    What is measured then is what is written.
+    """
+    weights = model.state_dict()
+    with torch.no_grad():
+        for spec in checkpoint.specs().values():
+            tensor = weights[spec.name]
+            tensor.copy_(tensor.to(_TORCH_DTYPES[spec.dtype]))
+
+
+class TunedCheckpoint(Checkpoint):
+    """A base checkpoint with the weights of a model in memory: same names, shapes and dtypes."""
+
+    def __init__(self, base: Checkpoint, model: Any) -> None:
+        self.base = base
+        self.config = base.config
+        self.source = base.source
+        self._weights: Mapping[str, torch.Tensor] = model.state_dict()
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Those of the base."""
+        return self.base.specs()
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows of a weight as it was learnt, in the base's dtype."""
+        spec = self.specs()[name]
+        rows = self._weights[name][start:stop].detach().to("cpu", _TORCH_DTYPES[spec.dtype])
+        if spec.dtype == "BF16":
+            return rows.contiguous().view(torch.uint16).numpy()
+        return rows.contiguous().numpy()
+
+
+def save_adapter(model: Any, folder: Path, base: str) -> None:
+    """Write peft's two files of an adapter into a folder.
+
+    Args:
+        model: peft's.
+        folder: there already.
+        base: what the adapter's base is called; a folder's own place would say too much.
+    """
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(folder)
+    # peft writes a card of its own, which says nothing.
+    (folder / "README.md").unlink(missing_ok=True)
