@@ -20,41 +20,24 @@ from typing import Any
 from dus_edge import __version__
 from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.checkpoint.contained import carried_files
-from dus_edge.checkpoint.names import GENERATION_CONFIG, TOKENIZER_FILES, TRAINING_LOG
+from dus_edge.checkpoint.names import ADAPTER_WEIGHTS, TRAINING_LOG
 from dus_edge.checkpoint.spec import Checkpoint
-from dus_edge.errors import UnsupportedError, UsageError
+from dus_edge.errors import UsageError
 from dus_edge.export import hf
-from dus_edge.export.vocab.vocab import Vocab, read_vocab
 from dus_edge.files import check_free_space, check_replaceable, output_folder
 from dus_edge.jobs.job import Job, Writing, Written
 from dus_edge.jobs.train.card import Tuned, tuned_card
+from dus_edge.jobs.train.chat_format import find_format, template_files
 from dus_edge.jobs.train.state import begin_run, check_same_run, end_run, work_folder
-from dus_edge.jsonfile import find_object
-from dus_edge.ollama import chat
-from dus_edge.ollama.jinja import render_apart
 from dus_edge.packages import require
 from dus_edge.progress import progress
 from dus_edge.text.dialogues import TuningData, split_held_out
 from dus_edge.text.tokenizers import load_tokenizer
 from dus_edge.train.tune import settings as defaults
-from dus_edge.train.tune.formats import TrainingFormat, known_format, own_format
+from dus_edge.train.tune.formats import TrainingFormat
 from dus_edge.train.tune.settings import TuneSettings
 from dus_edge.upscale.model import Model, Say
 
-DEFAULT_FORMAT = "solar"
-#: What `--overwrite` replaces where an adapter stands.
-ADAPTER_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    TRAINING_LOG,
-    GENERATION_CONFIG,
-    *TOKENIZER_FILES,
-    "additional_chat_templates",
-    "README.md",
-    "LICENSE*",
-    "NOTICE*",
-)
-_TEMPLATE = "chat_template.jinja"
 #: Bytes for a weight that learns in a checkpoint of the trainer: itself and AdamW's two moments.
 _STATE_BYTES = 12
 #: Checkpoints that are there at once: two are kept while the next is written.
@@ -153,8 +136,7 @@ class TuneJob(Job[Prepared]):
         require("train", f"{self.goal} needs")
         if self.options.method == "qlora":
             require("bnb", "qlora needs", "bitsandbytes")
-        allowed = (*hf.REPLACEABLE, *ADAPTER_FILES)
-        check_replaceable(self.folder, self.writing.overwrite, allowed)
+        check_replaceable(self.folder, self.writing.overwrite, hf.REPLACEABLE)
         if self.options.batch % (self.options.micro_batch or 1):
             raise UsageError(
                 f"a batch of {self.options.batch} is no multiple of --micro-batch "
@@ -197,7 +179,7 @@ class TuneJob(Job[Prepared]):
         notes = (
             (f"{left_out} examples of more than {n_ctx} tokens were left out.",) if left_out else ()
         )
-        more = _more_files(source, vocab, form, begin is not None)
+        more = template_files(source, vocab, form, begin is not None)
         return Prepared(settings, data, form, tokenizer, train, held, identity, more, notes)
 
     def write(
@@ -205,11 +187,12 @@ class TuneJob(Job[Prepared]):
     ) -> tuple[tuple[Written, ...], tuple[str, ...]]:
         """Measure, tune, measure again, write."""
         from dus_edge.train.tune import model as tuned
-        from dus_edge.train.tune.run import tune
+        from dus_edge.train.tune.run import be_quiet, tune
         from dus_edge.train.tune.watch import whole_checkpoints
 
         settings, work = planned.settings, work_folder(self.folder)
         say(self._plan_line(planned))
+        be_quiet()
         begin_run(work, planned.identity)
         if kept := whole_checkpoints(work):
             say(f"Going on from {kept[-1].name}: an earlier run of the same was cut short")
@@ -273,14 +256,14 @@ class TuneJob(Job[Prepared]):
         from dus_edge.train.tune.model import save_adapter
 
         source = model.source
-        with output_folder(self.folder, self.writing.overwrite, ADAPTER_FILES) as partial:
+        with output_folder(self.folder, self.writing.overwrite, hf.REPLACEABLE) as partial:
             save_adapter(trained, partial, source.repo_id or source.label)
             for name in carried_files(source.folder):
                 (partial / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source.folder / name, partial / name)
             for name, text in {**more, "README.md": card}.items():
                 (partial / name).write_text(text, encoding="utf-8")
-        size = (self.folder / "adapter_model.safetensors").stat().st_size
+        size = (self.folder / ADAPTER_WEIGHTS).stat().st_size
         return Written(self.folder, size)
 
     def _measured(self, trained: Any, held: Sequence[Any], when: str) -> Any:
@@ -301,7 +284,7 @@ class TuneJob(Job[Prepared]):
                 f"{asked} tokens are more than the model's context of "
                 f"{config.context_length:,}; choose a smaller --max-tokens."
             )
-        return asked or min(defaults.DEFAULT_N_CTX, config.context_length)
+        return asked or min(defaults.DEFAULT_MAX_TOKENS, config.context_length)
 
     def _settings(self, model: Model, n_ctx: int, n_examples: int) -> TuneSettings:
         from dus_edge.calibrate.engine import choose_settings
@@ -335,62 +318,6 @@ class TuneJob(Job[Prepared]):
         """Room for the trainer's checkpoints, where all weights are in them."""
         if not settings.is_adapter:
             check_free_space(self.folder, _N_KEPT * _STATE_BYTES * model.n_parameters)
-
-
-def find_format(
-    folder: Path, config: ModelConfig, asked: str | None
-) -> tuple[TrainingFormat, Vocab]:
-    """The chat format that a checkpoint is trained in, and its vocabulary.
-
-    Args:
-        folder: the checkpoint.
-        config: its configuration.
-        asked: a format for a checkpoint that has no chat template.
-
-    Raises:
-        UsageError: a format is asked for where the checkpoint has one.
-        UnsupportedError: its template is not known and marks no answers, or does not end.
-    """
-    vocab = read_vocab(folder, config.vocab_size)
-    tokens = {f"{kind}_token": vocab.tokens[i] for kind, i in vocab.special_ids.items()}
-    texts = {text: i for i, text in enumerate(vocab.tokens)}
-    if vocab.chat_template is None:
-        return known_format(asked or DEFAULT_FORMAT, tokens, texts), vocab
-    family = chat.identify(vocab.chat_template, tokens)
-    if asked and (family is None or family.name != asked):
-        has = f" ({family.name})" if family else ""
-        raise UsageError(
-            f"the checkpoint has a chat template of its own{has}; leave out --chat-format."
-        )
-    if family is not None:
-        return known_format(family.name, tokens, texts, family.system), vocab
-    probe = ({"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"})
-    if render_apart(vocab.chat_template, [probe], tokens) in (None, [None]):
-        raise UnsupportedError(
-            f"{folder}: the chat template fails, or takes too long, for a question and its "
-            "answer; mend it."
-        )
-    specials = [
-        t for t, kind in zip(vocab.tokens, vocab.token_types, strict=True) if kind in (3, 4)
-    ]
-    return own_format(vocab.chat_template, tokens, specials), vocab
-
-
-def _more_files(
-    folder: Path, vocab: Vocab, form: TrainingFormat, adds_begin: bool
-) -> dict[str, str]:
-    """A template where the base has none; a generation config that knows what ends an answer."""
-    more = {}
-    if vocab.chat_template is None:
-        more[_TEMPLATE] = form.saved_template(adds_begin) + "\n"
-    end = vocab.tokens.index(form.end)
-    config = find_object(folder / GENERATION_CONFIG) or {}
-    known = config.get("eos_token_id", vocab.special_ids.get("eos"))
-    ends = known if isinstance(known, list) else [] if known is None else [known]
-    if end not in ends:
-        config["eos_token_id"] = [end, *ends]
-        more[GENERATION_CONFIG] = json.dumps(config, indent=2) + "\n"
-    return more
 
 
 def _identity(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from dus_edge.errors import UsageError
 from dus_edge.text.dialogues import Dialogue, Preference
-from dus_edge.train.tune.formats import Span, TrainingFormat, render
+from dus_edge.train.tune.formats import Span, TrainingFormat, render_marked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -65,6 +65,11 @@ class Pair:
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
 
+    @property
+    def n_tokens(self) -> int:
+        """Of the prompt and the longer answer."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
 
 def marked_texts(
     form: TrainingFormat, messages: Sequence[dict[str, str]]
@@ -76,10 +81,10 @@ def marked_texts(
             list(messages[: i + 1]) for i, m in enumerate(messages) if m["role"] == "assistant"
         ]
     for talk in whole:
-        text, spans = render(form, talk)
+        text, spans = render_marked(form, talk)
         if form.apart:
             answer = text[slice(*spans[-1])]
-            text, _ = render(form, talk[:-1], prompt=True)
+            text, _ = render_marked(form, talk[:-1], prompt=True)
             spans = [(len(text), len(text) + len(answer))]
             text += answer
         start, stop = spans[-1]
@@ -131,9 +136,7 @@ def preference_pairs(coder: Coder, rows: Sequence[Preference]) -> tuple[list[Pai
         chosen, rejected = ids
         n = min(chosen.learnt.index(True), rejected.learnt.index(True))
         found.append(Pair(chosen.ids[:n], chosen.ids[n:], rejected.ids[n:]))
-    short = [
-        p for p in found if len(p.prompt) + max(map(len, (p.chosen, p.rejected))) <= coder.n_ctx
-    ]
+    short = [p for p in found if p.n_tokens <= coder.n_ctx]
     return short, len(found) - len(short)
 
 

@@ -140,7 +140,7 @@ def own_format(
         )
     tokens = {"bos_token": "", **special_tokens}
     draft = TrainingFormat(None, template, tokens, "")
-    text, spans = render(draft, _PROBE)
+    text, spans = render_marked(draft, _PROBE)
     block = text[slice(*spans[-1])].rstrip() if spans else ""
     end = next((s for s in sorted(specials, key=len, reverse=True) if block.endswith(s)), None)
     if end is None:
@@ -148,12 +148,13 @@ def own_format(
             f"{what}, and its {{% generation %}} block does not hold the token that ends an "
             "answer, so the model would never stop; move that token into the block."
         )
-    marked, _ = render(TrainingFormat(None, template, {**tokens, "bos_token": _BEGIN}, end), _PROBE)
+    seen = TrainingFormat(None, template, {**tokens, "bos_token": _BEGIN}, end)
+    marked, _ = render_marked(seen, _PROBE)
     front = tokens["bos_token"] if marked.startswith(_BEGIN) else ""
     return TrainingFormat(None, template, tokens, end, front=front)
 
 
-def render(
+def render_marked(
     form: TrainingFormat, messages: Sequence[Mapping[str, str]], *, prompt: bool = False
 ) -> tuple[str, list[Span]]:
     """The text of a conversation, and where in it the marked answers stand.

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from dus_edge.progress import Advance
 from dus_edge.train.tune.examples import Example, Pair
-
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)

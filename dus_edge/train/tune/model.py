@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dus_edge.checkpoint.names import ADAPTER_CONFIG
 from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
 from dus_edge.errors import CheckpointError
 from dus_edge.run.folders import NO_CODE, NO_CODE_WEIGHTS
@@ -125,7 +127,13 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
         folder: there already.
         base: what the adapter's base is called; a folder's own place would say too much.
     """
-    model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(folder)
+    # Embeddings are not trained; peft would look for the base on the hub to see whether they are.
+    model.save_pretrained(folder, save_embedding_layers=False)
+    path = folder / ADAPTER_CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base
+    # A set in peft: in another order each time.
+    config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     # peft writes a card of its own, which says nothing.
     (folder / "README.md").unlink(missing_ok=True)

@@ -8,6 +8,7 @@ and activation checkpointing, are for GPUs.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import warnings
@@ -55,7 +56,7 @@ def tune(
             f"{torch.cuda.device_count()} GPUs are visible and one is used; choose it with "
             "CUDA_VISIBLE_DEVICES=0."
         )
-    _be_quiet()
+    be_quiet()
     kept = whole_checkpoints(work)
     for folder in work.glob("checkpoint-*"):
         if folder not in kept:
@@ -165,7 +166,7 @@ def _arguments(settings: TuneSettings, work: Path) -> dict[str, Any]:
     }
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
     """Packages that talk on standard error: our own lines and progress say what is needed."""
     import datasets
     import transformers
@@ -175,6 +176,5 @@ def _be_quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     os.environ["TQDM_DISABLE"] = "1"
-    import logging
-
-    logging.getLogger("trl").setLevel(logging.ERROR)
+    for name in ("trl", "peft", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)

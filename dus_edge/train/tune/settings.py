@@ -10,7 +10,7 @@ from dataclasses import dataclass
 ADAPTER_FROM = 1_000_000_000
 #: Defaults that fit SOLAR's shape, 10.7 B parameters, into 12 GB with `--qlora`.
 DEFAULT_RANK = 16
-DEFAULT_N_CTX = 2048
+DEFAULT_MAX_TOKENS = 2048
 #: Share of the steps over which the learning rate rises; it falls as a cosine behind them.
 WARM_UP = 0.03
 #: Checkpoints of a whole run, beside the one that Ctrl-C makes.
