@@ -66,6 +66,11 @@ def open_trainable(checkpoint: Checkpoint, settings: TuneSettings) -> Any:
     kind = getattr(transformers, checkpoint.config.architecture)
     model = kind.from_pretrained(checkpoint.source.folder, dtype=dtype, **more, **NO_CODE_WEIGHTS)
     model.config.use_cache = False
+    for module in model.modules():
+        # On some CPUs bitsandbytes repacks a layer in place when it first runs without gradients:
+        # its scales are rounded to bfloat16, and no gradient goes through it any more.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

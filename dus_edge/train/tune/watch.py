@@ -35,7 +35,8 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """A run that goes on drops what its log had behind the checkpoint."""
-        self.advance(state.global_step)
+        if state.global_step:
+            self.advance(state.global_step)
         lines = [_line(entry) for entry in state.log_history if "loss" in entry]
         (self.work / TRAINING_LOG).write_text("".join(lines), encoding="utf-8")
 
