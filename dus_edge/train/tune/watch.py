@@ -50,9 +50,10 @@ class Watch(TrainerCallback):
             value = float(logs.get(name, 0.0))
             if not math.isfinite(value):
                 what = "loss" if name == "loss" else "gradient"
+                step = state.global_step
                 raise DusEdgeError(
-                    f"the {what} is {value} at step {state.global_step}, so the run has stopped; "
-                    f"{self._last_good()}; start again with --restart and a lower --lr."
+                    f"the {what} is {value} at step {step}, so the run has stopped; "
+                    f"{self._last_good(step)}; start again with --restart and a lower --lr."
                 )
         with (self.work / TRAINING_LOG).open("a", encoding="utf-8") as log:
             log.write(_line({**logs, "step": state.global_step}))
@@ -67,15 +68,16 @@ class Watch(TrainerCallback):
         """The checkpoint is whole: the trainer writes it in place, so this is what says so."""
         (self.work / f"checkpoint-{state.global_step}" / WHOLE).touch()
 
-    def _last_good(self) -> str:
-        kept = whole_checkpoints(self.work)
+    def _last_good(self, step: int) -> str:
+        # What the step before left behind is what this one has failed on.
+        kept = [p for p in whole_checkpoints(self.work) if _step(p) < step - 1]
         return f"{kept[-1]} is its last good checkpoint" if kept else "there is no checkpoint yet"
 
 
 def whole_checkpoints(work: Path) -> list[Path]:
     """Checkpoints of the trainer that were written to their end, the latest last."""
     found = [p.parent for p in work.glob(f"checkpoint-*/{WHOLE}")]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+    return sorted(found, key=_step)
 
 
 @contextlib.contextmanager
@@ -100,6 +102,10 @@ def stop_gently(watch: Watch) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _line(entry: dict[str, Any]) -> str:
