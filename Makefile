@@ -13,6 +13,8 @@ BITS      ?= 4
 GROUP     ?= 128
 TEXT      ?=
 MINUTES   ?= 5
+MODEL     ?= pico
+DATA      ?= built-in
 
 PYTHON ?= python3
 VENV   := .venv
@@ -27,7 +29,7 @@ LLAMA_BUILD := CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" CMAKE_GENERATOR=Ninj
 
 # What a person sets reaches the shell through its environment and is quoted there: neither make nor
 # the shell reads anything in it.
-SET := QUANT BASE DROP OUT QUANTIZER IMATRIX BITS GROUP TEXT MINUTES TESTS
+SET := QUANT BASE DROP OUT QUANTIZER IMATRIX BITS GROUP TEXT MINUTES MODEL DATA TESTS
 $(foreach v,$(SET),$(eval override $(v) := $$(value $(v))))
 export $(SET)
 PLAN  := $${DROP:+--drop "$$DROP"}
@@ -42,7 +44,7 @@ GGUF_STAMPS := $(VENV)/$(if $(filter ggml,$(QUANTIZER)),llama,run).stamp \
 .DEFAULT_GOAL := help
 # Two pips must not write one environment at the same time.
 .NOTPARALLEL:
-.PHONY: help gguf gptq imatrix modelfiles upscale interop tables test fuzz torture lint bench bench-export clean
+.PHONY: help gguf gptq imatrix sft dpo modelfiles upscale interop tables test fuzz torture lint bench bench-export clean
 
 help: ## List the targets.
 	@echo "Targets:"
@@ -59,6 +61,8 @@ help: ## List the targets.
 	  "BITS=$$BITS" "Bits of gptq: 2, 3, 4 or 8; empty: bench without gptq." \
 	  "GROUP=$$GROUP" "Columns of gptq that share a scale; -1: the whole row." \
 	  "TEXT=$$TEXT" "Calibration text, files or folders; empty: built in." \
+	  "MODEL=$$MODEL" "What sft and dpo tune: as BASE, or OUT/sft." \
+	  "DATA=$$DATA" "Rows of sft and dpo: a .jsonl file, or built-in." \
 	  "MINUTES=$$MINUTES" "Minutes for which fuzz draws anew."
 
 gguf: $(GGUF_STAMPS) ## Up-scale BASE to a GGUF of preset QUANT, with its Modelfile.
@@ -75,6 +79,12 @@ gptq: $(VENV)/hf.stamp ## Up-scale BASE to a GPTQ checkpoint of BITS, OUT/gptq.
 
 imatrix: $(VENV)/hf.stamp ## Collect BASE's importance matrix, OUT/imatrix.gguf.
 	@$(TEXTS); $(BIN)/dus-edge imatrix $(PLAN) "$$@" -o "$$OUT/imatrix.gguf" --overwrite -- "$$BASE"
+
+sft: $(VENV)/train.stamp ## Tune MODEL on the dialogues in DATA, OUT/sft.
+	@$(BIN)/dus-edge sft --data "$$DATA" -o "$$OUT/sft" --overwrite -- "$$MODEL"
+
+dpo: $(VENV)/train.stamp ## Tune MODEL on the preferences in DATA, OUT/dpo.
+	@$(BIN)/dus-edge dpo --data "$$DATA" -o "$$OUT/dpo" --overwrite -- "$$MODEL"
 
 interop: $(VENV)/hf.stamp $(AUTOGPTQ)/done.stamp $(GPTQMODEL)/done.stamp ## Load our GPTQ folders with auto-gptq and GPTQModel.
 	@OMP_NUM_THREADS=1 interop/run.sh $(BIN) "$$OUT/interop" $(AUTOGPTQ) $(GPTQMODEL)
@@ -127,6 +137,11 @@ $(VENV)/run.stamp: pyproject.toml constraints.txt
 $(VENV)/hf.stamp: $(VENV)/run.stamp
 	@echo "Installing PyTorch and transformers"
 	@$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[hf]"
+	@touch $@
+
+$(VENV)/train.stamp: $(VENV)/hf.stamp
+	@echo "Installing trl and peft"
+	@$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[train]"
 	@touch $@
 
 $(VENV)/llama.stamp: $(VENV)/run.stamp

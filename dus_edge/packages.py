@@ -11,7 +11,7 @@ _HF = ("torch", "transformers", "safetensors")
 EXTRAS = {
     "hf": _HF,
     "bnb": (*_HF, "accelerate", "bitsandbytes"),
-    "train": (*_HF, "accelerate", "datasets", "peft", "trl"),
+    "train": (*_HF, "datasets", "peft", "trl"),
     "llama": ("llama_cpp",),
     "plots": ("matplotlib",),
 }

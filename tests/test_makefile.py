@@ -29,7 +29,7 @@ def made(tmp_path):
     for name in ("dus-edge", "python"):
         (binaries / name).write_text(FAKE)
         (binaries / name).chmod(0o755)
-    for stamp in ("run", "hf", "llama", "test"):
+    for stamp in ("run", "hf", "train", "llama", "test"):
         (tmp_path / ".venv" / f"{stamp}.stamp").touch()
 
     def make(*words: str, **environment: str) -> list[str]:
@@ -65,6 +65,16 @@ def test_every_variable_is_one_word(made, tmp_path):
             assert words[words.index(option) + 1] == value, option
         words = made("gptq", f"BITS={value}", f"GROUP={value}")
         assert words[words.index("--bits") + 1] == words[words.index("--group-size") + 1] == value
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("target", ["sft", "dpo"])
+def test_model_and_data_are_one_word(made, tmp_path, target):
+    for value in NASTY:
+        words = made(target, f"MODEL={value}", f"DATA={value}", f"OUT={value}")
+        assert words[0] == target and words[-2:] == ["--", value]
+        assert words[words.index("--data") + 1] == value
+        assert words[words.index("-o") + 1] == f"{value}/{target}"
     assert not (tmp_path / "x").exists()
 
 

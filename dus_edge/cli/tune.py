@@ -85,7 +85,11 @@ def _tune_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--save-every", type=positive, metavar="N", help="Steps between two checkpoints."
         ),
         click.option(
-            "--device", default="auto", show_default=True, metavar="DEVICE", help="cpu or cuda."
+            "--device",
+            default="auto",
+            show_default=True,
+            metavar="DEVICE",
+            help="Train on cpu or cuda.",
         ),
         folder_option,
         click.option("--restart", is_flag=True, help="Throw away a run that was cut short."),
