@@ -62,7 +62,7 @@ HEAVY = {
     "torch": ("train.", "calibrate.", "run.", "measure.", "quant.gptq", "export.bnb"),
     "transformers": ("train.", "calibrate.", "run.", "measure.", "export.bnb"),
     "bitsandbytes": ("export.bnb", "train.heal.optim"),
-    "datasets": ("train.tune.run",),
+    "datasets": ("train.tune.run", "train.tune.quiet"),
     "peft": ("train.tune.model",),
     "trl": ("train.tune.run",),
     "llama_cpp": ("run.",),

@@ -338,3 +338,28 @@ def test_the_disk_must_hold_the_checkpoints(run, make_checkpoint, chat, tmp_path
     monkeypatch.setattr(tuning, "_STATE_BYTES", 1 << 50)
     code, _, err = run("sft", make_checkpoint(), "--data", chat, "-o", tmp_path / "out")
     assert code == 4 and "are needed and" in err
+
+
+def test_what_a_machine_lacks_is_one_sentence(run, make_checkpoint, chat, tmp_path, monkeypatch):
+    base = make_checkpoint()
+    for error, code, message in (
+        (torch.OutOfMemoryError("…"), 1, "the memory of cpu is too small for this; take --qlora"),
+        (OSError(errno.ENOSPC, "No space left on device"), 4, "(No space left on device); make"),
+    ):
+
+        def fail(self, args, state, control, error=error, **more):
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(watch.Watch, "on_step_end", fail)
+            found, _, err = run("sft", base, "--data", chat, *QUICK, "-o", tmp_path / "out")
+        assert found == code and message in err
+        assert "Traceback" not in err
+
+
+def test_progress_and_nothing_else_is_on_standard_error(cli, make_checkpoint, pairs, tmp_path):
+    done = cli("dpo", make_checkpoint(), "--data", pairs, *QUICK, "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    titles = {line.partition(":")[0] for line in done.stderr.splitlines()}
+    assert titles == {"Held out, before", "Reference", "Training", "Held out, after"}
+    assert max(map(len, done.stdout.splitlines())) <= 80

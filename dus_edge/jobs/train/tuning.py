@@ -156,7 +156,9 @@ class TuneJob(Job[Prepared]):
         """Turn the data into tokens; see that it can be trained on and the result be written."""
         from dus_edge.train.tune.examples import Coder
         from dus_edge.train.tune.model import open_tokenizer
+        from dus_edge.train.tune.quiet import be_quiet
 
+        be_quiet()
         hf.check_outputs(checkpoint, self.folder, self.writing.overwrite)
         data, config, source = self.read(), model.config, model.source.folder
         form, vocab = find_format(source, config, self.options.chat_format)
@@ -186,28 +188,12 @@ class TuneJob(Job[Prepared]):
         self, model: Model, checkpoint: Checkpoint, planned: Prepared, say: Say
     ) -> tuple[tuple[Written, ...], tuple[str, ...]]:
         """Measure, tune, measure again, write."""
-        from dus_edge.train.tune import model as tuned
-        from dus_edge.train.tune.run import be_quiet, tune
-        from dus_edge.train.tune.watch import whole_checkpoints
+        from dus_edge.train.tune.run import lacks_explained
 
         settings, work = planned.settings, work_folder(self.folder)
         say(self._plan_line(planned))
-        be_quiet()
-        begin_run(work, planned.identity)
-        if kept := whole_checkpoints(work):
-            say(f"Going on from {kept[-1].name}: an earlier run of the same was cut short")
-        trained = tuned.open_trainable(checkpoint, settings)
-        before = self._measured(trained, planned.held, "before")
-        with progress("Training", settings.n_steps, unit="steps") as tick:
-            trained, finished = tune(
-                trained, planned.tokenizer, planned.train, settings, work, tick
-            )
-        if not finished:
-            say(f"{whole_checkpoints(work)[-1].name} is kept; the same command goes on.")
-            raise KeyboardInterrupt
-        if not settings.is_adapter:
-            tuned.round_to_stored(trained, checkpoint)
-        after = self._measured(trained, planned.held, "after")
+        with lacks_explained(work, settings):
+            trained, before, after = self._train(checkpoint, planned, work, say)
         on, table, figures = self.compare(before, after, planned.held)
         self.figures.update(figures, steps=settings.n_steps, method=settings.method)
         for what, first, last in table:
@@ -232,6 +218,32 @@ class TuneJob(Job[Prepared]):
             written = self._write_whole(trained, checkpoint, card, more)
         end_run(work)
         return (written,), planned.notes
+
+    def _train(
+        self, checkpoint: Checkpoint, planned: Prepared, work: Path, say: Say
+    ) -> tuple[Any, Any, Any]:
+        """The tuned model, and what was measured before and after.
+
+        Raises:
+            KeyboardInterrupt: a stop was asked for; a checkpoint was written.
+        """
+        from dus_edge.train.tune import model as tuned
+        from dus_edge.train.tune.run import tune
+        from dus_edge.train.tune.watch import whole_checkpoints
+
+        settings = planned.settings
+        begin_run(work, planned.identity)
+        if kept := whole_checkpoints(work):
+            say(f"Going on from {kept[-1].name}: an earlier run of the same was cut short")
+        model = tuned.open_trainable(checkpoint, settings)
+        before = self._measured(model, planned.held, "before")
+        model, finished = tune(model, planned.tokenizer, planned.train, settings, work)
+        if not finished:
+            say(f"{whole_checkpoints(work)[-1].name} is kept; the same command goes on.")
+            raise KeyboardInterrupt
+        if not settings.is_adapter:
+            tuned.round_to_stored(model, checkpoint)
+        return model, before, self._measured(model, planned.held, "after")
 
     def _write_whole(
         self, trained: Any, checkpoint: Checkpoint, card: str, more: dict[str, str]

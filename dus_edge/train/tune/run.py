@@ -7,18 +7,18 @@ and activation checkpointing, are for GPUs.
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import logging
-import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dus_edge.errors import OutputError, UsageError
+from dus_edge.errors import DusEdgeError, OutputError, UsageError
+from dus_edge.progress import progress
 from dus_edge.train.tune.examples import Example, Pair
 from dus_edge.train.tune.model import adapter_config
 from dus_edge.train.tune.settings import TuneSettings
@@ -31,9 +31,8 @@ def tune(
     rows: Sequence[Example] | Sequence[Pair],
     settings: TuneSettings,
     work: Path,
-    advance: Callable[[int], None] = lambda n: None,
 ) -> tuple[Any, bool]:
-    """Tune a model, from the last whole checkpoint in `work` if there is one.
+    """Tune a model, from the last whole checkpoint in `work` if there is one; shows progress.
 
     Args:
         model: from `open_trainable`.
@@ -41,7 +40,6 @@ def tune(
         rows: examples for SFT, pairs for DPO.
         settings: of the run.
         work: folder for the trainer's checkpoints and the log.
-        advance: told of steps done.
 
     Returns:
         the model, an adapter of peft's around it if one was trained, and whether the run came to
@@ -51,24 +49,46 @@ def tune(
         DusEdgeError: the loss or a gradient is NaN or infinite.
         OutputError: a checkpoint cannot be written.
     """
+    kept = whole_checkpoints(work)
+    for folder in work.glob("checkpoint-*"):
+        if folder not in kept:
+            shutil.rmtree(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = _trainer(model, tokenizer, rows, settings, work)
+        with progress("Training", settings.n_steps, unit="steps") as tick:
+            watch = Watch(work, tick)
+            trainer.add_callback(watch)
+            with stop_gently(watch):
+                trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
+    return trainer.model, trainer.state.global_step >= settings.n_steps
+
+
+@contextlib.contextmanager
+def lacks_explained(work: Path, settings: TuneSettings) -> Iterator[None]:
+    """Say in a sentence what a machine may lack: memory, room on the disk, a GPU to itself.
+
+    Raises:
+        OutputError: files of the run cannot be written.
+        DusEdgeError: the model does not fit the device.
+        UsageError: several GPUs are visible.
+    """
     if settings.device == "cuda" and torch.cuda.device_count() > 1:
         raise UsageError(
             f"{torch.cuda.device_count()} GPUs are visible and one is used; choose it with "
             "CUDA_VISIBLE_DEVICES=0."
         )
-    be_quiet()
-    kept = whole_checkpoints(work)
-    for folder in work.glob("checkpoint-*"):
-        if folder not in kept:
-            shutil.rmtree(folder)
-    watch = Watch(work, advance)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = _trainer(model, tokenizer, rows, settings, work)
-        trainer.add_callback(watch)
-        with stop_gently(watch):
-            trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
-    return trainer.model, trainer.state.global_step >= settings.n_steps
+    try:
+        yield
+    except OSError as e:
+        raise OutputError(
+            f"{work}: the run cannot go on ({e.strerror or e}); make room, and repeat the command."
+        ) from None
+    except torch.OutOfMemoryError:
+        raise DusEdgeError(
+            f"the memory of {settings.device} is too small for this; take --qlora, "
+            "--micro-batch 1 or a smaller --max-tokens."
+        ) from None
 
 
 def _trainer(
@@ -84,6 +104,15 @@ def _trainer(
     class DPO(_Careful, trl.DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *rest: Any) -> Any:
             return dataset  # it has tokens already
+
+        def _precompute_ref_logps(self, dataset: Any, *rest: Any) -> Any:
+            with progress("Reference", len(dataset), unit="pairs") as self.tick:
+                return super()._precompute_ref_logps(dataset, *rest)
+
+        def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+            found = super().compute_ref_log_probs(model, inputs)
+            self.tick(len(found[0]))
+            return found
 
     common = {
         "model": model,
@@ -164,17 +193,3 @@ def _arguments(settings: TuneSettings, work: Path) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
     }
-
-
-def be_quiet() -> None:
-    """Packages that talk on standard error: our own lines and progress say what is needed."""
-    import datasets
-    import transformers
-    from transformers.utils import logging as transformers_logging
-
-    datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    os.environ["TQDM_DISABLE"] = "1"
-    for name in ("trl", "peft", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
