@@ -63,7 +63,7 @@ HEAVY = {
     "transformers": ("train.", "calibrate.", "run.", "measure.", "export.bnb"),
     "bitsandbytes": ("export.bnb", "train.heal.optim"),
     "datasets": ("train.tune.run", "train.tune.quiet"),
-    "peft": ("train.tune.model",),
+    "peft": ("train.heal.lora", "train.tune.model"),
     "trl": ("train.tune.run",),
     "llama_cpp": ("run.",),
     "matplotlib": ("quality.plot", "train.recovery.plot"),

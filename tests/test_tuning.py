@@ -24,7 +24,7 @@ from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint
 from dus_edge.jobs.train import tuning
 from dus_edge.text.dialogues import read_dialogues
 from dus_edge.train.tune import watch
-from dus_edge.train.tune.model import TunedCheckpoint, open_trainable
+from dus_edge.train.tune.model import open_trainable, tuned_checkpoint
 from dus_edge.train.tune.settings import TuneSettings
 
 QUICK = ("--batch", "2", "--device", "cpu")
@@ -151,6 +151,14 @@ def test_an_adapter_is_peft_s(run, make_checkpoint, chat, tmp_path, method):
     model = peft.PeftModel.from_pretrained(model, out)
     changed = [p for n, p in model.named_parameters() if "lora_B" in n and bool(p.any())]
     assert len(changed) == 4 * 7
+    # And the program merges it: the weights are peft's, the template goes with them.
+    merged = tmp_path / "merged"
+    code, _, err = run("merge", base, out, "-o", merged)
+    assert code == 0, err
+    stored = transformers.AutoModelForCausalLM.from_pretrained(base)
+    expected = peft.PeftModel.from_pretrained(stored, out).merge_and_unload().state_dict()
+    assert all(torch.equal(expected[name], t) for name, t in weights(merged).items())
+    assert (merged / "chat_template.jinja").read_text() == (out / "chat_template.jinja").read_text()
 
 
 def test_dpo_learns_to_prefer(run, make_checkpoint, pairs, tmp_path):
@@ -176,7 +184,7 @@ def test_a_tuned_checkpoint_is_read_by_rows(make_checkpoint):
         source = resolve_base(str(folder))
         base = SafetensorsCheckpoint(source, load_config(folder / "config.json"))
         settings = TuneSettings("sft", "full", "cpu", 64, 1, 1, 1, 1e-3, 16, 0.1, 0, 1)
-        view = TunedCheckpoint(base, open_trainable(base, settings))
+        view = tuned_checkpoint(base, open_trainable(base, settings))
         for name, spec in base.specs().items():
             rows = view.read(name, 1, spec.n_rows)
             assert rows.dtype == base.read(name, 1, spec.n_rows).dtype

@@ -18,11 +18,10 @@ import numpy as np
 from dus_edge.adapter.config import AdapterConfig, load_adapter_config
 from dus_edge.adapter.numbers import as_floats
 from dus_edge.checkpoint.contained import check_small_files
+from dus_edge.checkpoint.names import ADAPTER_WEIGHTS
 from dus_edge.checkpoint.safetensors import StoredTensor, file_identity, read_header
 from dus_edge.checkpoint.spec import DTYPE_BYTES
 from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"

@@ -2,13 +2,11 @@
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 #: What users of sha256sum call a file of digests.
 DIGESTS = "SHA256SUMS"
 #: One JSON object a step of a training run.
 TRAINING_LOG = "log.jsonl"
-#: The two files of an adapter, as peft writes them.
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 QUANTIZE_CONFIG = "quantize_config.json"
 GENERATION_CONFIG = "generation_config.json"
 SINGLE = "model.safetensors"

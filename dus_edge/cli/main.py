@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("bench", "Measure on this machine, predict for others."),
     "bnb": ("export", "Up-scale BASE into a bitsandbytes checkpoint."),
     "completion": ("completion", "Print the script that completes dus-edge's words in a shell."),
-    "dpo": ("tune", "Tune MODEL on pairs of answers (DPO)."),
+    "dpo": ("train.tune", "Tune MODEL on pairs of answers (DPO)."),
     "devices": ("devices", "List the devices that are known, as --device takes them."),
     "fit": ("devices", "Does MODEL fit a device, and if not, what would?"),
     "gguf": ("export", "Up-scale BASE into GGUF files and their Modelfiles."),
@@ -37,7 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "merge": ("export", "Merge a LoRA ADAPTER into BASE, a checkpoint like any other."),
     "modelfile": ("models", "Write the Modelfile of a GGUF file or a checkpoint."),
     "quality": ("quality", "Measure how far each CANDIDATE is from REFERENCE on text."),
-    "sft": ("tune", "Tune MODEL on dialogues."),
+    "sft": ("train.tune", "Tune MODEL on dialogues."),
     "verify": ("verify", "Read finished models whole and say whether they are sound."),
     "upscale": ("export", "Up-scale BASE into a checkpoint that transformers loads."),
 }

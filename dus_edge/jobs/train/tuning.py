@@ -248,11 +248,11 @@ class TuneJob(Job[Prepared]):
     def _write_whole(
         self, trained: Any, checkpoint: Checkpoint, card: str, more: dict[str, str]
     ) -> Written:
-        from dus_edge.train.tune.model import TunedCheckpoint
+        from dus_edge.train.tune.model import tuned_checkpoint
 
         specs = checkpoint.specs().values()
         hf.write_checkpoint(
-            TunedCheckpoint(checkpoint, trained),
+            tuned_checkpoint(checkpoint, trained),
             self.folder,
             card,
             n_threads=self.writing.threads,

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dus_edge.checkpoint.names import ADAPTER_CONFIG
-from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
+from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.errors import CheckpointError
 from dus_edge.run.folders import NO_CODE, NO_CODE_WEIGHTS
+from dus_edge.train.heal.trained import TrainedCheckpoint, as_stored
 from dus_edge.train.tune.settings import TuneSettings
-
-_TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def open_tokenizer(folder: Path) -> Any:
@@ -98,30 +95,14 @@ def round_to_stored(model: Any, checkpoint: Checkpoint) -> None:
     weights = model.state_dict()
     with torch.no_grad():
         for spec in checkpoint.specs().values():
-            tensor = weights[spec.name]
-            tensor.copy_(tensor.to(_TORCH_DTYPES[spec.dtype]))
+            weights[spec.name].copy_(as_stored(weights[spec.name], spec))
 
 
-class TunedCheckpoint(Checkpoint):
+def tuned_checkpoint(base: Checkpoint, model: Any) -> TrainedCheckpoint:
     """A base checkpoint with the weights of a model in memory: same names, shapes and dtypes."""
-
-    def __init__(self, base: Checkpoint, model: Any) -> None:
-        self.base = base
-        self.config = base.config
-        self.source = base.source
-        self._weights: Mapping[str, torch.Tensor] = model.state_dict()
-
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """Those of the base."""
-        return self.base.specs()
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows of a weight as it was learnt, in the base's dtype."""
-        spec = self.specs()[name]
-        rows = self._weights[name][start:stop].detach().to("cpu", _TORCH_DTYPES[spec.dtype])
-        if spec.dtype == "BF16":
-            return rows.contiguous().view(torch.uint16).numpy()
-        return rows.contiguous().numpy()
+    weights = model.state_dict()
+    stored = {name: as_stored(weights[name], spec) for name, spec in base.specs().items()}
+    return TrainedCheckpoint(base, stored)
 
 
 def save_adapter(model: Any, folder: Path, base: str) -> None:
