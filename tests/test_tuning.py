@@ -371,3 +371,13 @@ def test_progress_and_nothing_else_is_on_standard_error(cli, make_checkpoint, pa
     titles = {line.partition(":")[0] for line in done.stderr.splitlines()}
     assert titles == {"Held out, before", "Reference", "Training", "Held out, after"}
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_a_result_does_not_replace_its_own_base(run, make_checkpoint, chat):
+    base = make_checkpoint()
+    before = (base / "model.safetensors").read_bytes()
+    for method in ("--full", "--lora"):
+        args = ("--steps", "1", method, "--overwrite", "-o", base)
+        code, _, err = run("sft", base, "--data", chat, *QUICK, *args)
+        assert code == 4 and "itself; choose another folder with -o" in err
+    assert (base / "model.safetensors").read_bytes() == before

@@ -21,8 +21,6 @@ import numpy as np
 
 from dus_edge.checkpoint.contained import carried_files, check_small_files
 from dus_edge.checkpoint.names import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     CONFIG,
     DIGESTS,
     GENERATION_CONFIG,
@@ -69,8 +67,6 @@ REPLACEABLE = (
     "recovery.svg",
     DIGESTS,
     TRAINING_LOG,
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     "LICENSE*",
     "NOTICE*",
 )

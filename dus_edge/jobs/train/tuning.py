@@ -20,9 +20,9 @@ from typing import Any
 from dus_edge import __version__
 from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.checkpoint.contained import carried_files
-from dus_edge.checkpoint.names import ADAPTER_WEIGHTS, TRAINING_LOG
+from dus_edge.checkpoint.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINING_LOG
 from dus_edge.checkpoint.spec import Checkpoint
-from dus_edge.errors import UsageError
+from dus_edge.errors import OutputError, UsageError
 from dus_edge.export import hf
 from dus_edge.files import check_free_space, check_replaceable, output_folder
 from dus_edge.jobs.job import Job, Writing, Written
@@ -38,6 +38,8 @@ from dus_edge.train.tune.formats import TrainingFormat
 from dus_edge.train.tune.settings import TuneSettings
 from dus_edge.upscale.model import Model, Say
 
+#: What an adapter may replace: an older one, or a checkpoint.
+_REPLACEABLE = (*hf.REPLACEABLE, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 #: Bytes for a weight that learns in a checkpoint of the trainer: itself and AdamW's two moments.
 _STATE_BYTES = 12
 #: Checkpoints that are there at once: two are kept while the next is written.
@@ -136,7 +138,7 @@ class TuneJob(Job[Prepared]):
         require("train", f"{self.goal} needs")
         if self.options.method == "qlora":
             require("bnb", "qlora needs", "bitsandbytes")
-        check_replaceable(self.folder, self.writing.overwrite, hf.REPLACEABLE)
+        check_replaceable(self.folder, self.writing.overwrite, _REPLACEABLE)
         if self.options.batch % (self.options.micro_batch or 1):
             raise UsageError(
                 f"a batch of {self.options.batch} is no multiple of --micro-batch "
@@ -159,7 +161,7 @@ class TuneJob(Job[Prepared]):
         from dus_edge.train.tune.quiet import be_quiet
 
         be_quiet()
-        hf.check_outputs(checkpoint, self.folder, self.writing.overwrite)
+        self._check_output(model, checkpoint)
         data, config, source = self.read(), model.config, model.source.folder
         form, vocab = find_format(source, config, self.options.chat_format)
         n_ctx = self._n_ctx(config)
@@ -174,7 +176,6 @@ class TuneJob(Job[Prepared]):
                 "allow more with --max-tokens, or shorten them."
             )
         settings = self._settings(model, n_ctx, len(train))
-        self._check_disk(model, settings)
         identity = _identity(model, data, form, settings)
         check_same_run(work_folder(self.folder), identity, self.options.restart)
         left_out = long + long_held
@@ -268,7 +269,7 @@ class TuneJob(Job[Prepared]):
         from dus_edge.train.tune.model import save_adapter
 
         source = model.source
-        with output_folder(self.folder, self.writing.overwrite, hf.REPLACEABLE) as partial:
+        with output_folder(self.folder, self.writing.overwrite, _REPLACEABLE) as partial:
             save_adapter(trained, partial, source.repo_id or source.label)
             for name in carried_files(source.folder):
                 (partial / name).parent.mkdir(exist_ok=True)
@@ -307,7 +308,7 @@ class TuneJob(Job[Prepared]):
             if o.device != "auto":
                 raise UsageError("training on mps is not supported; use --device cpu.")
             device = "cpu"
-        method = o.method or defaults.default_method(n)
+        method = self._method(model)
         large = n >= defaults.ADAPTER_FROM
         micro = o.micro_batch or (1 if large else o.batch)
         n_steps = o.steps or defaults.step_count(n_examples, o.batch, o.epochs)
@@ -326,10 +327,20 @@ class TuneJob(Job[Prepared]):
             save_every=o.save_every or defaults.checkpoint_interval(n_steps),
         )
 
-    def _check_disk(self, model: Model, settings: TuneSettings) -> None:
-        """Room for the trainer's checkpoints, where all weights are in them."""
-        if not settings.is_adapter:
+    def _method(self, model: Model) -> str:
+        return self.options.method or defaults.default_method(model.n_parameters)
+
+    def _check_output(self, model: Model, checkpoint: Checkpoint) -> None:
+        """The folder's name must do; where all weights are trained, so must the disk.
+
+        Raises:
+            OutputError: the folder is the model itself, holds other things, or the disk is small.
+        """
+        if self._method(model) == "full":
+            hf.check_outputs(checkpoint, self.folder, self.writing.overwrite)
             check_free_space(self.folder, _N_KEPT * _STATE_BYTES * model.n_parameters)
+        elif self.folder.resolve() == model.source.folder.resolve():
+            raise OutputError(f"{self.folder} is the model itself; choose another folder with -o.")
 
 
 def _identity(
