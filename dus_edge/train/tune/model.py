@@ -12,7 +12,7 @@ from dus_edge.checkpoint.names import ADAPTER_CONFIG
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.errors import CheckpointError
 from dus_edge.run.folders import NO_CODE, NO_CODE_WEIGHTS
-from dus_edge.train.heal.trained import TrainedCheckpoint, as_stored
+from dus_edge.train.heal.trained import TrainedCheckpoint, in_stored_dtype
 from dus_edge.train.tune.settings import TuneSettings
 
 
@@ -95,13 +95,13 @@ def round_to_stored(model: Any, checkpoint: Checkpoint) -> None:
     weights = model.state_dict()
     with torch.no_grad():
         for spec in checkpoint.specs().values():
-            weights[spec.name].copy_(as_stored(weights[spec.name], spec))
+            weights[spec.name].copy_(in_stored_dtype(weights[spec.name], spec))
 
 
 def tuned_checkpoint(base: Checkpoint, model: Any) -> TrainedCheckpoint:
     """A base checkpoint with the weights of a model in memory: same names, shapes and dtypes."""
     weights = model.state_dict()
-    stored = {name: as_stored(weights[name], spec) for name, spec in base.specs().items()}
+    stored = {name: in_stored_dtype(weights[name], spec) for name, spec in base.specs().items()}
     return TrainedCheckpoint(base, stored)
 
 
