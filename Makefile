@@ -13,6 +13,8 @@ BITS      ?= 4
 GROUP     ?= 128
 TEXT      ?=
 MINUTES   ?= 5
+TRAIN     ?= all
+TOKENS    ?= 32768
 MODEL     ?= pico
 DATA      ?= built-in
 
@@ -29,7 +31,7 @@ LLAMA_BUILD := CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" CMAKE_GENERATOR=Ninj
 
 # What a person sets reaches the shell through its environment and is quoted there: neither make nor
 # the shell reads anything in it.
-SET := QUANT BASE DROP OUT QUANTIZER IMATRIX BITS GROUP TEXT MINUTES MODEL DATA TESTS
+SET := QUANT BASE DROP OUT QUANTIZER IMATRIX BITS GROUP TEXT MINUTES TRAIN TOKENS MODEL DATA TESTS
 $(foreach v,$(SET),$(eval override $(v) := $$(value $(v))))
 export $(SET)
 PLAN  := $${DROP:+--drop "$$DROP"}
@@ -44,12 +46,12 @@ GGUF_STAMPS := $(VENV)/$(if $(filter ggml,$(QUANTIZER)),llama,run).stamp \
 .DEFAULT_GOAL := help
 # Two pips must not write one environment at the same time.
 .NOTPARALLEL:
-.PHONY: help gguf gptq imatrix sft dpo modelfiles upscale interop tables test fuzz torture lint bench bench-export clean
+.PHONY: help gguf gptq imatrix heal sft dpo solar-instruct modelfiles upscale interop tables test fuzz torture lint bench bench-export clean
 
 help: ## List the targets.
 	@echo "Targets:"
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
-	  | while IFS='|' read -r name text; do printf '%-19s %s\n' "$$name" "$$text"; done
+	  | while IFS='|' read -r name text; do printf '%-21s %s\n' "$$name" "$$text"; done
 	@echo "Variables, as they are now:"
 	@printf '  %-16s %s\n' \
 	  "QUANT=$$QUANT" "Preset of gguf, or several: QUANT=q4_k_m,q8_0." \
@@ -61,6 +63,8 @@ help: ## List the targets.
 	  "BITS=$$BITS" "Bits of gptq: 2, 3, 4 or 8; empty: bench without gptq." \
 	  "GROUP=$$GROUP" "Columns of gptq that share a scale; -1: the whole row." \
 	  "TEXT=$$TEXT" "Calibration text, files or folders; empty: built in." \
+	  "TRAIN=$$TRAIN" "What learns in heal: all, copies, seam:8 or lora." \
+	  "TOKENS=$$TOKENS" "Tokens that heal trains on." \
 	  "MODEL=$$MODEL" "What sft and dpo tune: as BASE, or OUT/sft." \
 	  "DATA=$$DATA" "Rows of sft and dpo: a .jsonl file, or built-in." \
 	  "MINUTES=$$MINUTES" "Minutes for which fuzz draws anew."
@@ -80,11 +84,25 @@ gptq: $(VENV)/hf.stamp ## Up-scale BASE to a GPTQ checkpoint of BITS, OUT/gptq.
 imatrix: $(VENV)/hf.stamp ## Collect BASE's importance matrix, OUT/imatrix.gguf.
 	@$(TEXTS); $(BIN)/dus-edge imatrix $(PLAN) "$$@" -o "$$OUT/imatrix.gguf" --overwrite -- "$$BASE"
 
+# Without TEXT the built-in base is healed on what it knows, Python: the program's own sources.
+heal: $(VENV)/hf.stamp ## Up-scale BASE and train it on TEXT for TOKENS, OUT/heal.
+	@[ -n "$$TEXT" ] || TEXT=dus_edge; $(TEXTS); $(BIN)/dus-edge heal $(PLAN) --train "$$TRAIN" \
+	  --tokens "$$TOKENS" "$$@" -o "$$OUT/heal" --overwrite -- "$$BASE"
+
 sft: $(VENV)/train.stamp ## Tune MODEL on the dialogues in DATA, OUT/sft.
 	@$(BIN)/dus-edge sft --data "$$DATA" -o "$$OUT/sft" --overwrite -- "$$MODEL"
 
 dpo: $(VENV)/train.stamp ## Tune MODEL on the preferences in DATA, OUT/dpo.
 	@$(BIN)/dus-edge dpo --data "$$DATA" -o "$$OUT/dpo" --overwrite -- "$$MODEL"
+
+# On a CPU with the built-in base all of it takes minutes.
+solar-instruct: $(VENV)/train.stamp ## Heal BASE, tune it twice, quantize it: a chat model.
+	@$(MAKE) --no-print-directory heal
+	@MODEL="$$OUT/heal" $(MAKE) --no-print-directory sft
+	@MODEL="$$OUT/sft" $(MAKE) --no-print-directory dpo
+	@$(BIN)/dus-edge gguf --no-upscale -q "$$QUANT" -o "$$OUT" --alias solar-dus --overwrite \
+	  -- "$$OUT/dpo"
+	@echo "  ollama create solar-dus-instruct -f modelfiles/solar-instruct"
 
 interop: $(VENV)/hf.stamp $(AUTOGPTQ)/done.stamp $(GPTQMODEL)/done.stamp ## Load our GPTQ folders with auto-gptq and GPTQModel.
 	@OMP_NUM_THREADS=1 interop/run.sh $(BIN) "$$OUT/interop" $(AUTOGPTQ) $(GPTQMODEL)

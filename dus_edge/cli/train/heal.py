@@ -110,7 +110,7 @@ def _training_options() -> tuple[Any, ...]:
             type=click.Choice(("adamw", "adamw8bit")),
             default="adamw",
             show_default=True,
-            help="8 bits a moment take a quarter of the memory (needs dus-edge[bnb]).",
+            help="Keep the moments in 8 bits, a quarter of the memory, or whole.",
         ),
         click.option(
             "--weight-decay",

@@ -15,6 +15,7 @@ from dus_edge.errors import UsageError
 from dus_edge.export import hf
 from dus_edge.files import check_free_space, check_replaceable
 from dus_edge.jobs.job import Job, Result, Writing, Written, quiet, run_job
+from dus_edge.jobs.train.state import work_folder
 from dus_edge.packages import require
 from dus_edge.progress import progress
 from dus_edge.text.documents import read_documents
@@ -88,7 +89,7 @@ class HealJob(Job[None]):
     @property
     def work(self) -> Path:
         """Where the run keeps what it needs to go on."""
-        return self.folder.with_name(f"{self.folder.name}.training")
+        return work_folder(self.folder)
 
     def need(self, say: Say) -> None:
         """Packages and the output's name."""
