@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from dus_edge.ollama.gofunctions import FUNCTIONS, GoTemplateError
+from dus_edge.ollama.gofunctions import FUNCTIONS, GoTemplateError, takes
+from dus_edge.words import cut_end
 
 Message = Mapping[str, str]
 
@@ -46,7 +47,12 @@ def render(template: str, data: Mapping[str, Any]) -> str:
     Maps inside `data` stand for Go structs: a field that they lack is an error.
     """
     out: list[str] = []
-    _run(_parsed(template), _Scope(data, data, {"$": data}), out)
+    try:
+        _run(_parsed(template), _Scope(data, data, {"$": data}), out)
+    except _Left as left:
+        raise GoTemplateError(f"A {left} stands outside a range.") from None
+    except RecursionError:
+        raise GoTemplateError("The template is nested too deeply.") from None
     return "".join(out)
 
 
@@ -149,7 +155,7 @@ def _tokens(body: str) -> list[str]:
     while at < len(body):
         match = _TOKEN.match(body, at)
         if not match:
-            raise GoTemplateError(f"Cannot read {body[at:]!r} in an action.")
+            raise GoTemplateError(f"Cannot read {cut_end(body[at:], 60)!r} in an action.")
         tokens.append(match[1])
         at = match.end()
     return tokens
@@ -217,6 +223,8 @@ def _command(tokens: list[str]) -> tuple[_Expression, list[str]]:
         operand, rest = _operand(rest)
         operands.append(operand)
     if function:
+        if not takes(function, len(operands)):
+            raise GoTemplateError(f"{tokens[0]} does not take {len(operands)} values.")
         return lambda scope: function(*(lambda o=o: o(scope) for o in operands)), rest
     if len(operands) != 1:
         raise GoTemplateError("An action needs one value or a known function.")

@@ -106,15 +106,19 @@ def resolve_from(modelfile: Path, value: str) -> Path | None:
     Raises ModelfileError for a folder: Ollama picks among what lies in it (the last of
     several GGUFs, without saying so) and fails if a `.json` lies beside a GGUF.
     """
-    expanded = Path(value).expanduser() if value.startswith("~") else Path(value)
-    path = modelfile.parent / expanded
-    if path.is_dir():
+    try:
+        expanded = Path(value).expanduser() if value.startswith("~") else Path(value)
+        path = modelfile.parent / expanded
+        there, is_folder = path.exists(), path.is_dir()
+    except (OSError, ValueError, RuntimeError):  # no file can have such a name, nor a user
+        return None
+    if is_folder:
         raise ModelfileError(
             f"{modelfile}: FROM {value} names a folder; name the one .gguf file to run, because"
             " Ollama fails on a folder that also holds a .json file and takes the last of several"
             " GGUF files without saying so."
         )
-    return path if value and path.exists() else None
+    return path if value and there else None
 
 
 def _command(scanner: "_Scanner") -> Command:
@@ -146,11 +150,17 @@ class _Scanner:
     def __init__(self, text: str) -> None:
         self._text = text.removeprefix("\ufeff")
         self._at = 0
+        #: The line of a place that was asked for before; lines are counted from there on.
+        self._known = (0, 1)
 
     @property
     def line(self) -> int:
-        before = self._text[: self._at].replace("\r\n", "\n").replace("\r", "\n")
-        return before.count("\n") + 1
+        start, line = self._known
+        text, at = self._text, min(self._at, len(self._text))
+        line += text.count("\n", start, at) + text.count("\r", start, at)
+        line -= text.count("\r\n", max(0, start - 1), at)
+        self._known = at, line
+        return line
 
     def _peek(self) -> str:
         return self._text[self._at : self._at + 1]

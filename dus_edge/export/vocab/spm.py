@@ -8,6 +8,7 @@ becomes of the pieces follows ``_create_vocab_sentencepiece`` in llama.cpp's
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from dus_edge.export.vocab.files import AddedToken, TokenizerFiles
 from dus_edge.export.vocab.table import ADDED_SCORE, TokenTable
 
 #: ``SentencePiece.Type``; the numbers are those of ``gguf.TokenType``.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = _TYPES = range(1, 7)
 
 _MODEL_TYPES = {1: "Unigram", 2: "BPE", 3: "Word", 4: "Char"}
 
@@ -222,14 +223,7 @@ def _parse_model(data: bytes) -> SentencePieceModel:
     normalizer: dict[int, int | bytes] = {}
     for number, value in _fields(data):
         if number == 1:
-            fields = dict(_fields(_as_bytes(value)))
-            pieces.append(
-                Piece(
-                    text=_as_bytes(fields.get(1, b"")).decode("utf-8"),
-                    score=struct.unpack("<f", _as_bytes(fields.get(2, bytes(4))))[0],
-                    type=int(fields.get(3, NORMAL)),
-                )
-            )
+            pieces.append(_piece(_as_bytes(value)))
         elif number == 2:
             trainer.update(_fields(_as_bytes(value)))
         elif number == 3:
@@ -246,6 +240,16 @@ def _parse_model(data: bytes) -> SentencePieceModel:
         remove_extra_whitespaces=bool(normalizer.get(4, 1)),
         escape_whitespaces=bool(normalizer.get(5, 1)),
     )
+
+
+def _piece(data: bytes) -> Piece:
+    fields = dict(_fields(data))
+    text = _as_bytes(fields.get(1, b"")).decode("utf-8")
+    (score,) = struct.unpack("<f", _as_bytes(fields.get(2, bytes(4))))
+    kind = fields.get(3, NORMAL)
+    if kind not in _TYPES or not math.isfinite(score):
+        raise ValueError(f"piece {text[:20]!r} has type {kind!r} and score {score}")
+    return Piece(text, score, int(kind))
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
