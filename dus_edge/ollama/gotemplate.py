@@ -285,6 +285,8 @@ def _run(nodes: list, scope: _Scope, out: list[str]) -> None:
 
 def _run_range(node: _Range, scope: _Scope, out: list[str]) -> None:
     items = node.over(scope)
+    if items is not None and not isinstance(items, list | tuple):
+        raise GoTemplateError(f"A range over a {type(items).__name__} is not supported.")
     for index, item in enumerate(items or ()):
         # One name takes the item, two the index and the item.
         values = dict(zip(node.names[::-1], (item, index), strict=False))

@@ -132,8 +132,10 @@ def _check_model(path: Path, values: Mapping[str, Any], tensors: list[GGUFTensor
     if family is None or _EMBEDDING not in shapes:
         return
     n_layers = values.get(family.gguf_key("n_layers"))
-    if not isinstance(n_layers, int):
-        raise CheckpointError(f"{path}: {family.gguf_key('n_layers')} is {n_layers!r}.")
+    if not isinstance(n_layers, int) or n_layers > len(tensors):
+        raise CheckpointError(
+            f"{path}: {family.gguf_key('n_layers')} is {n_layers!r}, of {len(tensors):,} tensors."
+        )
     missing = [name for name in _needed(family, n_layers) if name not in shapes]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

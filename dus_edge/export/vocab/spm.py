@@ -19,10 +19,15 @@ from gguf import TokenType
 from dus_edge.errors import CheckpointError, UnsupportedError
 from dus_edge.export.vocab.files import AddedToken, TokenizerFiles
 from dus_edge.export.vocab.table import ADDED_SCORE, TokenTable
+from dus_edge.jsonfile import MAX_BYTES, read_regular
 
 #: ``SentencePiece.Type``; the numbers are those of ``gguf.TokenType``.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = _TYPES = range(1, 7)
 
+#: More pieces than any model has.
+MOST_PIECES = 1 << 19
+#: Longer pieces are not looked at for pairs that form them: each cut takes its length.
+_LONGEST_FORMED = 256
 _MODEL_TYPES = {1: "Unigram", 2: "BPE", 3: "Word", 4: "Char"}
 
 
@@ -64,14 +69,25 @@ def is_sentencepiece(path: Path) -> bool:
         raise CheckpointError(f"{path}: cannot be read ({error}).") from error
 
 
-def read_model(path: Path) -> SentencePieceModel:
+def read_model(path: Path, most: int = MOST_PIECES) -> SentencePieceModel:
     """Parse a SentencePiece model file.
 
+    Args:
+        path: the file.
+        most: pieces that can be used; it is not read beyond them.
+
     Raises:
-        CheckpointError: the bytes are no such model.
+        CheckpointError: the bytes are no such model, or there are more pieces.
     """
     try:
-        return _parse_model(path.read_bytes())
+        return _parse_model(read_regular(path, MAX_BYTES), most)
+    except _TooManyError:
+        raise CheckpointError(
+            f"{path}: the tokenizer has more than {most} tokens, but the model's embedding has "
+            f"only {most} rows (vocab_size); the two files are not of one model."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
     except (ValueError, IndexError, struct.error) as error:  # UnicodeDecodeError is a ValueError
         raise CheckpointError(
             f"{path}: not a SentencePiece model ({error}); download the file again."
@@ -87,11 +103,6 @@ def spm_table(files: TokenizerFiles, model: SentencePieceModel, vocab_size: int)
     """
     path = files.folder / "tokenizer.model"
     _check_kind(model, path)
-    if len(model.pieces) > vocab_size:
-        raise CheckpointError(
-            f"{path}: the tokenizer has {len(model.pieces)} tokens, but the model's embedding has "
-            f"only {vocab_size} rows (vocab_size); the two files are not of one model."
-        )
     table = TokenTable(vocab_size, path)
     for token_id, (piece, kind) in enumerate(_kinds(model)):
         text = piece.text.replace("▁", " ") if kind == USER_DEFINED else piece.text
@@ -204,7 +215,7 @@ def _kinds(model: SentencePieceModel) -> Iterator[tuple[Piece, int]]:
     """
     formed: set[str] = set()
     own = (piece.text for piece in model.pieces if piece.type == USER_DEFINED)
-    for text in sorted(own, key=len):
+    for text in sorted((text for text in own if len(text) <= _LONGEST_FORMED), key=len):
         cuts = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
         if len(text) == 1 or any(
             all(len(part) == 1 or part in formed for part in parts) for parts in cuts
@@ -217,12 +228,18 @@ def _kinds(model: SentencePieceModel) -> Iterator[tuple[Piece, int]]:
 # -- protobuf -----------------------------------------------------------------------------------
 
 
-def _parse_model(data: bytes) -> SentencePieceModel:
+class _TooManyError(Exception):
+    """More pieces than can be used."""
+
+
+def _parse_model(data: bytes, most: int) -> SentencePieceModel:
     pieces: list[Piece] = []
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
     for number, value in _fields(data):
         if number == 1:
+            if len(pieces) == most:
+                raise _TooManyError
             pieces.append(_piece(_as_bytes(value)))
         elif number == 2:
             trainer.update(_fields(_as_bytes(value)))
