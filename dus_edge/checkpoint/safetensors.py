@@ -197,6 +197,7 @@ def is_plain_name(name: str) -> bool:
         and PurePosixPath(name).name == name
         and "\\" not in name
         and "\0" not in name
+        and len(name.encode()) <= 255  # no file system has longer ones
     )
 
 
