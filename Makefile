@@ -59,7 +59,7 @@ help: ## List the targets.
 	  "BITS=$$BITS" "Bits of gptq: 2, 3, 4 or 8; empty: bench without gptq." \
 	  "GROUP=$$GROUP" "Columns of gptq that share a scale; -1: the whole row." \
 	  "TEXT=$$TEXT" "Calibration text, files or folders; empty: built in." \
-	  "MINUTES=$$MINUTES" "Minutes for which fuzz draws anew."
+	  "MINUTES=$$MINUTES" "Minutes for which fuzz tries what was never tried."
 
 gguf: $(GGUF_STAMPS) ## Up-scale BASE to a GGUF of preset QUANT, with its Modelfile.
 	@$(TEXTS); [ -n "$$IMATRIX" ] || set --; $(BIN)/dus-edge gguf $(PLAN) -q "$$QUANT" \
@@ -97,7 +97,7 @@ tables: $(VENV)/run.stamp ## Predict SOLAR on every device; write benchmarks/TAB
 test: $(VENV)/test.stamp ## Run the tests; they draw the same cases every time.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $$TESTS
 
-fuzz: $(VENV)/test.stamp ## Repeat the property tests with new draws for MINUTES.
+fuzz: $(VENV)/test.stamp ## Damaged files and new draws of the property tests for MINUTES.
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py "$$MINUTES" -n auto
 
 torture: $(VENV)/test.stamp ## Kill every exporting command at random moments (minutes).

@@ -64,6 +64,8 @@ def _parsed(template: str) -> list:
 # --- reading ----------------------------------------------------------------------------
 
 _SPACE = " \t\r\n"
+#: Of one action; each parenthesis copies those that follow it.
+_MOST_TOKENS = 1000
 _ACTION = re.compile(r"\{\{(-(?=[ \t\r\n]))?(.*?)((?<=[ \t\r\n])-)?\}\}", re.DOTALL)
 _TOKEN = re.compile(
     r"""\s*(:=|[=(),]|(?:"(?:[^"\\\n]|\\["\\nrt])*"|`[^`]*`|-?[0-9]+"""
@@ -156,6 +158,8 @@ def _tokens(body: str) -> list[str]:
         match = _TOKEN.match(body, at)
         if not match:
             raise GoTemplateError(f"Cannot read {cut_end(body[at:], 60)!r} in an action.")
+        if len(tokens) == _MOST_TOKENS:
+            raise GoTemplateError(f"An action has more than {_MOST_TOKENS} words.")
         tokens.append(match[1])
         at = match.end()
     return tokens

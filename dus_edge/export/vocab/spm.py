@@ -8,6 +8,7 @@ becomes of the pieces follows ``_create_vocab_sentencepiece`` in llama.cpp's
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from collections.abc import Iterator
@@ -52,6 +53,21 @@ class SentencePieceModel:
     dummy_prefix: bool = True
     remove_extra_whitespaces: bool = True
     escape_whitespaces: bool = True
+
+    @functools.cached_property
+    def formed(self) -> frozenset[str]:
+        """User-defined pieces that merging leads to: of one character, or of two such parts."""
+        formed: set[str] = set()
+        own = (p.text for p in self.pieces if p.type == USER_DEFINED)
+        for text in sorted((text for text in own if len(text) <= _LONGEST_FORMED), key=len):
+            last = len(text) - 1
+            for cut in range(1, last + 1):
+                if (cut == 1 or text[:cut] in formed) and (cut == last or text[cut:] in formed):
+                    formed.add(text)
+                    break
+            if last == 0:
+                formed.add(text)
+        return frozenset(formed)
 
 
 def is_sentencepiece(path: Path) -> bool:
@@ -213,16 +229,8 @@ def _kinds(model: SentencePieceModel) -> Iterator[tuple[Piece, int]]:
     a space after each of them, which would ruin runs of spaces or newlines. Those need no
     cutting out: their score, 0, is the highest, so merging forms them without fail.
     """
-    formed: set[str] = set()
-    own = (piece.text for piece in model.pieces if piece.type == USER_DEFINED)
-    for text in sorted((text for text in own if len(text) <= _LONGEST_FORMED), key=len):
-        cuts = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
-        if len(text) == 1 or any(
-            all(len(part) == 1 or part in formed for part in parts) for parts in cuts
-        ):
-            formed.add(text)
     for piece in model.pieces:
-        yield piece, NORMAL if piece.text in formed else piece.type
+        yield piece, NORMAL if piece.text in model.formed else piece.type
 
 
 # -- protobuf -----------------------------------------------------------------------------------
