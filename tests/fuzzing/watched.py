@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dus_edge.errors import DusEdgeError
+from dus_edge.errors import MOST_MESSAGE, DusEdgeError
 
 from .mutate import Seed, mutated
 from .readers import READERS, Reader
@@ -34,7 +34,7 @@ from .readers import READERS, Reader
 MOST_CPU_S = 1.0
 MOST_EXTRA_BYTES = 200 << 20
 #: An input that takes this long is interrupted; a process that cannot be, is killed by its parent.
-_INTERRUPTED_S, _KILLED_S = 5.0, 120.0
+INTERRUPTED_S, KILLED_S = 5.0, 120.0
 _M_ARENA_MAX = -8
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 #: What the interpreter announces and no reader may do. `open` is looked at closer.
@@ -139,7 +139,7 @@ def _kill_when_stuck(pid: int, place: mmap.mmap) -> Iterator[None]:
             now = place[:]
             if now != last:
                 last, since = now, time.monotonic()
-            elif time.monotonic() - since > _KILLED_S:
+            elif time.monotonic() - since > KILLED_S:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                 return
@@ -220,14 +220,14 @@ class _Child:
         out.n += 1
         broken: tuple[str, str] | None = None
         begin = time.process_time()
-        signal.setitimer(signal.ITIMER_PROF, _INTERRUPTED_S)
+        signal.setitimer(signal.ITIMER_PROF, INTERRUPTED_S)
         self.watching = True
         try:
             self.reader.read(folder)
             out.accepted += 1
         except DusEdgeError as e:
             out.refused[type(e).__name__] += 1
-            if "\n" in str(e).strip() or len(str(e)) > 20_000:
+            if "\n" in str(e).strip() or len(str(e)) > MOST_MESSAGE:
                 broken = f"message of several lines, or of {len(str(e)):,} characters", _place(e)
         except (Exception, TooSlow, Forbidden) as e:
             broken = f"{type(e).__name__}: {e}"[:300], _place(e)
@@ -268,7 +268,7 @@ class _Child:
 
 
 def _interrupt(*_: object) -> None:
-    raise TooSlow(f"more than {_INTERRUPTED_S} s of CPU")
+    raise TooSlow(f"more than {INTERRUPTED_S} s of CPU")
 
 
 def _place(e: BaseException) -> str:
