@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from dus_edge.ollama.gofunctions import FUNCTIONS, GoTemplateError, takes
-from dus_edge.words import cut_end
+from dus_edge.words import cut_end, whole_number
 
 Message = Mapping[str, str]
 
@@ -257,8 +257,8 @@ def _literal(token: str) -> Any:
         return token[1:-1]
     if token[0] == '"':
         return re.sub(r"\\(.)", lambda escape: _ESCAPES[escape[1]], token[1:-1])
-    if token.lstrip("-").isdigit():
-        return int(token)
+    if (number := whole_number(token.removeprefix("-"))) is not None:
+        return -number if token[0] == "-" else number
     raise GoTemplateError(f"Unknown function or word {token!r}.")
 
 

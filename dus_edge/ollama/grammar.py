@@ -39,7 +39,7 @@ _IGNORED = (
 )  # fmt: skip
 PARAMETERS = (*_INTS, *_FLOATS, *_BOOLS, *_STRINGS)
 
-_INT = re.compile(r"[+-]?[0-9]+")
+_INT = re.compile(r"([+-]?)0*([0-9]{1,19})")
 _FLOAT = re.compile(
     r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf|infinity|nan)", re.IGNORECASE
 )
@@ -250,14 +250,15 @@ def _unquote(text: str) -> str | None:
 
 def _typed(key: str, raw: str, line: int) -> Value:
     if key in _INTS:
-        if _INT.fullmatch(raw) and -(2**63) <= int(raw) < 2**63:
-            return int(raw)
+        found = _INT.fullmatch(raw)
+        if found and -(2**63) <= (number := int(found[1] + found[2])) < 2**63:
+            return number
         raise ModelfileError(f"Line {line}: {key} takes a whole number, not {raw!r}.")
     if key in _FLOATS:
         if _FLOAT.fullmatch(raw):
-            number, is_word = float(raw), raw.lstrip("+-")[0].isalpha()
-            if is_word or abs(number) < _MAX_FLOAT32:
-                return number
+            real, is_word = float(raw), raw.lstrip("+-")[0].isalpha()
+            if is_word or abs(real) < _MAX_FLOAT32:
+                return real
         raise ModelfileError(f"Line {line}: {key} takes a number, not {raw!r}.")
     if key in _BOOLS:
         if raw in _TRUE or raw in _FALSE:

@@ -21,6 +21,7 @@ from dus_edge.families.family import Family, find_gguf_family
 from dus_edge.machine import default_threads
 from dus_edge.quant.types import TYPES
 from dus_edge.stream import run_tasks
+from dus_edge.words import whole_number
 
 #: Bytes of a block at which its float16 scales stand.
 SCALES: Mapping[str, tuple[int, ...]] = {
@@ -160,8 +161,9 @@ def _needed(family: Family, n_layers: int) -> Iterator[str]:
 
 
 def _layer(name: str) -> int:
-    parts = name.split(".")
-    return int(parts[1]) if parts[0] == "blk" and parts[1].isdecimal() else -1
+    first, _, rest = name.partition(".")
+    number = whole_number(rest.partition(".")[0])
+    return number if first == "blk" and number is not None else -1
 
 
 def _tasks(path: Path, fd: int, tensor: GGUFTensor, n_bytes: int) -> Iterator[Callable[[], int]]:

@@ -132,7 +132,7 @@ def _gguf_seed(name: str, file: str, built: _Builder) -> Seed:
     return Seed(name, {file: built.data}, {file: tuple(built.marks)})
 
 
-def gguf_model() -> Seed:
+def gguf_model(spare: str = "blk.0.spare") -> Seed:
     """A whole model of one layer; its matrices are of all the block types in turn."""
     f32, f16, q8, q4_0, q4_1 = (0, 4), (1, 2), (8, 34 / 32), (2, 18 / 32), (3, 20 / 32)
     matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -143,6 +143,8 @@ def gguf_model() -> Seed:
     for i, (name, dims) in enumerate(shapes.items()):
         kind, width = f32 if len(dims) == 1 else (f16, q8, q4_0, q4_1)[i % 4]
         tensors[f"{name}.weight"] = dims, kind, bytes(int(np.prod(dims) * width))
+    # Two that a model can do without: their names are free to be anything.
+    tensors |= {name: ((1,), 0, bytes(4)) for name in ("rope_freqs.weight", spare)}
     values = {
         "general.architecture": "llama",
         "general.alignment": 32,
