@@ -83,7 +83,13 @@ def one_round(seed: int, timeout: float, folder: Path, options: tuple[str, ...])
 def fuzz_readers(seconds: float) -> int:
     """Feed the readers with damaged files; the exit code, 1 after a failure."""
     command = [sys.executable, "-m", "fuzzing.campaign", "--minutes", str(seconds / 60)]
-    return subprocess.run(command, cwd=TESTS).returncode
+    run = subprocess.Popen(command, cwd=TESTS)
+    try:
+        return run.wait()
+    finally:
+        if run.poll() is None:
+            run.terminate()
+            run.wait()
 
 
 if __name__ == "__main__":

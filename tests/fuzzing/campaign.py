@@ -15,6 +15,7 @@ import collections
 import json
 import os
 import secrets
+import signal
 import sys
 import tempfile
 import time
@@ -139,5 +140,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and tidy up
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.exit(main())

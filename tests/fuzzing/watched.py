@@ -83,7 +83,8 @@ def run_batch(reader: Reader, seed: int, start: int, count: int) -> Outcome:
     total = Outcome()
     end = start + count
     while start < end:
-        outcome, done = _in_child(reader, seed, start, end)
+        with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:
+            outcome, done = _in_child(reader, seed, start, end, Path(folder))
         total.n += outcome.n
         total.accepted += outcome.accepted
         total.refused += outcome.refused
@@ -94,7 +95,7 @@ def run_batch(reader: Reader, seed: int, start: int, count: int) -> Outcome:
     return total
 
 
-def _in_child(reader: Reader, seed: int, start: int, end: int) -> tuple[Outcome, int]:
+def _in_child(reader: Reader, seed: int, start: int, end: int, folder: Path) -> tuple[Outcome, int]:
     place = mmap.mmap(-1, 8)  # shared: where the child is
     place[:] = struct.pack("<Q", start)
     reading, writing = os.pipe()
@@ -103,8 +104,7 @@ def _in_child(reader: Reader, seed: int, start: int, end: int) -> tuple[Outcome,
         code = 1
         try:
             os.close(reading)
-            with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:
-                outcome = _Child(reader, seed, Path(folder), place).run(start, end)
+            outcome = _Child(reader, seed, folder, place).run(start, end)
             with os.fdopen(writing, "w") as f:
                 json.dump(vars(outcome), f)
             code = 0
