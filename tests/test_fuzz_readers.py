@@ -117,3 +117,28 @@ def test_a_run_goes_on_where_it_was_and_its_failures_are_read_again(tmp_path):
     saved.write_text(json.dumps({"reader": "digests", "files": {"SHA256SUMS": "eA=="}}))
     again = run("-m", "fuzzing.campaign", "--replay", str(saved))
     assert again.returncode == 1 and "line 1 is no line of sha256sum" in again.stderr
+
+
+def test_the_table_of_the_runs_is_that_of_their_results():
+    benchmarks = TESTS.parent / "benchmarks"
+    page = (benchmarks / "README.md").read_text()
+    found = [
+        json.loads(x) for x in (benchmarks / "results" / "fuzz.jsonl").read_text().splitlines()
+    ]
+    for name in READERS:
+        mine = [x for x in found if x["reader"] == name]
+        broken = sum(sum(x["findings"].values()) for x in mine)
+        cells = (
+            name,
+            f"{sum(x['n'] for x in mine):,}",
+            f"{sum(x['accepted'] for x in mine):,}",
+            str(broken),
+            f"{max(x['slowest_s'] for x in mine):.3f}",
+            f"{max(x['extra_bytes'] for x in mine) / 1e6:.1f}",
+        )
+        assert f"| {' | '.join(cells)} |" in page
+    by_seed = {
+        seed: sum(x["n"] for x in found if x["seed"] == seed) for seed in (20261125, 20261126)
+    }
+    for seed, n in by_seed.items():
+        assert f"{n:,}" in page and str(seed) in page
