@@ -67,14 +67,14 @@ help: ## List the targets.
 	  "TOKENS=$$TOKENS" "Tokens that heal trains on." \
 	  "MODEL=$$MODEL" "What sft and dpo tune: as BASE, or OUT/sft." \
 	  "DATA=$$DATA" "Rows of sft and dpo: a .jsonl file, or built-in." \
-	  "MINUTES=$$MINUTES" "Minutes for which fuzz draws anew."
+	  "MINUTES=$$MINUTES" "Minutes for which fuzz tries what was never tried."
 
-gguf: $(GGUF_STAMPS) ## Up-scale BASE to a GGUF of preset QUANT, with its Modelfile.
+gguf: $(GGUF_STAMPS) ## Up-scale BASE to a GGUF of preset QUANT, and a Modelfile.
 	@$(TEXTS); [ -n "$$IMATRIX" ] || set --; $(BIN)/dus-edge gguf $(PLAN) -q "$$QUANT" \
 	  --quantizer "$$QUANTIZER" $${IMATRIX:+--imatrix "$$IMATRIX"} "$$@" \
 	  -o "$$OUT" --alias solar-dus --overwrite -- "$$BASE"
 
-upscale: $(VENV)/run.stamp ## Up-scale BASE to a transformers checkpoint, OUT/checkpoint.
+upscale: $(VENV)/run.stamp ## Up-scale BASE to a checkpoint folder, OUT/checkpoint.
 	@$(BIN)/dus-edge upscale $(PLAN) -o "$$OUT/checkpoint" --overwrite -- "$$BASE"
 
 gptq: $(VENV)/hf.stamp ## Up-scale BASE to a GPTQ checkpoint of BITS, OUT/gptq.
@@ -125,7 +125,7 @@ tables: $(VENV)/run.stamp ## Predict SOLAR on every device; write benchmarks/TAB
 test: $(VENV)/test.stamp ## Run the tests; they draw the same cases every time.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $$TESTS
 
-fuzz: $(VENV)/test.stamp ## Repeat the property tests with new draws for MINUTES.
+fuzz: $(VENV)/test.stamp ## Damaged files and new draws of the property tests for MINUTES.
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py "$$MINUTES" -n auto
 
 torture: $(VENV)/test.stamp ## Kill every exporting command at random moments (minutes).

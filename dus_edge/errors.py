@@ -4,11 +4,22 @@ A message is one sentence that names the file and the tensor or field. The comma
 prints it without a traceback and exits with the class's `exit_code`.
 """
 
+#: Characters of a message. A name or value in it may come from anybody's file, at any length.
+MOST_MESSAGE = 2000
+
 
 class DusEdgeError(Exception):
     """Base of every error that is the input's or the machine's, not a bug of ours."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The message as one line, without its middle where it is too long."""
+        text = super().__str__().replace("\r", "\\r").replace("\n", "\\n")
+        if len(text) > MOST_MESSAGE:
+            half = MOST_MESSAGE // 2
+            text = f"{text[: half - 1]}…{text[-half:]}"
+        return text
 
 
 class UsageError(DusEdgeError):

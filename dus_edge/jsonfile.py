@@ -13,7 +13,10 @@ from typing import Any
 from dus_edge.errors import CheckpointError
 
 #: No file of JSON that checkpoints hold is larger; Gemma's tokenizer.json has 34 MB.
-MAX_BYTES = 256 << 20
+MAX_BYTES = 128 << 20
+#: Nor has more commas and brackets; that one has 4 million. Three bytes of JSON can take 60 of
+#: memory.
+MAX_ITEMS = 8 << 20
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]", re.ASCII)
 
 
@@ -24,6 +27,8 @@ def parse_strict(text: str) -> Any:
         ValueError: no JSON; a key that stands twice with different values, NaN or Infinity, a
             number of thousands of digits, or half of a surrogate pair.
     """
+    if (n := sum(map(text.count, ",[{"))) > MAX_ITEMS:
+        raise ValueError(f"it has {n:,} commas and brackets, more than any such file")
     value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
     if _SURROGATE.search(text):
         _check_text(value)
@@ -75,7 +80,8 @@ def read_regular(path: Path, most: int) -> bytes:
             raise OSError(errno.EINVAL, "it is no regular file")
         if info.st_size > most:
             raise OSError(errno.EFBIG, f"it has {info.st_size:,} bytes, more than any such file")
-        return f.read(most + 1)
+        # By its size: room for `most` is a lot to ask for a small file.
+        return f.read(info.st_size)
 
 
 def read_object(path: Path, *, what: str = "", missing: str = "fetch it again") -> dict[str, Any]:

@@ -19,6 +19,11 @@ def printable(text: str) -> str:
     )
 
 
+def whole_number(text: str) -> int | None:
+    """The number that ASCII digits spell; None of anything else, and of more than 18 of them."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
+
+
 def format_count(n: int) -> str:
     """``10.73 B``, ``8.14 M``."""
     value, unit = float(n), ""

@@ -1,6 +1,7 @@
-"""Repeat the property tests with new draws until time is up or one fails: `make fuzz MINUTES=10`.
+"""Try what was never tried until time is up or something breaks: `make fuzz MINUTES=10`.
 
-Run by itself: ``python tests/fuzz.py MINUTES [pytest's options]``.
+Half of the time the readers of files get damaged ones (`fuzzing`); in the other half the property
+tests are repeated with new draws. By itself: ``python tests/fuzz.py MINUTES [options of pytest]``.
 """
 
 from __future__ import annotations
@@ -79,7 +80,21 @@ def one_round(seed: int, timeout: float, folder: Path, options: tuple[str, ...])
             run.wait()
 
 
+def fuzz_readers(seconds: float) -> int:
+    """Feed the readers with damaged files; the exit code, 1 after a failure."""
+    command = [sys.executable, "-m", "fuzzing.campaign", "--minutes", str(seconds / 60)]
+    run = subprocess.Popen(command, cwd=TESTS)
+    try:
+        return run.wait()
+    finally:
+        if run.poll() is None:
+            run.terminate()
+            run.wait()
+
+
 if __name__ == "__main__":
     # Ended from outside, too, it leaves nothing running behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    sys.exit(fuzz(60 * float(sys.argv[1]), TESTS, *sys.argv[2:]))
+    half = 30 * float(sys.argv[1])
+    code = fuzz_readers(half)
+    sys.exit(fuzz(half, TESTS, *sys.argv[2:]) or code)

@@ -13,13 +13,17 @@ from pathlib import Path
 import pytest
 
 import dus_edge
+from dus_edge.checkpoint.builtin import model_dir
 from dus_edge.checkpoint.config import parse_config
 from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.checkpoint.safetensors import read_header
 from dus_edge.errors import CheckpointError, UnsupportedError
+from dus_edge.export.vocab.vocab import read_vocab
 from dus_edge.jsonfile import find_object, read_object
 
 from .conftest import TINY
+from .fuzzing.mutate import piece
+from .fuzzing.seeds import sentencepiece
 
 CLI = [sys.executable, "-c", "from dus_edge.cli.main import main; main()"]
 TRAP = """
@@ -245,6 +249,90 @@ def test_a_card_cannot_paint_the_terminal(run, make_checkpoint):
     assert code == 0 and "mine" in out
     # A bell: click takes colours out by itself where nobody watches.
     assert "\x07" not in out + err
+
+
+# Vocabularies
+
+
+def pieces(n: int) -> bytes:
+    """A SentencePiece BPE model of n pieces of one byte."""
+    return piece(b"a", 0.0, 1) * n + b"\x12\x02\x18\x02"
+
+
+def test_a_million_pieces_of_one_byte(run, make_checkpoint, tmp_path):
+    base = make_checkpoint()
+    (base / "tokenizer.model").write_bytes(pieces(1_000_000))
+    start = time.process_time()
+    code, _, err = run("gguf", base, "-o", tmp_path / "o")
+    assert code == 3 and "more than 4096 tokens" in err and len(err.splitlines()) == 1
+    assert time.process_time() - start < 2
+    # Nor where the vocabulary is as large as any.
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match="more than 524288 tokens"):
+        read_vocab(base, 1 << 19)
+    assert time.process_time() - start < 8
+
+
+def test_the_largest_vocabulary_is_read_in_seconds(tmp_path):
+    """All pieces are user-defined, each of which is looked at for pairs that form it."""
+    n = 500_000
+    own = b"".join(piece(f"<0x{i:02X}>".encode(), 0.0, 6) for i in range(256))
+    own += b"".join(piece(f"a{i}".encode(), 0.0, 4) for i in range(n))
+    (tmp_path / "tokenizer.model").write_bytes(own + b"\x12\x02\x18\x02")
+    start = time.process_time()
+    assert len(read_vocab(tmp_path, 1 << 19).tokens) == 1 << 19
+    assert time.process_time() - start < 15
+
+
+@pytest.mark.parametrize("where", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+def test_300_000_added_tokens(run, make_checkpoint, tmp_path, where):
+    base = make_checkpoint()
+    (base / "tokenizer.model").unlink()
+    raw = json.loads((base / where).read_text()) if (base / where).exists() else {}
+    entries = {4096 + i: f"<{i}>" for i in range(300_000)}
+    if where == "tokenizer.json":
+        raw["added_tokens"] += [{"id": i, "content": text} for i, text in entries.items()]
+    elif where == "tokenizer_config.json":
+        raw["added_tokens_decoder"] = {str(i): {"content": t} for i, t in entries.items()}
+    else:
+        raw = {text: i for i, text in entries.items()}
+    if where != "tokenizer.json":  # what is read beside a tokenizer.model
+        (base / "tokenizer.model").write_bytes((model_dir() / "tokenizer.model").read_bytes())
+    (base / where).write_text(json.dumps(raw))
+    start = time.process_time()
+    code, _, err = run("gguf", base, "-o", tmp_path / "o")
+    assert code == 3 and "no row in the model's embedding" in err
+    assert len(err.splitlines()) == 1
+    assert time.process_time() - start < 8
+
+
+@pytest.mark.parametrize("size", [2_000_000_000, 500_000])
+def test_a_vocabulary_larger_than_the_embedding_is_refused_at_once(
+    run, make_checkpoint, tmp_path, size, monkeypatch
+):
+    base = make_checkpoint(shards=2)
+    raw = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(raw | {"vocab_size": size}))
+
+    def built(*_):
+        raise AssertionError("a vocabulary was built")
+
+    monkeypatch.setattr("dus_edge.jobs.export.gguf.read_vocab", built)
+    code, _, err = run("gguf", base, "-o", tmp_path / "o")
+    assert code == 3 and len(err.splitlines()) == 1
+    assert ("not believed" if size > 1 << 19 else "has shape [4096, 64]") in err
+
+
+def test_a_token_of_a_million_letters(tmp_path):
+    """Every place where it could be cut was looked at, each at the cost of its length."""
+    long = "a" * 1_000_000
+    files = dict(sentencepiece().files)
+    files["tokenizer.model"] += piece(long.encode(), 0.0, 4)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    start = time.process_time()
+    assert read_vocab(tmp_path, 300).tokens[261] == "<y>"  # by added_tokens.json, over it
+    assert time.process_time() - start < 2
 
 
 # Chat templates

@@ -37,7 +37,7 @@ _ROPE_NEEDS = {
 #: Sizes beyond these are a mistake or a trap: work and memory follow them before a weight is seen.
 _MOST = {
     "n_layers": 4096,
-    "vocab_size": 1 << 22,
+    "vocab_size": 1 << 19,  # the largest in use are of 262,144
     "hidden_size": 1 << 20,
     "intermediate_size": 1 << 22,
     "n_heads": 1 << 14,

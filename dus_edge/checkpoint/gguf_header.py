@@ -16,6 +16,9 @@ GGUF_MAGIC = b"GGUF"
 _CODES = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST_DIMS = 4
+#: More values, tensors or strings of a list than any model has. Each takes memory, and a hole in a
+#: file, which takes no disk, is a run of empty strings.
+_MOST = {"values": 1 << 16, "tensors": 1 << 20, "strings of a list": 1 << 22}
 
 
 class TruncatedError(ValueError):
@@ -70,6 +73,8 @@ class _Header:
         n_tensors, n_values = self._take("QQ")
         if max(n_tensors, n_values) > len(self._view):
             raise ValueError("its counts are larger than the file")
+        _check_count("tensors", n_tensors)
+        _check_count("values", n_values)
         values = {}
         for _ in range(n_values):
             key = self._string()
@@ -109,6 +114,7 @@ class _Header:
             raise ValueError(f"it has a value of the unknown type {kind}")
         item, n = self._take("IQ")
         if item == _STRING:
+            _check_count("strings of a list", n)
             return [self._string() for _ in range(n)]
         if item not in _CODES:
             raise ValueError(f"it has an array of the unknown type {item}")
@@ -120,3 +126,8 @@ class _Header:
         if n_dims > _MOST_DIMS:
             raise ValueError(f"{name} has {n_dims} dimensions")
         return name, self._take(f"{n_dims}Q"), *self._take("IQ")
+
+
+def _check_count(what: str, n: int) -> None:
+    if n > _MOST[what]:
+        raise ValueError(f"it has {n:,} {what}; more than {_MOST[what]:,} are not believed")

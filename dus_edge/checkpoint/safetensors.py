@@ -118,6 +118,23 @@ def _check_layout(path: Path, tensors: Mapping[str, StoredTensor], start: int, s
         )
 
 
+def check_embedding(folder: Path, config: ModelConfig) -> None:
+    """See that the vocabulary of a configuration is the embedding's, where the weights are there.
+
+    One header is read, before lists as long as the vocabulary are made.
+
+    Raises:
+        CheckpointError: it is not, or the header is damaged.
+    """
+    name = config.family.name("embedding")
+    file = folder / SINGLE
+    if (folder / INDEX).is_file():
+        file = folder / _read_index(folder / INDEX).get(name, SINGLE)
+    stored = read_header(file).get(name) if file.is_file() else None
+    if stored is not None:
+        _check_shape(name, stored, tensor_shapes(config)[name])
+
+
 def _file_size(path: Path) -> int:
     try:
         return path.stat().st_size
@@ -180,6 +197,7 @@ def is_plain_name(name: str) -> bool:
         and PurePosixPath(name).name == name
         and "\\" not in name
         and "\0" not in name
+        and len(name.encode()) <= 255  # no file system has longer ones
     )
 
 
@@ -294,12 +312,16 @@ def _checked_specs(
                 f"{t.file}: tensor {name} has dtype {t.dtype}; "
                 f"known are {', '.join(DTYPE_BYTES)}: convert the checkpoint to bf16 first."
             )
-        if t.shape != shape:
-            raise CheckpointError(
-                f"{t.file}: tensor {name} has shape {list(t.shape)}, "
-                f"but config.json means {list(shape)}."
-            )
+        _check_shape(name, t, shape)
         yield name, TensorSpec(name, t.dtype, t.shape, source=name)
+
+
+def _check_shape(name: str, stored: StoredTensor, shape: tuple[int, ...]) -> None:
+    if stored.shape != shape:
+        raise CheckpointError(
+            f"{stored.file}: tensor {name} has shape {list(stored.shape)}, "
+            f"but config.json means {list(shape)}."
+        )
 
 
 def _check_extra(

@@ -27,6 +27,7 @@ from importlib.resources import files
 from typing import Any
 
 from dus_edge.families.shape import Shape
+from dus_edge.words import whole_number
 
 #: Fields of the configuration that are counts, beside those of `Shape`.
 _FLAGS = ("tied_head", "attention_bias", "mlp_bias")
@@ -34,7 +35,7 @@ _NUMBERS = ("rms_norm_eps",)
 _ARITHMETIC = ("llama",)
 _REORDER = ("none", "interleave")
 _TYPES = ("u32", "f32")
-_INDEXED = re.compile(r"^(.*?\.)(\d+)(\..+)$")
+_INDEXED = re.compile(r"^(.*?\.)(\d{1,18})(\..+)$")
 
 
 class FamilyError(ValueError):
@@ -195,7 +196,8 @@ class Family:
         if not name.startswith(self.layer_prefix):
             return None
         index, dot, rest = name[len(self.layer_prefix) :].partition(".")
-        return (int(index), rest) if dot and index.isdecimal() else None
+        number = whole_number(index)
+        return (number, rest) if dot and number is not None else None
 
     def in_layer(self, name: str, layer: int) -> str:
         """The same tensor's name in another layer; a tensor outside layers keeps its own."""

@@ -140,7 +140,7 @@ def _with_tokens(known: ChatFamily, special_tokens: Mapping[str, str]) -> ChatFa
     """The family with a checkpoint's token texts in place of Llama's."""
     begin = special_tokens.get("bos_token") or "<s>"
     end = special_tokens.get("eos_token") or "</s>"
-    if "{{" in begin + end:  # would be an action of the Go template
+    if "{" in begin + end:  # could be, with what stands beside it, an action of the Go template
         return known
 
     def put(text: str) -> str:

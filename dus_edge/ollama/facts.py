@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf import GGUFReader
-
+from dus_edge.checkpoint.gguf_header import read_header
 from dus_edge.errors import CheckpointError
 from dus_edge.export.vocab.vocab import Vocab
 from dus_edge.ollama import chat
@@ -57,28 +57,34 @@ def gguf_facts(path: Path) -> ModelFacts:
         CheckpointError: no GGUF file, or one without a Llama-form model's keys.
     """
     try:
-        fields = GGUFReader(path).fields
-        architecture = fields["general.architecture"].contents()
-        context_length = fields[f"{architecture}.context_length"].contents()
+        with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            values, _ = read_header(view)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
-    except (KeyError, ValueError, IndexError, OSError) as e:
+    except (ValueError, OSError) as e:
         raise CheckpointError(f"{path} is no GGUF file of a model ({e}).") from None
+    key = f"{values.get('general.architecture')}.context_length"
+    context_length = values.get(key)
+    if type(context_length) is not int or context_length < 1:
+        raise CheckpointError(f"{path} is no GGUF file of a model ({key} is {context_length!r}).")
 
     def text(key: str) -> str | None:
-        return fields[key].contents() if key in fields else None
+        value = values.get(key)
+        return value if isinstance(value, str) else None
 
-    special = {}
+    special, tokens = {}, values.get("tokenizer.ggml.tokens")
     for kind in ("bos", "eos"):
-        if (field := fields.get(f"tokenizer.ggml.{kind}_token_id")) is not None:
-            special[f"{kind}_token"] = fields["tokenizer.ggml.tokens"].contents(field.contents())
+        token_id = values.get(f"tokenizer.ggml.{kind}_token_id")
+        known = isinstance(tokens, list) and type(token_id) is int
+        if known and 0 <= token_id < len(tokens):
+            special[f"{kind}_token"] = tokens[token_id]
     return ModelFacts(
         title=text("general.name") or path.stem,
         context_length=context_length,
         licence=text("general.license"),
         chat_template=text("tokenizer.chat_template"),
         special_tokens=special,
-        ours=any(key.startswith("dus.") for key in fields),
+        ours=any(key.startswith("dus.") for key in values),
     )
 
 

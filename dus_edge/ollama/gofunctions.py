@@ -5,11 +5,14 @@ text, an empty list, zero, false and nil count as false. Reference: text/templat
 documentation, "Functions".
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+from dus_edge.errors import DusEdgeError
 
-class GoTemplateError(ValueError):
+
+class GoTemplateError(DusEdgeError, ValueError):
     """The template is not Go's, uses something beyond the subset, or fails when it runs."""
 
 
@@ -50,7 +53,11 @@ def _slice(value: Callable, *bounds: Callable) -> Any:
     items = value()
     if not isinstance(items, list):  # Go slices text by bytes
         raise GoTemplateError("Only a list can be sliced.")
+    if len(bounds) > 2:
+        raise GoTemplateError("slice takes a list and two bounds at most.")
     low, high = [*(bound() for bound in bounds), *(0, len(items))[len(bounds) :]]
+    if type(low) is not int or type(high) is not int:
+        raise GoTemplateError("slice needs whole numbers.")
     if not 0 <= low <= high <= len(items):
         raise GoTemplateError(f"slice {low}:{high} is out of range.")
     return items[low:high]
@@ -65,3 +72,12 @@ FUNCTIONS: dict[str, Callable] = {
     "len": _len,
     "slice": _slice,
 }
+
+
+def takes(function: Callable, n: int) -> bool:
+    """Whether a function of `FUNCTIONS` can be called with so many operands."""
+    try:
+        inspect.signature(function).bind(*range(n))
+    except TypeError:
+        return False
+    return True

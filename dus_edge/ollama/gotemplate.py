@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from dus_edge.ollama.gofunctions import FUNCTIONS, GoTemplateError
+from dus_edge.ollama.gofunctions import FUNCTIONS, GoTemplateError, takes
+from dus_edge.words import cut_end, whole_number
 
 Message = Mapping[str, str]
 
@@ -46,7 +47,12 @@ def render(template: str, data: Mapping[str, Any]) -> str:
     Maps inside `data` stand for Go structs: a field that they lack is an error.
     """
     out: list[str] = []
-    _run(_parsed(template), _Scope(data, data, {"$": data}), out)
+    try:
+        _run(_parsed(template), _Scope(data, data, {"$": data}), out)
+    except _Left as left:
+        raise GoTemplateError(f"A {left} stands outside a range.") from None
+    except RecursionError:
+        raise GoTemplateError("The template is nested too deeply.") from None
     return "".join(out)
 
 
@@ -58,6 +64,8 @@ def _parsed(template: str) -> list:
 # --- reading ----------------------------------------------------------------------------
 
 _SPACE = " \t\r\n"
+#: Of one action; each parenthesis copies those that follow it.
+_MOST_TOKENS = 1000
 _ACTION = re.compile(r"\{\{(-(?=[ \t\r\n]))?(.*?)((?<=[ \t\r\n])-)?\}\}", re.DOTALL)
 _TOKEN = re.compile(
     r"""\s*(:=|[=(),]|(?:"(?:[^"\\\n]|\\["\\nrt])*"|`[^`]*`|-?[0-9]+"""
@@ -149,7 +157,9 @@ def _tokens(body: str) -> list[str]:
     while at < len(body):
         match = _TOKEN.match(body, at)
         if not match:
-            raise GoTemplateError(f"Cannot read {body[at:]!r} in an action.")
+            raise GoTemplateError(f"Cannot read {cut_end(body[at:], 60)!r} in an action.")
+        if len(tokens) == _MOST_TOKENS:
+            raise GoTemplateError(f"An action has more than {_MOST_TOKENS} words.")
         tokens.append(match[1])
         at = match.end()
     return tokens
@@ -217,6 +227,8 @@ def _command(tokens: list[str]) -> tuple[_Expression, list[str]]:
         operand, rest = _operand(rest)
         operands.append(operand)
     if function:
+        if not takes(function, len(operands)):
+            raise GoTemplateError(f"{tokens[0]} does not take {len(operands)} values.")
         return lambda scope: function(*(lambda o=o: o(scope) for o in operands)), rest
     if len(operands) != 1:
         raise GoTemplateError("An action needs one value or a known function.")
@@ -245,8 +257,8 @@ def _literal(token: str) -> Any:
         return token[1:-1]
     if token[0] == '"':
         return re.sub(r"\\(.)", lambda escape: _ESCAPES[escape[1]], token[1:-1])
-    if token.lstrip("-").isdigit():
-        return int(token)
+    if (number := whole_number(token.removeprefix("-"))) is not None:
+        return -number if token[0] == "-" else number
     raise GoTemplateError(f"Unknown function or word {token!r}.")
 
 
@@ -277,6 +289,8 @@ def _run(nodes: list, scope: _Scope, out: list[str]) -> None:
 
 def _run_range(node: _Range, scope: _Scope, out: list[str]) -> None:
     items = node.over(scope)
+    if items is not None and not isinstance(items, list | tuple):
+        raise GoTemplateError(f"A range over a {type(items).__name__} is not supported.")
     for index, item in enumerate(items or ()):
         # One name takes the item, two the index and the item.
         values = dict(zip(node.names[::-1], (item, index), strict=False))

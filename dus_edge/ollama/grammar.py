@@ -39,7 +39,7 @@ _IGNORED = (
 )  # fmt: skip
 PARAMETERS = (*_INTS, *_FLOATS, *_BOOLS, *_STRINGS)
 
-_INT = re.compile(r"[+-]?[0-9]+")
+_INT = re.compile(r"([+-]?)0*([0-9]{1,19})")
 _FLOAT = re.compile(
     r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf|infinity|nan)", re.IGNORECASE
 )
@@ -52,6 +52,10 @@ _SEMVER = re.compile(
 _MAX_FLOAT32 = 3.4028235677973366e38  # larger rounds to infinity, which ParseFloat refuses
 _BLANK = " \t"
 _NEWLINE = "\r\n"
+_SKIPPED = re.compile(r"[ \t\r\n]+|#[^\r\n]*")
+_LINE_END = re.compile(r"[\r\n]")
+#: Longer than any command or name of a parameter.
+_LONGEST_WORD = 64
 
 Value = str | int | float | bool
 
@@ -106,15 +110,19 @@ def resolve_from(modelfile: Path, value: str) -> Path | None:
     Raises ModelfileError for a folder: Ollama picks among what lies in it (the last of
     several GGUFs, without saying so) and fails if a `.json` lies beside a GGUF.
     """
-    expanded = Path(value).expanduser() if value.startswith("~") else Path(value)
-    path = modelfile.parent / expanded
-    if path.is_dir():
+    try:
+        expanded = Path(value).expanduser() if value.startswith("~") else Path(value)
+        path = modelfile.parent / expanded
+        there, is_folder = path.exists(), path.is_dir()
+    except (OSError, ValueError, RuntimeError):  # no file can have such a name, nor a user
+        return None
+    if is_folder:
         raise ModelfileError(
             f"{modelfile}: FROM {value} names a folder; name the one .gguf file to run, because"
             " Ollama fails on a folder that also holds a .json file and takes the last of several"
             " GGUF files without saying so."
         )
-    return path if value and path.exists() else None
+    return path if value and there else None
 
 
 def _command(scanner: "_Scanner") -> Command:
@@ -146,11 +154,17 @@ class _Scanner:
     def __init__(self, text: str) -> None:
         self._text = text.removeprefix("\ufeff")
         self._at = 0
+        #: The line of a place that was asked for before; lines are counted from there on.
+        self._known = (0, 1)
 
     @property
     def line(self) -> int:
-        before = self._text[: self._at].replace("\r\n", "\n").replace("\r", "\n")
-        return before.count("\n") + 1
+        start, line = self._known
+        text, at = self._text, min(self._at, len(self._text))
+        line += text.count("\n", start, at) + text.count("\r", start, at)
+        line -= text.count("\r\n", max(0, start - 1), at)
+        self._known = at, line
+        return line
 
     def _peek(self) -> str:
         return self._text[self._at : self._at + 1]
@@ -162,21 +176,15 @@ class _Scanner:
 
     def to_command(self) -> bool:
         """Skip blanks and comments; False at the end of the text."""
-        while char := self._peek():
-            if char == "#":
-                while self._peek() and self._peek() not in _NEWLINE:
-                    self._at += 1
-            elif char in _BLANK + _NEWLINE:
-                self._at += 1
-            else:
-                return True
-        return False
+        while skipped := _SKIPPED.match(self._text, self._at):
+            self._at = skipped.end()
+        return self._at < len(self._text)
 
     def command_word(self) -> str:
         """The command in lower case, and the blank after it."""
         line, word = self.line, _printed(self._take())
         while (char := self._take()) and char not in _BLANK:
-            if not (char.isascii() and char.isalpha()):
+            if not (char.isascii() and char.isalpha()) or len(word) > _LONGEST_WORD:
                 raise _not_a_command(line, word + char)
             word += char
         if word.lower() not in MODELFILE_COMMANDS:
@@ -189,7 +197,7 @@ class _Scanner:
         """The name between PARAMETER or MESSAGE and its value, and the blank after it."""
         line, word = self.line, ""
         while (char := self._take()) not in _BLANK or not char:
-            if not char or not allowed(char):
+            if not char or not allowed(char) or len(word) > _LONGEST_WORD:
                 raise ModelfileError(
                     f"Line {line}: {what} must be followed by a blank and a value; found"
                     f" {word + char!r}."
@@ -199,23 +207,31 @@ class _Scanner:
 
     def value(self, line: int) -> str:
         """The text up to the first line end at which it is whole."""
-        held: list[str] = []
-        while char := self._take():
-            if char in _NEWLINE:
-                value = _unquote("".join(held))
-                if value is not None:
-                    return value
-                held.append(char)
-            elif char in _BLANK:
-                held.append(char)
-            else:
-                held.append(_printed(char))
-        value = _unquote("".join(held))
-        if value is None:
-            raise ModelfileError(
-                f"Line {line}: the quote that opens this value is never closed at a line's end."
-            )
-        return value
+        first, end = self._rest_of_line()
+        value = _unquote(first)
+        if value is not None:
+            return value
+        quote = '"""' if first.strip(_BLANK).startswith('"""') else '"'
+        held = [first]
+        while end:
+            held.append(end)
+            rest, end = self._rest_of_line()
+            held.append(rest)
+            if rest.rstrip(_BLANK).endswith(quote):
+                return _unquote("".join(held)) or ""
+        raise ModelfileError(
+            f"Line {line}: the quote that opens this value is never closed at a line's end."
+        )
+
+    def _rest_of_line(self) -> tuple[str, str]:
+        """What prints up to the line's end, and the character that ends it; none at the end."""
+        found = _LINE_END.search(self._text, self._at)
+        stop = found.start() if found else len(self._text)
+        line, end = self._text[self._at : stop], self._text[stop : stop + 1]
+        self._at = stop + 1
+        if not line.isprintable():
+            line = "".join(c if c in _BLANK else _printed(c) for c in line)
+        return line, end
 
 
 def _printed(char: str) -> str:
@@ -234,14 +250,15 @@ def _unquote(text: str) -> str | None:
 
 def _typed(key: str, raw: str, line: int) -> Value:
     if key in _INTS:
-        if _INT.fullmatch(raw) and -(2**63) <= int(raw) < 2**63:
-            return int(raw)
+        found = _INT.fullmatch(raw)
+        if found and -(2**63) <= (number := int(found[1] + found[2])) < 2**63:
+            return number
         raise ModelfileError(f"Line {line}: {key} takes a whole number, not {raw!r}.")
     if key in _FLOATS:
         if _FLOAT.fullmatch(raw):
-            number, is_word = float(raw), raw.lstrip("+-")[0].isalpha()
-            if is_word or abs(number) < _MAX_FLOAT32:
-                return number
+            real, is_word = float(raw), raw.lstrip("+-")[0].isalpha()
+            if is_word or abs(real) < _MAX_FLOAT32:
+                return real
         raise ModelfileError(f"Line {line}: {key} takes a number, not {raw!r}.")
     if key in _BOOLS:
         if raw in _TRUE or raw in _FALSE:

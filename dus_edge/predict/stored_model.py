@@ -13,6 +13,7 @@ from typing import Self
 from dus_edge.errors import UsageError
 from dus_edge.families.shape import Shape
 from dus_edge.quant import types as t
+from dus_edge.words import whole_number
 
 MIB = 1 << 20
 #: llama.cpp's names of two tensors, the same for every architecture (gguf-py/gguf/constants.py).
@@ -48,8 +49,8 @@ class TensorSize:
     @property
     def layer(self) -> int | None:
         """Number of its layer; None if it belongs to none."""
-        parts = self.name.split(".")
-        return int(parts[1]) if parts[0] == "blk" else None
+        first, _, rest = self.name.partition(".")
+        return whole_number(rest.partition(".")[0]) if first == "blk" else None
 
 
 @dataclass(frozen=True, slots=True)

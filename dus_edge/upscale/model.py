@@ -15,7 +15,7 @@ from dus_edge.adapter.merged import MergedCheckpoint
 from dus_edge.checkpoint.config import ModelConfig, load_config, tensor_shapes, with_layers
 from dus_edge.checkpoint.names import CONFIG
 from dus_edge.checkpoint.resolve import resolve_base
-from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint
+from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint, check_embedding
 from dus_edge.checkpoint.spec import Checkpoint, Source
 from dus_edge.upscale import plan as plans
 from dus_edge.upscale.naming import ModelName, name_model
@@ -114,6 +114,7 @@ def find_model(
 
     def check(folder: Path) -> None:
         config = load_config(folder / CONFIG)
+        check_embedding(folder, config)
         plan = choose(config.n_layers)
         plans.check_pattern(plan, config.family.period, config.family.architecture)
         if merged is not None:

@@ -21,6 +21,7 @@ from dus_edge.families.family import Family, find_gguf_family
 from dus_edge.machine import default_threads
 from dus_edge.quant.types import TYPES
 from dus_edge.stream import run_tasks
+from dus_edge.words import whole_number
 
 #: Bytes of a block at which its float16 scales stand.
 SCALES: Mapping[str, tuple[int, ...]] = {
@@ -132,8 +133,10 @@ def _check_model(path: Path, values: Mapping[str, Any], tensors: list[GGUFTensor
     if family is None or _EMBEDDING not in shapes:
         return
     n_layers = values.get(family.gguf_key("n_layers"))
-    if not isinstance(n_layers, int):
-        raise CheckpointError(f"{path}: {family.gguf_key('n_layers')} is {n_layers!r}.")
+    if not isinstance(n_layers, int) or n_layers > len(tensors):
+        raise CheckpointError(
+            f"{path}: {family.gguf_key('n_layers')} is {n_layers!r}, of {len(tensors):,} tensors."
+        )
     missing = [name for name in _needed(family, n_layers) if name not in shapes]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -158,8 +161,9 @@ def _needed(family: Family, n_layers: int) -> Iterator[str]:
 
 
 def _layer(name: str) -> int:
-    parts = name.split(".")
-    return int(parts[1]) if parts[0] == "blk" and parts[1].isdecimal() else -1
+    first, _, rest = name.partition(".")
+    number = whole_number(rest.partition(".")[0])
+    return number if first == "blk" and number is not None else -1
 
 
 def _tasks(path: Path, fd: int, tensor: GGUFTensor, n_bytes: int) -> Iterator[Callable[[], int]]:

@@ -19,6 +19,8 @@ from dus_edge.errors import CheckpointError, UnsupportedError
 from dus_edge.export.vocab.files import TokenizerFiles, check_id
 from dus_edge.export.vocab.table import TokenTable
 
+#: Longer tokens are not cut in every place: each cut takes the token's length.
+_LONGEST_CUT = 256
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -135,6 +137,7 @@ def byte_fallback_notes(files: TokenizerFiles, model: BpeModel) -> list[str]:
             for left, right in ((text[:cut], text[cut:]) for cut in range(1, len(text)))
         )
         for text in formed - added
+        if len(text) <= _LONGEST_CUT
     )
     notes = []
     if unlisted:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dus_edge.errors import CheckpointError
 from dus_edge.jsonfile import find_object
+from dus_edge.words import whole_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,4 +129,5 @@ def _enumerate(path: Path, name: str, entries: Iterable[Any]) -> Iterator[tuple[
 
 
 def _int_key(key: str) -> int | str:
-    return int(key) if key.isascii() and key.isdigit() else key
+    number = whole_number(key)
+    return key if number is None else number

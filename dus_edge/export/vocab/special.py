@@ -206,12 +206,14 @@ def _apply_post_processor(
 def _post_steps(tokenizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     post = (tokenizer or {}).get("post_processor")
     steps = (post.get("processors") or [post]) if isinstance(post, Mapping) else []
+    if not isinstance(steps, list):
+        return []
     return [step for step in steps if isinstance(step, Mapping)]
 
 
 def _apply_template(step: Mapping[str, Any], special: SpecialTokens, has_config: bool) -> None:
     names, flags = special.names, special.flags
-    single = step.get("single") or []
+    single = _pieces(step, "single")
     first = _template_token(single[0]) if len(single) > 1 else None
     last = _template_token(single[-1]) if len(single) > 1 else None
     if first:
@@ -227,7 +229,7 @@ def _apply_template(step: Mapping[str, Any], special: SpecialTokens, has_config:
             names["eom" if "eot" in names else "eot"] = names["eos"]
         names["eos"] = last
         flags["eos"] = True
-    _apply_pair(step.get("pair") or [], first, last, special)
+    _apply_pair(_pieces(step, "pair"), first, last, special)
 
 
 def _apply_pair(
@@ -250,9 +252,21 @@ def _apply_pair(
         names.setdefault("sep", names["eos"])
 
 
+def _pieces(step: Mapping[str, Any], key: str) -> Sequence[Any]:
+    """What a template puts together; anything but a list of pieces is no template."""
+    found = step.get(key)
+    return found if isinstance(found, list) else []
+
+
 def _template_token(entry: Any) -> str | None:
-    return (entry.get("SpecialToken") or {}).get("id") if isinstance(entry, Mapping) else None
+    return _piece_id(entry, "SpecialToken")
 
 
 def _sequence(entry: Any) -> str | None:
-    return (entry.get("Sequence") or {}).get("id") if isinstance(entry, Mapping) else None
+    return _piece_id(entry, "Sequence")
+
+
+def _piece_id(entry: Any, kind: str) -> str | None:
+    piece = entry.get(kind) if isinstance(entry, Mapping) else None
+    found = piece.get("id") if isinstance(piece, Mapping) else None
+    return found if isinstance(found, str) else None

@@ -8,6 +8,8 @@ becomes of the pieces follows ``_create_vocab_sentencepiece`` in llama.cpp's
 
 from __future__ import annotations
 
+import functools
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +20,15 @@ from gguf import TokenType
 from dus_edge.errors import CheckpointError, UnsupportedError
 from dus_edge.export.vocab.files import AddedToken, TokenizerFiles
 from dus_edge.export.vocab.table import ADDED_SCORE, TokenTable
+from dus_edge.jsonfile import MAX_BYTES, read_regular
 
 #: ``SentencePiece.Type``; the numbers are those of ``gguf.TokenType``.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = _TYPES = range(1, 7)
 
+#: More pieces than any model has.
+MOST_PIECES = 1 << 19
+#: Longer pieces are not looked at for pairs that form them: each cut takes its length.
+_LONGEST_FORMED = 256
 _MODEL_TYPES = {1: "Unigram", 2: "BPE", 3: "Word", 4: "Char"}
 
 
@@ -47,6 +54,21 @@ class SentencePieceModel:
     remove_extra_whitespaces: bool = True
     escape_whitespaces: bool = True
 
+    @functools.cached_property
+    def formed(self) -> frozenset[str]:
+        """User-defined pieces that merging leads to: of one character, or of two such parts."""
+        formed: set[str] = set()
+        own = (p.text for p in self.pieces if p.type == USER_DEFINED)
+        for text in sorted((text for text in own if len(text) <= _LONGEST_FORMED), key=len):
+            last = len(text) - 1
+            for cut in range(1, last + 1):
+                if (cut == 1 or text[:cut] in formed) and (cut == last or text[cut:] in formed):
+                    formed.add(text)
+                    break
+            if last == 0:
+                formed.add(text)
+        return frozenset(formed)
+
 
 def is_sentencepiece(path: Path) -> bool:
     """Whether `path` begins as a SentencePiece model does.
@@ -63,14 +85,25 @@ def is_sentencepiece(path: Path) -> bool:
         raise CheckpointError(f"{path}: cannot be read ({error}).") from error
 
 
-def read_model(path: Path) -> SentencePieceModel:
+def read_model(path: Path, most: int = MOST_PIECES) -> SentencePieceModel:
     """Parse a SentencePiece model file.
 
+    Args:
+        path: the file.
+        most: pieces that can be used; it is not read beyond them.
+
     Raises:
-        CheckpointError: the bytes are no such model.
+        CheckpointError: the bytes are no such model, or there are more pieces.
     """
     try:
-        return _parse_model(path.read_bytes())
+        return _parse_model(read_regular(path, MAX_BYTES), most)
+    except _TooManyError:
+        raise CheckpointError(
+            f"{path}: the tokenizer has more than {most} tokens, but the model's embedding has "
+            f"only {most} rows (vocab_size); the two files are not of one model."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
     except (ValueError, IndexError, struct.error) as error:  # UnicodeDecodeError is a ValueError
         raise CheckpointError(
             f"{path}: not a SentencePiece model ({error}); download the file again."
@@ -86,11 +119,6 @@ def spm_table(files: TokenizerFiles, model: SentencePieceModel, vocab_size: int)
     """
     path = files.folder / "tokenizer.model"
     _check_kind(model, path)
-    if len(model.pieces) > vocab_size:
-        raise CheckpointError(
-            f"{path}: the tokenizer has {len(model.pieces)} tokens, but the model's embedding has "
-            f"only {vocab_size} rows (vocab_size); the two files are not of one model."
-        )
     table = TokenTable(vocab_size, path)
     for token_id, (piece, kind) in enumerate(_kinds(model)):
         text = piece.text.replace("▁", " ") if kind == USER_DEFINED else piece.text
@@ -201,35 +229,26 @@ def _kinds(model: SentencePieceModel) -> Iterator[tuple[Piece, int]]:
     a space after each of them, which would ruin runs of spaces or newlines. Those need no
     cutting out: their score, 0, is the highest, so merging forms them without fail.
     """
-    formed: set[str] = set()
-    own = (piece.text for piece in model.pieces if piece.type == USER_DEFINED)
-    for text in sorted(own, key=len):
-        cuts = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
-        if len(text) == 1 or any(
-            all(len(part) == 1 or part in formed for part in parts) for parts in cuts
-        ):
-            formed.add(text)
     for piece in model.pieces:
-        yield piece, NORMAL if piece.text in formed else piece.type
+        yield piece, NORMAL if piece.text in model.formed else piece.type
 
 
 # -- protobuf -----------------------------------------------------------------------------------
 
 
-def _parse_model(data: bytes) -> SentencePieceModel:
+class _TooManyError(Exception):
+    """More pieces than can be used."""
+
+
+def _parse_model(data: bytes, most: int) -> SentencePieceModel:
     pieces: list[Piece] = []
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
     for number, value in _fields(data):
         if number == 1:
-            fields = dict(_fields(_as_bytes(value)))
-            pieces.append(
-                Piece(
-                    text=_as_bytes(fields.get(1, b"")).decode("utf-8"),
-                    score=struct.unpack("<f", _as_bytes(fields.get(2, bytes(4))))[0],
-                    type=int(fields.get(3, NORMAL)),
-                )
-            )
+            if len(pieces) == most:
+                raise _TooManyError
+            pieces.append(_piece(_as_bytes(value)))
         elif number == 2:
             trainer.update(_fields(_as_bytes(value)))
         elif number == 3:
@@ -246,6 +265,16 @@ def _parse_model(data: bytes) -> SentencePieceModel:
         remove_extra_whitespaces=bool(normalizer.get(4, 1)),
         escape_whitespaces=bool(normalizer.get(5, 1)),
     )
+
+
+def _piece(data: bytes) -> Piece:
+    fields = dict(_fields(data))
+    text = _as_bytes(fields.get(1, b"")).decode("utf-8")
+    (score,) = struct.unpack("<f", _as_bytes(fields.get(2, bytes(4))))
+    kind = fields.get(3, NORMAL)
+    if kind not in _TYPES or not math.isfinite(score):
+        raise ValueError(f"piece {text[:20]!r} has type {kind!r} and score {score}")
+    return Piece(text, score, int(kind))
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:

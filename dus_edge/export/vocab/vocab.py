@@ -155,7 +155,7 @@ def vocab_metadata(vocab: Vocab) -> list[KeyValue]:
 
 
 def _read_spm(files: TokenizerFiles, vocab_size: int) -> Vocab:
-    model = vocab_spm.read_model(files.folder / "tokenizer.model")
+    model = vocab_spm.read_model(files.folder / "tokenizer.model", vocab_size)
     prefix = _asked_prefix(files)
     space_prefix = model.dummy_prefix if prefix is None else prefix
     table = vocab_spm.spm_table(files, model, vocab_size)

@@ -89,10 +89,9 @@ def read_gguf(path: Path) -> StoredModel:
             f"{path}: the architecture is {architecture}; memory is predicted for "
             f"{', '.join(gguf_architectures())} only."
         )
-    if values.get("split.count", 0) > 1:
-        raise UnsupportedError(
-            f"{path} is one of {values['split.count']} parts; merge them with llama-gguf-split."
-        )
+    parts = values.get("split.count", 0)
+    if isinstance(parts, int) and parts > 1:
+        raise UnsupportedError(f"{path} is one of {parts} parts; merge them with llama-gguf-split.")
     ends = [offset + tensor.nbytes for tensor, offset in tensors]
     if ends and max(ends) > size:
         raise CheckpointError(
@@ -102,13 +101,17 @@ def read_gguf(path: Path) -> StoredModel:
     def number(field: str, default: int | None = None) -> int:
         key = family.gguf_key(field)
         value = values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
             raise CheckpointError(f"{path}: {key} is {value!r}; a positive one is needed.")
         return value
 
     named = {tensor.name: tensor for tensor, _ in tensors}
     if EMBEDDING not in named:
         raise CheckpointError(f"{path}: the tensor {EMBEDDING} is missing.")
+    if number("n_layers") > len(tensors):
+        raise CheckpointError(
+            f"{path}: {number('n_layers'):,} layers are said to be in {len(tensors):,} tensors."
+        )
     hidden, heads = number("hidden_size"), number("n_heads")
     return StoredModel(
         name=path.name,
