@@ -31,7 +31,7 @@ _OPTIONS = (
     ),
     click.option(
         "--optimizer",
-        type=click.Choice(("adamw", "adamw-bf16", "adamw-8bit")),
+        type=click.Choice(("adamw", "adamw-bf16", "adamw8bit")),
         help="AdamW with moments in f32, bf16 or 8 bits. [default: adamw]",
     ),
     click.option(

@@ -11,8 +11,10 @@ hidden size, f the feed-forward's, v bytes of a computed value.
   theirs, gate and up theirs. An adapter of another precision than the model's saves a copy of its
   own in that precision, each of them. Every adapter saves its r values.
 - sdpa saves queries, keys, values, its result and a log-sum-exp of each head (4T). With a mask
-  (documents packed into a sequence) keys and values are repeated for all query heads, and each layer
-  saves the mask as values of its own (v × sequence² for every sequence).
+  (documents packed into a sequence) keys and values are repeated for all query heads, and each
+  layer saves the mask as values of its own (v × sequence² for every sequence).
+- Under autocast norms of f32 weights give f32, of which every linear layer saves a bf16 copy; the
+  residual stream is f32 if the embedding is trained, which is f32 then.
 - The feed-forward saves gate, silu(gate) and up, and their product as the input of down.
 - A frozen layer below everything trained saves nothing; one above saves what the gradient needs to
   pass, but no inputs of linear layers. A checkpointed layer saves its input (vTd) alone.
@@ -45,8 +47,8 @@ class Activations:
 
     @property
     def row(self) -> int:
-        """One value for each channel of the residual stream: vTd."""
-        return self.work.tokens * self.config.hidden_size * self._value
+        """One value for each channel of the residual stream: vTd, under autocast 4Td."""
+        return self.work.tokens * self.config.hidden_size * self._stream
 
     @property
     def wide(self) -> int:
@@ -86,7 +88,7 @@ class Activations:
         total += t * v * (2 * q + 2 * (q if work.packed else kv)) + t * config.n_heads * _F32
         if work.packed:
             total += self._mask_values
-        if kind == ADAPTED and self._adapter != v:  # else o_proj reads sdpa's own result
+        if kind == ADAPTED and self._copies_inputs:  # else o_proj reads sdpa's own result
             total += t * q * self._adapter
         total += 3 * self.wide + self._inputs(kind, config.intermediate_size, 1)
         if kind == ADAPTED:
@@ -108,30 +110,30 @@ class Activations:
         """
         kind = self.kind(layer)
         extra = self.row + 3 * self.wide - self._inputs(kind, self.config.intermediate_size, 1)
-        if kind == ADAPTED and self._adapter != self._value:
+        if kind == ADAPTED and self._copies_inputs:
             # While up is computed again its adapter's result, that scaled, and their sum are there
             # in the adapter's precision, when down's input is not yet.
-            size = self._adapter / self._value
+            size = _F32 / self._value
             extra = max(extra, self.row + int(2 * size * (self.wide + self.row)))
-        if self.work.checkpointing and not (self._value == _F32 and self.input_learns(layer)):
+        if self.work.quantized:
+            # bitsandbytes brings a matrix to the precision of computing before it multiplies.
+            extra += self.config.intermediate_size * self.config.hidden_size * self._value
+        if self.work.checkpointing and not (self._stream == _F32 and self.input_learns(layer)):
             extra += self.row
         return extra
 
     def held(self) -> int:
-        """Bytes that the loop itself holds while layers run backward.
-
-        The hidden states and their gradient, or the logits that transformers' loss returns.
-        """
+        """Bytes that the loop holds while layers run backward: logits of transformers' loss."""
         if self.work.chunk is None:
             return self.work.tokens * self.config.vocab_size * self._value
-        return 2 * self.row
+        return 0
 
     def forward_extra(self) -> int:
         """Bytes that a layer which saves nothing has at its peak: its residual, and three wide."""
         return 2 * self.row + 3 * self.wide
 
     def before_layers(self) -> int:
-        """Cosines, sines, positions and tokens; for checkpointed layers the mask, bytes, as well."""
+        """Cosines, sines, positions, tokens; for checkpointed layers the mask, bytes, as well."""
         t, work = self.work.tokens, self.work
         mask = work.batch * work.sequence**2 if work.packed and work.checkpointing else 0
         return 2 * self.work.sequence * self.config.head_dim * self._value + 3 * t * 8 + mask
@@ -142,24 +144,51 @@ class Activations:
         return norm + self.row
 
     def head(self) -> int:
-        """Bytes of logits and what is made of them, at the peak: in the backward pass of the loss.
+        """Bytes of logits and what is made of them at the peak of the loss.
 
-        Log-probabilities, their gradient and that of the logits, in f32. In chunks also the
-        gradient of the hidden states; by transformers' own loss also the logits it returns.
+        In chunks: f32 logits and their log-probabilities, and the gradient of the hidden states.
+        By transformers' own loss, in its backward pass: log-probabilities, their gradient and that
+        of the logits, in f32, and the logits that it returns.
         """
-        work, v = self.work, self._value
-        vocab = self.config.vocab_size
+        work, vocab = self.work, self.config.vocab_size
         if work.chunk is None:
-            return work.tokens * vocab * (3 * _F32 + v)
-        return min(work.chunk, work.tokens) * vocab * 3 * _F32 + self.row
+            return work.tokens * vocab * (3 * _F32 + self._value)
+        return min(work.chunk, work.tokens) * vocab * 2 * _F32 + self._hidden
+
+    def head_gradient(self) -> int:
+        """Bytes beside the head's gradient while a chunk's own is made to be added to it."""
+        v = self._value
+        vocab, chunk = self.config.vocab_size, min(self.work.chunk or 0, self.work.tokens)
+        made = vocab * self.config.hidden_size * (_F32 + (v if v < _F32 else 0))
+        return made + chunk * vocab * (_F32 + (v if v < _F32 else 0)) + self._hidden
+
+    @property
+    def _hidden(self) -> int:
+        return self.work.tokens * self.config.hidden_size * self._value
 
     @property
     def _value(self) -> int:
         return COMPUTE_BYTES[self.work.precision]
 
     @property
+    def _stream(self) -> int:
+        """Bytes of a value between layers: under autocast of the embedding's, f32 if trained."""
+        work = self.work
+        learns = work.ends and not work.lora_rank
+        return _F32 if work.precision == "mixed" and learns else self._value
+
+    @property
     def _adapter(self) -> int:
+        """Bytes of a value that an adapter computes with; autocast makes f32 ones bf16 too."""
+        if self.work.precision == "mixed":
+            return self._value
         return {"f32": 4, "bf16": 2}[self.work.adapter_precision]
+
+    @property
+    def _copies_inputs(self) -> bool:
+        """Whether every adapter keeps a copy of its input: peft brings it to its own precision."""
+        kept = {"f32": 4, "bf16": 2}[self.work.adapter_precision]
+        return bool(self.work.lora_rank) and kept != self._value
 
     @property
     def _mask_values(self) -> int:
@@ -178,11 +207,15 @@ class Activations:
     def _norm(self, *, learns: bool, trained: bool) -> int:
         t, d = self.work.tokens, self.config.hidden_size
         passed = t * (d + 1) * _F32 if learns else 0
-        return passed + (t * d * self._value if trained else 0)
+        return passed + (t * d * self._stream if trained else 0)
 
     def _inputs(self, kind: str, width: int, readers: int) -> int:
         """What linear layers save of an input that they share."""
         t = self.work.tokens
-        if kind == ADAPTED and self._adapter != self._value:
+        if kind == ADAPTED and self._copies_inputs:
             return readers * t * width * self._adapter
-        return t * width * self._value if kind in (TRAINED, ADAPTED) else 0
+        if kind not in (TRAINED, ADAPTED):
+            return 0
+        # The f32 weight of a norm makes an f32 result, which autocast copies for every reader.
+        copies = readers if self.work.precision == "mixed" and kind == TRAINED else 1
+        return copies * t * width * self._value

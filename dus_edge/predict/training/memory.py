@@ -2,9 +2,11 @@
 
 What is always there (weights, moments), and the largest of three moments: the loss, the backward
 pass of one layer, the optimizer's step. Gradients grow while activations are dropped, so none of
-them is the largest for all models. The loop that is planned for: plain PyTorch, AdamW fused,
-gradients set to None after a step, documents packed by position ids, the head in chunks that run
-backward one by one.
+them is the largest for all models. The loop that is planned for is `train.heal.loop`: gradients set
+to None after a step, documents packed by position ids, the head in chunks, layers checkpointed one
+by one from the lowest that learns. On a CPU glibc's heap may hold more than what is alive: 5 to
+57 % in 25 runs, unless it maps every large tensor by itself, which the runs of
+`benchmarks/check_training_memory.py` have it do.
 
 FSDP2 shards weights, gradients and moments over the cards. What is gathered in full, in the
 precision of the computing: embedding, last norm and head through the step, and two layers, the
@@ -45,9 +47,8 @@ class TrainingMemory:
         gradients_bytes: those that are there at the peak.
         activations_bytes: what the forward pass keeps, and what the layer in question has beside.
         logits_bytes: logits and what the loss makes of them, if the peak is there.
-        gathered_bytes: what FSDP2 holds in full.
+        gathered_bytes: bf16 copies of weights: autocast's, or what FSDP2 gathers.
         overhead_bytes: CUDA's context, or the interpreter and its libraries.
-        heap_bytes: on a CPU, what the C library's heap holds beside live tensors.
         peak: where the peak is: ``loss``, ``layer 24`` or ``step``.
         parameters: of the model, without adapters.
         trained_parameters: of these, or of adapters, those that learn.
@@ -62,7 +63,6 @@ class TrainingMemory:
     logits_bytes: int
     gathered_bytes: int
     overhead_bytes: int
-    heap_bytes: int
     peak: str
     parameters: int
     trained_parameters: int
@@ -84,7 +84,7 @@ class TrainingMemory:
     @property
     def total_bytes(self) -> int:
         """All of it."""
-        return self.tensors_bytes + self.overhead_bytes + self.heap_bytes
+        return self.tensors_bytes + self.overhead_bytes
 
 
 def plan_training(config: ModelConfig, work: TrainingWork) -> TrainingMemory:
@@ -127,8 +127,8 @@ class _Plan:
         weights, moments = self._weights(), self._moments_of(n.trained(work))
         peak = max(self._moments(), key=lambda m: m.total)
         gathered = self._gathered()
-        tensors = weights + moments + peak.total + gathered
         saved = n.trained(work) * self._trained_bytes
+        stored = 4 if self._config.dtype == "F32" else 2
         return TrainingMemory(
             weights_bytes=weights,
             optimizer_bytes=moments,
@@ -137,12 +137,12 @@ class _Plan:
             logits_bytes=peak.logits,
             gathered_bytes=gathered,
             overhead_bytes=self._overhead(),
-            heap_bytes=self._heap(tensors),
             peak=peak.name,
             parameters=n.total,
             trained_parameters=n.trained(work),
             checkpoint_bytes=saved + self._moments_of(n.trained(work), sharded=False),
-            result_bytes=saved if work.lora_rank else n.total * KEPT_BYTES[work.precision],
+            # The trainer merges its adapters, which NF4's weights cannot take in.
+            result_bytes=saved if work.quantized else n.total * stored,
         )
 
     def _weights(self) -> int:
@@ -170,15 +170,22 @@ class _Plan:
         all_gradients = self._shard(n.trained(work) * self._trained_bytes)
         kept = made.before_layers() + sum(map(made.kept, layers))
         head = self._computed(n.head or n.embedding) if work.ends and not work.lora_rank else 0
-        chunks = -(-work.tokens // work.chunk) if work.chunk else 1
-        # The head's gradient is there from the second chunk on, and made anew before it is added.
-        so_far = all_gradients if standing else head if chunks > 1 else 0
-        anew = head if standing or chunks > 1 else 0
+        so_far = all_gradients if standing else 0
         kept += made.last_norm()
-        found = [
-            _Moment("loss", so_far, kept, made.head()),
-            _Moment("loss", so_far + max(anew, head), kept, made.held()),
-        ]
+        # In chunks the head's gradient is made in f32 with the loss, and brought to its weight's
+        # dtype in the backward pass; transformers' loss makes it after the logits' gradient.
+        if work.chunk is None:
+            found = [
+                _Moment("loss", so_far, kept, made.head()),
+                _Moment("loss", so_far + 2 * head, kept, made.held()),
+            ]
+        else:
+            found = [
+                _Moment("loss", so_far + head, kept, made.head()),
+                _Moment("loss", so_far + 2 * head, kept, 2 * made.row),
+            ]
+            if head:
+                found.append(_Moment("loss", so_far + head, kept, made.head_gradient()))
         kept += made.held() - made.last_norm()
         if OUT in map(made.kind, layers):
             at = made.before_layers() + made.forward_extra()
@@ -200,7 +207,8 @@ class _Plan:
             new = self._computed(n.embedding)
             before = all_gradients - (0 if n.head == 0 or standing else self._shard(new))
             found.append(_Moment("embedding", before + new, made.held() + made.row))
-        found.append(_Moment("step", all_gradients, 0))
+        copies = 0 if work.fused or work.optimizer == "adamw8bit" else 4 * n.trained(work)
+        found.append(_Moment("step", all_gradients + self._shard(copies), 0))
         return found
 
     def _computed(self, parameters: int) -> int:
@@ -212,8 +220,11 @@ class _Plan:
 
     def _gathered(self) -> int:
         n, work = self._n, self._work
-        if work.gpus == 1 and work.precision != "mixed":
-            return 0
+        if work.gpus == 1:
+            # autocast's copies of what learns, but of norms and the embedding
+            autocast = work.precision == "mixed" and not work.lora_rank
+            layers = n.n_layers if work.layers is None else len(work.layers)
+            return layers * n.linear * 2 if autocast else 0
         value = COMPUTE_BYTES[work.precision]
         return (n.ends + 2 * n.layer + (n.layer if work.layers != () else 0)) * value
 
@@ -224,6 +235,3 @@ class _Plan:
         if self._work.backend == "CUDA":
             return CUDA_OVERHEAD_BYTES
         return _CPU_OVERHEAD_PEFT if self._work.lora_rank else _CPU_OVERHEAD
-
-    def _heap(self, tensors: int) -> int:
-        return 0

@@ -11,7 +11,7 @@ attention of 2 × (heads × head size) × sequence a layer (a causal token looks
     adapters   2A forward, 4A backward
 
 The device does a share of its dense matrix rate in 16 bits with f32 sums (`fp16_tflops_dense`),
-which is also that of bf16. The share is an interval, from the lowest to the highest of the published
+which is also that of bf16. The share is an interval, the lowest to the highest of the published
 runs in `benchmarks/published/training.json`, by method; `data/training_speed.toml` keeps it. Those
 ran on A100, H100 and RTX 4090 only. What cards on several sockets or nodes lose is not predicted.
 """

@@ -187,8 +187,8 @@ def _tries(plan: DepthPlan, work: TrainingWork) -> Iterator[Iterator[tuple[str, 
         (f"--batch 1 --sequence {n}", replace(small, sequence=n))
         for n in _halves(work.sequence, _SHORTEST)
     )
-    if work.optimizer != "adamw-8bit" and not work.lora_rank and work.backend == "CUDA":
-        yield iter([("--optimizer adamw-8bit", replace(work, optimizer="adamw-8bit"))])
+    if work.optimizer != "adamw8bit" and not work.lora_rank and work.backend == "CUDA":
+        yield iter([("--optimizer adamw8bit", replace(work, optimizer="adamw8bit"))])
     if work.backend == "CUDA" and not work.quantized:
         yield ((f"--gpus {n}", replace(work, gpus=n)) for n in _CARDS if n > work.gpus)
     yield from (_other_modes(plan, work))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dus_edge.errors import UsageError
+from dus_edge.train.heal.mode import learned_layers, parse_mode
 from dus_edge.upscale.plan import DepthPlan
 
-#: How weights are kept and computed with. ``mixed`` keeps them in f32 and computes in bf16, as
-#: FSDP2's `MixedPrecisionPolicy` does.
+#: How weights are kept and computed with. ``mixed`` keeps those that learn in f32 and computes in
+#: bf16: by autocast on one card, which keeps a copy of them in bf16 through a step.
 PRECISIONS = ("f32", "bf16", "mixed")
 #: AdamW with its two moments in f32, in bf16 (what torch makes of bf16 weights), or in 8 bits.
-OPTIMIZERS = ("adamw", "adamw-bf16", "adamw-8bit")
+ADAMS = ("adamw", "adamw-bf16", "adamw8bit")
 MODES = ("all", "copies", "seam:K", "lora", "qlora")
-_SEAM = re.compile(r"seam:(\d+)")
 #: The most that is believed of a number of tokens, sequences or cards.
 _MOST = 1 << 24
 
@@ -38,7 +37,9 @@ class TrainingWork:
         precision: one of `PRECISIONS`.
         adapter_precision: ``f32`` or ``bf16``: of adapters. peft's own choice is f32, and then
             every input of an adapter is copied to f32; trl makes QLoRA's bf16.
-        optimizer: one of `OPTIMIZERS`; fused, so that a step makes no copies.
+        optimizer: one of `ADAMS`.
+        fused: whether a step of the optimizer makes no copies; torch's foreach AdamW makes an f32
+            one of all that learns.
         checkpointing: whether layers keep their input alone and are computed again.
         chunk: tokens whose logits are computed at once; None means all, by transformers' own loss.
         packed: whether several documents share a sequence, which needs a mask.
@@ -57,8 +58,9 @@ class TrainingWork:
     precision: str = "bf16"
     adapter_precision: str = "f32"
     optimizer: str = "adamw"
+    fused: bool = False
     checkpointing: bool = True
-    chunk: int | None = 1024
+    chunk: int | None = 512
     packed: bool = True
     gpus: int = 1
     backend: str = "CUDA"
@@ -71,7 +73,7 @@ class TrainingWork:
         for key, known in (
             ("precision", PRECISIONS),
             ("adapter_precision", ("f32", "bf16")),
-            ("optimizer", OPTIMIZERS),
+            ("optimizer", ADAMS),
             ("backend", ("CUDA", "CPU")),
         ):
             if getattr(self, key) not in known:
@@ -110,7 +112,7 @@ def work_of_mode(mode: str, plan: DepthPlan, *, backend: str, **fields: Any) -> 
     """
     on_card = backend == "CUDA"
     chosen: dict[str, Any] = {
-        "precision": "bf16" if on_card else "f32",
+        "precision": "mixed" if on_card else "f32",
         "checkpointing": on_card,
         "packed": mode != "qlora",
     }
@@ -128,42 +130,12 @@ def layers_of_mode(mode: str, plan: DepthPlan) -> tuple[int, ...]:
     """Layers whose weights a mode trains, 0-based, ascending.
 
     ``copies`` are those whose source stands further down already; ``seam:K`` are the K nearest to
-    every seam, one more below it than above where K is odd.
+    every seam, the odd one behind it: what `train.heal.mode` has learn.
 
     Raises:
         UsageError: no such mode, or the plan has no copies or no seam.
     """
-    if mode == "all":
-        return tuple(range(plan.depth))
-    if mode == "copies":
-        seen: set[int] = set()
-        found = []
-        for i, source in enumerate(plan.sources):
-            if source in seen:
-                found.append(i)
-            seen.add(source)
-        if not found:
-            raise UsageError(
-                "No layer of this model is known to be a copy; name the plan that it was made "
-                "with (--drop, --layers or --plan and the base), or train all."
-            )
-        return tuple(found)
-    match = _SEAM.fullmatch(mode)
-    if match is None:
-        raise UsageError(f"There is no training mode {mode!r}; known are {', '.join(MODES)}.")
-    k = int(match[1])
-    if k < 1:
-        raise UsageError("seam:0 trains nothing; name at least one layer, such as seam:8.")
-    if not plan.seams:
-        raise UsageError(
-            "This model has no seam; name the plan that it was made with (--drop, --layers or "
-            "--plan and the base), or train all."
-        )
-    near: set[int] = set()
-    for seam in plan.seams:
-        first = seam.position - (k + 1) // 2
-        near |= set(range(max(0, first), min(plan.depth, first + k)))
-    return tuple(sorted(near))
+    return learned_layers(parse_mode(mode), plan)
 
 
 #: Bytes of a value of each precision as it is computed with.
@@ -172,4 +144,4 @@ COMPUTE_BYTES: Mapping[str, int] = {"f32": 4, "bf16": 2, "mixed": 2}
 KEPT_BYTES: Mapping[str, int] = {"f32": 4, "bf16": 2, "mixed": 4}
 #: Bytes of both moments of a weight. 8-bit AdamW has an f32 scale for every 256 values
 #: (bitsandbytes 0.50.2, blockwise); tensors below 4,096 values stay in f32, which are nothing.
-MOMENTS_BYTES: Mapping[str, float] = {"adamw": 8, "adamw-bf16": 4, "adamw-8bit": 2 + 8 / 256}
+MOMENTS_BYTES: Mapping[str, float] = {"adamw": 8, "adamw-bf16": 4, "adamw8bit": 2 + 8 / 256}
