@@ -17,7 +17,7 @@ _OPTIONS = (
         "mode",
         metavar="MODE",
         help="Plan a training instead: all, copies, seam:K (the K layers nearest to a seam), lora "
-        "or qlora. --batch is then sequences at a time. [default of --batch: 1]",
+        "or qlora. --batch is then sequences at a time, by default 1.",
     ),
     click.option("--sequence", type=int, metavar="N", help="Tokens of a sequence. [default: 2048]"),
     click.option(
@@ -26,7 +26,7 @@ _OPTIONS = (
     click.option(
         "--precision",
         type=click.Choice(("f32", "bf16", "mixed")),
-        help="Precision of weights; mixed keeps f32 and computes in bf16. [default: bf16, on a "
+        help="Precision; mixed keeps what learns in f32 and computes in bf16. [default: mixed, on a "
         "CPU f32]",
     ),
     click.option(
@@ -42,9 +42,9 @@ _OPTIONS = (
     click.option(
         "--rank", type=int, metavar="R", help="Rank of adapters of lora and qlora. [default: 16]"
     ),
-    click.option("--tokens", metavar="N", help="Tokens to train on, such as 1e9: for the hours."),
+    click.option("--tokens", metavar="N", help="Tokens to train on, such as 1e9, for the hours."),
     click.option(
-        "--price-per-hour", type=float, metavar="X", help="Price of a card: for the cost."
+        "--price-per-hour", type=float, metavar="X", help="Price of a card, for the cost."
     ),
 )
 
