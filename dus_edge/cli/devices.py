@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from dus_edge.cli.options import asked_plan_options, json_option
+from dus_edge.cli.training import training_options
 
 _MODEL_OPTIONS = (
     click.option(
@@ -129,6 +130,7 @@ def devices_command(as_json: bool) -> None:
 
 
 @click.command("fit")
+@training_options
 @model_options
 @click.option(
     "--device",
@@ -155,6 +157,7 @@ def fit_command(
 
     MODEL is a GGUF file, a folder (config.json is enough; also GPTQ's and
     bitsandbytes'), a hub id or pico. Without --device: which devices run it.
+    With --train: memory, time and disk of training it there.
     """
     from dus_edge.predict import report
     from dus_edge.predict.prediction import (

@@ -19,7 +19,7 @@ from dus_edge.predict.memory.folder import (
 from dus_edge.predict.memory.llama import model_of_config, read_gguf
 from dus_edge.predict.prediction import StorableModel
 from dus_edge.quant.recipe import Preset, find_preset
-from dus_edge.upscale.model import ChoosePlan, Model, Say
+from dus_edge.upscale.model import ChoosePlan, Model, Say, find_model
 
 
 def find_candidate(
@@ -66,6 +66,22 @@ def find_candidate(
         model_of_config(found.config, chosen, name),
         models_of_presets(found.config, found.name.stem),
     )
+
+
+def find_trained(model: str, choose: ChoosePlan, say: Say) -> Model:
+    """A checkpoint that is to be trained, by its configuration alone.
+
+    Args:
+        model: a folder (`config.json` is enough), hub id or the built-in base.
+        choose: gives the plan for its depth.
+        say: takes lines for the user.
+
+    Raises:
+        UsageError: a GGUF file, which nothing trains.
+    """
+    if model.endswith(".gguf"):
+        raise UsageError(f"{model} is a GGUF file; training starts from a checkpoint's folder.")
+    return find_model(model, choose, weights=False, say=say)
 
 
 def _refuse_preset(model: str, preset: Preset | TorchPreset | None) -> None:

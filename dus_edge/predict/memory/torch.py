@@ -23,7 +23,7 @@ from dus_edge.predict.stored_model import MIB, MemoryUse, RunSettings, StoredMod
 #: was read to take 6,319 MB under GPTQModel and 6,440 as NF4
 #: (huggingface.co/datasets/derekl35/quantization-benchmarks, prompt not stated): less weights,
 #: cache and compute of 512 tokens, 458 and 503 MB are left, the allocator's reserve among them.
-_CUDA_OVERHEAD = 400_000_000
+CUDA_OVERHEAD_BYTES = 400_000_000
 #: What a process has resident on a CPU that generated with a tiny Llama: torch 2.13, transformers
 #: 5.23, Linux, read from /proc/self/status (`VmRSS`).
 _CPU_OVERHEAD = 348 * MIB
@@ -62,7 +62,7 @@ def memory_use(model: StoredModel, settings: RunSettings) -> MemoryUse:
         weights_bytes=model.weights_bytes,
         kv_cache_bytes=kv_cache_bytes(model, settings.context),
         compute_buffer_bytes=forward_bytes(model, settings.context, settings.backend),
-        overhead_bytes={"CUDA": _CUDA_OVERHEAD, "CPU": _CPU_OVERHEAD}.get(settings.backend, 0),
+        overhead_bytes={"CUDA": CUDA_OVERHEAD_BYTES, "CPU": _CPU_OVERHEAD}.get(settings.backend, 0),
     )
 
 
