@@ -125,7 +125,7 @@ tables: $(VENV)/run.stamp ## Predict SOLAR on every device; write benchmarks/TAB
 test: $(VENV)/test.stamp ## Run the tests; they draw the same cases every time.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $$TESTS
 
-fuzz: $(VENV)/test.stamp ## Damaged files and new draws of the property tests for MINUTES.
+fuzz: $(VENV)/test.stamp ## Damaged files and new draws of properties, for MINUTES.
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py "$$MINUTES" -n auto
 
 torture: $(VENV)/test.stamp ## Kill every exporting command at random moments (minutes).

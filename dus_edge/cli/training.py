@@ -26,8 +26,8 @@ _OPTIONS = (
     click.option(
         "--precision",
         type=click.Choice(("f32", "bf16", "mixed")),
-        help="Precision; mixed keeps what learns in f32 and computes in bf16. [default: mixed, on a "
-        "CPU f32]",
+        help="Precision; mixed keeps what learns in f32 and computes in bf16. "
+        "[default: mixed, on a CPU f32]",
     ),
     click.option(
         "--optimizer",
