@@ -27,7 +27,7 @@ from .watched import Outcome, replay, run_batch
 
 #: Where failing inputs are kept, beside the project's other caches.
 SAVED = Path(__file__).parents[2] / "build" / "fuzz"
-BATCH = 2000
+BATCH = 500
 #: Findings of one kind at one place are counted; so many are saved.
 _SAVED_EACH = 3
 
