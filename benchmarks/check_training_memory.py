@@ -43,7 +43,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 #: Sizes of bases: hidden, heads, KV heads, head, layers, feed-forward, vocabulary; then whether the
-#: head is tied. pico is the program's own, llama is a Llama of 1/8 the width; tiny is what the plan's
+#: head is tied. pico is the program's own, llama a Llama of 1/8 the width, and tiny what the plan's
 #: term for interpreter and libraries was read from.
 SHAPES: dict[str, tuple[tuple[int, ...], bool]] = {
     "tiny": ((32, 2, 1, 16, 4, 64, 128), True),

@@ -32,7 +32,7 @@ from dus_edge.predict.training.work import (
 )
 
 #: What a process has resident on a CPU that trained a tiny Llama for three steps; with peft for its
-#: adapters; and what bf16's kernels add: torch 2.13, transformers 5.23, peft 0.21, Python 3.11, Linux
+#: adapters; and what kernels of bf16 add: torch 2.13, transformers 5.23, peft 0.21, Linux
 #: (`VmHWM`, benchmarks/check_training_memory.py).
 _CPU_OVERHEAD = 357 * MIB
 _CPU_OVERHEAD_PEFT = 415 * MIB
