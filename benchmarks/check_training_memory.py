@@ -43,8 +43,10 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 #: Sizes of bases: hidden, heads, KV heads, head, layers, feed-forward, vocabulary; then whether the
-#: head is tied. pico is the program's own, llama is a Llama of 1/8 the width.
+#: head is tied. pico is the program's own, llama a Llama of 1/8 the width, and tiny what the plan's
+#: term for interpreter and libraries was read from.
 SHAPES: dict[str, tuple[tuple[int, ...], bool]] = {
+    "tiny": ((32, 2, 1, 16, 4, 64, 128), True),
     "pico": ((256, 8, 4, 32, 8, 688, 8192), True),
     "smollm2": ((576, 9, 3, 64, 30, 1536, 49152), True),
     "llama": ((512, 8, 8, 64, 12, 1408, 32000), False),
@@ -115,6 +117,8 @@ class Case:
 
 
 CASES = (
+    Case("tiny", "all", 64),
+    Case("tiny", "lora", 64),
     Case("pico", "all", 256),
     Case("pico", "all", 1024),
     Case("pico", "all", 1024, packed=True),

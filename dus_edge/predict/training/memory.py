@@ -31,10 +31,12 @@ from dus_edge.predict.training.work import (
     TrainingWork,
 )
 
-#: What a process has resident on a CPU that trained a tiny Llama for three steps, and with peft for
-#: its adapters: torch 2.13, transformers 5.23, peft 0.21, Python 3.11, Linux (`VmHWM`).
-_CPU_OVERHEAD = 353 * MIB
-_CPU_OVERHEAD_PEFT = 410 * MIB
+#: What a process has resident on a CPU that trained a tiny Llama for three steps; with peft for its
+#: adapters; and what kernels of bf16 add: torch 2.13, transformers 5.23, peft 0.21, Linux
+#: (`VmHWM`, benchmarks/check_training_memory.py).
+_CPU_OVERHEAD = 357 * MIB
+_CPU_OVERHEAD_PEFT = 415 * MIB
+_CPU_OVERHEAD_BF16 = 15 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,4 +236,5 @@ class _Plan:
     def _overhead(self) -> int:
         if self._work.backend == "CUDA":
             return CUDA_OVERHEAD_BYTES
-        return _CPU_OVERHEAD_PEFT if self._work.lora_rank else _CPU_OVERHEAD
+        own = _CPU_OVERHEAD_PEFT if self._work.lora_rank else _CPU_OVERHEAD
+        return own + (_CPU_OVERHEAD_BF16 if self._work.precision != "f32" else 0)
