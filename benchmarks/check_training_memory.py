@@ -18,7 +18,6 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from common import RESULTS, append, machine
 from dus_edge.checkpoint.config import ModelConfig, config_of_shape
 from dus_edge.families.shape import Shape
 from dus_edge.predict.stored_model import MIB
-from dus_edge.predict.training.activations import OUT, Activations
 from dus_edge.predict.training.memory import TrainingMemory, plan_training
 from dus_edge.predict.training.work import TrainingWork, work_of_mode
 from dus_edge.upscale.plan import DepthPlan, choose
@@ -154,17 +152,15 @@ def train_step_memory(case: Case) -> int:
     are random.
     """
     import torch
-    from torch.utils.checkpoint import checkpoint
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from dus_edge.train.heal.lora import add_adapters
-    from dus_edge.train.heal.network import Network
+    from dus_edge.train.heal.network import Network, checkpoint_layers
     from dus_edge.train.heal.optim import make_optimizer
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
     config, work = case.config, case.work
-    made = Activations(config, work)
     compute = torch.bfloat16 if case.precision == "mixed" else torch.float32
     model = LlamaForCausalLM._from_config(
         LlamaConfig(**config.raw, use_cache=False), dtype=torch.float32
@@ -183,10 +179,7 @@ def train_step_memory(case: Case) -> int:
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(compute)
     if case.checkpointing:
-        for i, layer in enumerate(layers):
-            # transformers' own switch would have the frozen layers below run backward as well.
-            layer.gradient_checkpointing = made.kind(i) != OUT
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        checkpoint_layers(network)
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer("adamw", learning, 0.1)
     n_documents = 2 if case.packed else 1

@@ -254,6 +254,42 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path):
     check_each(check, bad)
 
 
+def test_what_cannot_fit_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    from dus_edge.jobs.train import heal as module
+
+    monkeypatch.setattr(module, "meminfo_kib", lambda: {"MemAvailable": 300 << 10})
+    with pytest.raises(UsageError, match=r"takes about .* of memory and 300.0 MiB are free"):
+        run_here(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpointing_changes_no_gradient_and_leaves_frozen_layers_alone():
+    from dus_edge.train.heal.network import (
+        checkpoint_layers,
+        empty_network,
+        learned_names,
+        load_weights,
+    )
+    from dus_edge.upscale.model import find_model
+
+    model = find_model("pico", UP, weights=True, say=print)
+    ids = torch.arange(100, 164)[None]
+    grads = []
+    for again in (False, True):
+        network = empty_network(model.config)
+        names = learned_names(model.config, range(6, 10), False)
+        load_weights(network, model.open(), names, torch.float32, torch.device("cpu"))
+        if again:
+            checkpoint_layers(network)
+        flags = [
+            bool(getattr(x, "gradient_checkpointing", False)) for x in network.model.model.layers
+        ]
+        assert flags == [again and i >= 6 for i in range(12)]
+        network(ids, torch.arange(64)[None], ids.roll(-1))[0].backward()
+        grads.append({n: p.grad for n, p in network.model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0]) and len(grads[0]) == 36
+
+
 def test_changed_text_and_settings_are_refused_on_resume(tmp_path):
     text = tmp_path / "text"
     text.mkdir()

@@ -16,14 +16,18 @@ from dus_edge.export import hf
 from dus_edge.files import check_free_space, check_replaceable
 from dus_edge.jobs.job import Job, Result, Writing, Written, quiet, run_job
 from dus_edge.jobs.train.state import work_folder
+from dus_edge.machine import meminfo_kib
 from dus_edge.packages import require
+from dus_edge.predict.training.memory import TrainingMemory, plan_training
+from dus_edge.predict.training.work import work_of_mode
 from dus_edge.progress import progress
 from dus_edge.text.documents import read_documents
-from dus_edge.train.heal.mode import LORA, learned_layers
+from dus_edge.train.heal.mode import LORA
 from dus_edge.train.recovery.options import HealOptions
 from dus_edge.upscale.model import ChoosePlan, Model, Say, find_model
 from dus_edge.upscale.plan import DepthPlan
 from dus_edge.upscale.view import UpscaledCheckpoint
+from dus_edge.words import format_bytes
 
 if TYPE_CHECKING:  # these import torch
     from dus_edge.jobs.train.heal_card import Recovery
@@ -31,9 +35,8 @@ if TYPE_CHECKING:  # these import torch
     from dus_edge.train.recovery.data import HealData
 
 LOG = "training.jsonl"
-#: Bytes on the disk for a weight that learns: itself and two moments, in two checkpoints and one
-#: that is being written.
-_STATE_BYTES = 3 * 12
+#: Checkpoints that are there at once: two are kept while the next is written.
+_N_STATES = 3
 
 
 def heal(
@@ -77,7 +80,7 @@ def heal(
 
 
 @dataclass(frozen=True)
-class HealJob(Job[None]):
+class HealJob(Job[TrainingMemory]):
     """See `heal`; `figures` is filled with what was measured."""
 
     folder: Path
@@ -115,22 +118,33 @@ class HealJob(Job[None]):
         """The folder."""
         return [self.folder]
 
-    def check(self, model: Model, checkpoint: Checkpoint) -> None:
-        """The plan must have what is to learn, and the disk must do."""
-        layers = learned_layers(self.options.mode, healed_plan(model))
-        share = len(layers) / model.config.n_layers
+    def check(self, model: Model, checkpoint: Checkpoint) -> TrainingMemory:
+        """The plan must have what is to learn, and memory and disk must do."""
+        memory = planned_memory(model, self.options, self.world.size)
         hf.check_outputs(checkpoint, self.folder, self.writing.overwrite)
-        if self.options.mode.kind != LORA:
-            state = int(_STATE_BYTES * share * model.n_parameters)
-            check_free_space(self.folder.parent, state)
+        check_free_space(self.folder.parent, _N_STATES * memory.checkpoint_bytes)
+        free = _free_memory(self.options.device)
+        if free is not None and memory.total_bytes > free:
+            raise UsageError(
+                f"training takes about {format_bytes(memory.total_bytes)} of memory and "
+                f"{format_bytes(free)} are free; `dus-edge fit MODEL --train "
+                f"{self.options.mode.spelled} --device ID` tells what takes less: a smaller "
+                "--micro-batch or --ctx, --checkpointing, --train copies."
+            )
+        return memory
 
     def write(
-        self, model: Model, checkpoint: Checkpoint, planned: None, say: Say
+        self, model: Model, checkpoint: Checkpoint, planned: TrainingMemory, say: Say
     ) -> tuple[tuple[Written, ...], tuple[str, ...]]:
         """Train, then write the checkpoint, its log and its picture."""
         from dus_edge.jobs.train.heal_card import PICTURE, gap_sentence, healed_card
         from dus_edge.train.heal.trained import TrainedCheckpoint
 
+        state = _N_STATES * planned.checkpoint_bytes
+        say(
+            f"Planned: {format_bytes(planned.total_bytes)} of memory, and while it runs "
+            f"{format_bytes(state)} of disk"
+        )
         weights, data, recovery = self.train(model, checkpoint, say)
         trained = TrainedCheckpoint(checkpoint, weights)
         n_learned = sum(w.numel() for w in weights.values())
@@ -226,6 +240,38 @@ def healed_plan(model: Model) -> DepthPlan:
             "remove it, or up-scale the base again."
         )
     return plan
+
+
+def planned_memory(model: Model, options: HealOptions, processes: int) -> TrainingMemory:
+    """What a run will take, term by term; see `dus-edge fit --train`.
+
+    Raises:
+        UsageError: the plan has nothing that could learn so.
+    """
+    work = work_of_mode(
+        options.mode.spelled,
+        healed_plan(model),
+        backend="CUDA" if options.device == "cuda" else "CPU",
+        sequence=options.length,
+        batch=options.micro,
+        micro_batches=max(1, options.batch // (options.micro * processes)),
+        precision="mixed" if options.dtype == "bfloat16" else "f32",
+        optimizer=options.optimizer,
+        checkpointing=options.checkpointing,
+        lora_rank=options.rank if options.mode.kind == LORA else None,
+        gpus=processes,
+    )
+    return plan_training(model.config, work)
+
+
+def _free_memory(device: str) -> int | None:
+    """Bytes that are free where a run goes; None where the system does not tell."""
+    if device == "cuda":
+        from dus_edge.train.heal.parallel import free_card_bytes
+
+        return free_card_bytes()
+    kib = meminfo_kib().get("MemAvailable")
+    return None if kib is None else kib << 10
 
 
 def _base_identity(model: Model) -> list[Any]:

@@ -1,8 +1,7 @@
 """Which tensors a training step of a Llama keeps between forward and backward, term by term.
 
-Read from `LlamaForCausalLM` of transformers 5.23 with attention by sdpa, and compared with what
-torch's profiler counts (`tests/test_training_memory.py`). T are tokens of a micro-batch, d the
-hidden size, f the feed-forward's, v bytes of a computed value.
+Read from `LlamaForCausalLM` of transformers 5.23 with attention by sdpa. T are tokens of a
+micro-batch, d the hidden size, f the feed-forward's, v bytes of a computed value.
 
 - A norm computes in f32. If a gradient flows to its input it saves the input in f32 (4Td; in an f32
   model that is the residual stream itself) and 1/rms (4T); if its weight is trained, the normed

@@ -8,10 +8,12 @@ they are share one tensor: an up-scaled model that is frozen takes its base's me
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dus_edge.calibrate.layer import as_tensor
 from dus_edge.checkpoint.config import ModelConfig, tensor_shapes
@@ -61,15 +63,12 @@ class Network(nn.Module):
         return chunked_cross_entropy(states.flatten(0, 1), self.head, labels.flatten(), teacher)
 
 
-def empty_network(
-    config: ModelConfig, compute: torch.dtype = torch.float32, *, checkpointing: bool = False
-) -> Network:
+def empty_network(config: ModelConfig, compute: torch.dtype = torch.float32) -> Network:
     """The modules on the meta device: shapes without memory.
 
     Args:
         config: of the model.
         compute: dtype of matrix products.
-        checkpointing: compute a layer again in the backward pass instead of keeping what it needs.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -80,10 +79,23 @@ def empty_network(
             known, attn_implementation="sdpa", dtype=torch.float32
         )
     model.config.use_cache = False
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     return Network(model, compute)
+
+
+def checkpoint_layers(network: Network) -> None:
+    """Keep a layer's input alone for the backward pass, and compute the layer again there.
+
+    From the lowest layer that learns: transformers' own switch would have the gradient flow through
+    the frozen layers below it too.
+    """
+    layers = network.model.model.layers
+    learning = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
+    body = network.model.model
+    first = 0 if body.embed_tokens.weight.requires_grad else learning.index(True)
+    for layer in layers[first:]:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
 def load_weights(

@@ -72,6 +72,11 @@ def pick_device(name: str) -> str:
     return ("cuda" if there else "cpu") if name == "auto" else name
 
 
+def free_card_bytes() -> int:
+    """What is free on this process's card."""
+    return torch.cuda.mem_get_info()[0]
+
+
 @contextmanager
 def joined_world(device: str) -> Iterator[World]:
     """This process's place among those that torchrun started; alone without it.

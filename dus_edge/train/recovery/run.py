@@ -15,7 +15,13 @@ from dus_edge.train.heal import lora
 from dus_edge.train.heal.heldout import HeldoutLoss, heldout_loss
 from dus_edge.train.heal.loop import Pace, StepDone, run_steps
 from dus_edge.train.heal.mode import ALL, LORA, TrainMode, learned_layers
-from dus_edge.train.heal.network import Network, empty_network, learned_names, load_weights
+from dus_edge.train.heal.network import (
+    Network,
+    checkpoint_layers,
+    empty_network,
+    learned_names,
+    load_weights,
+)
 from dus_edge.train.heal.optim import Schedule, make_optimizer
 from dus_edge.train.heal.parallel import (
     World,
@@ -145,7 +151,7 @@ class Runner:
         """A network with its weights, and what learns in it."""
         options, world = self.options, self.world
         compute = _DTYPES[options.dtype]
-        network = empty_network(checkpoint.config, compute, checkpointing=options.checkpointing)
+        network = empty_network(checkpoint.config, compute)
         if world.many:
             shard_network(network, world, compute)
             load_shards(network, checkpoint, set(names), world.device)
@@ -153,6 +159,8 @@ class Runner:
             load_weights(network, checkpoint, set(names), compute, world.device)
         if with_lora:
             lora.add_adapters(network, options.rank)
+        if options.checkpointing and (names or with_lora):
+            checkpoint_layers(network)
         return network, {n: p for n, p in named_parameters(network) if p.requires_grad}
 
     def _collect(
