@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,10 +39,10 @@ def check_writable(folder: Path) -> None:
         OutputError: neither is so.
     """
     nearest = _nearest(folder)
-    probe = nearest / f".dus-edge-{os.getpid()}{PARTIAL}"
     try:
-        probe.touch()
-        probe.unlink()
+        # Without a name where the system can: Ctrl-C leaves nothing.
+        with tempfile.TemporaryFile(dir=nearest, prefix=".dus-edge-"):
+            pass
     except OSError as e:
         raise _refused(folder, e) from None
 

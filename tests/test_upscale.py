@@ -61,6 +61,7 @@ def test_config_is_the_bases_but_for_the_depth(make_checkpoint, tmp_path):
     new = json.loads((tmp_path / "up" / "config.json").read_text())
     assert new.pop("num_hidden_layers") == 6
     assert new.pop("layer_types") == ["a", "b", "c", "b", "c", "d"]
+    assert new.pop("dus_edge") == {"n_base_layers": 4, "sources": [0, 1, 2, 1, 2, 3]}
     old.pop("num_hidden_layers"), old.pop("layer_types")
     assert new == old
 

@@ -21,6 +21,7 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 HF = {"torch", "transformers", "safetensors", "sentencepiece"}
 NEED_HF = (
     "dus_edge.train.",
+    "dus_edge.jobs.train.heal_card",
     "dus_edge.calibrate.engine",
     "dus_edge.calibrate.gptq",
     "dus_edge.calibrate.imatrix",
