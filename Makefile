@@ -86,7 +86,8 @@ imatrix: $(VENV)/hf.stamp ## Collect BASE's importance matrix, OUT/imatrix.gguf.
 
 # Without TEXT the built-in base is healed on what it knows, Python: the program's own sources.
 heal: $(VENV)/hf.stamp ## Up-scale BASE and train it on TEXT for TOKENS, OUT/heal.
-	@[ -n "$$TEXT" ] || TEXT=dus_edge; $(TEXTS); $(BIN)/dus-edge heal $(PLAN) --train "$$TRAIN" \
+	@[ -n "$$TEXT" ] || TEXT="dus_edge/checkpoint dus_edge/export dus_edge/predict dus_edge/quant"; \
+	  $(TEXTS); $(BIN)/dus-edge heal $(PLAN) --train "$$TRAIN" \
 	  --tokens "$$TOKENS" "$$@" -o "$$OUT/heal" --overwrite -- "$$BASE"
 
 sft: $(VENV)/train.stamp ## Tune MODEL on the dialogues in DATA, OUT/sft.
