@@ -88,7 +88,8 @@ imatrix: $(VENV)/hf.stamp ## Collect BASE's importance matrix, OUT/imatrix.gguf.
 heal: $(VENV)/hf.stamp ## Up-scale BASE and train it on TEXT for TOKENS, OUT/heal.
 	@[ -n "$$TEXT" ] || TEXT="dus_edge/checkpoint dus_edge/export dus_edge/predict dus_edge/quant"; \
 	  $(TEXTS); $(BIN)/dus-edge heal $(PLAN) --train "$$TRAIN" \
-	  --tokens "$$TOKENS" "$$@" -o "$$OUT/heal" --overwrite -- "$$BASE"
+	  --tokens "$$TOKENS" --heldout-tokens 4096 --eval-every 4 "$$@" \
+	  -o "$$OUT/heal" --overwrite -- "$$BASE"
 
 sft: $(VENV)/train.stamp ## Tune MODEL on the dialogues in DATA, OUT/sft.
 	@$(BIN)/dus-edge sft --data "$$DATA" -o "$$OUT/sft" --overwrite -- "$$MODEL"

@@ -9,7 +9,8 @@ from typing import Any
 from dus_edge.errors import UsageError
 from dus_edge.train.heal.mode import ALL, LORA, TrainMode
 
-#: Peak learning rates by what learns, where none is asked for; see benchmarks/README.md, Healing.
+#: Peak learning rates by what learns, where none is asked for: first guesses, which
+#: benchmarks/bench_heal.py is there to replace.
 DEFAULT_RATES = {ALL: 1e-4, "copies": 3e-4, "seam": 3e-4, LORA: 1e-3}
 DEFAULT_MODE = TrainMode(ALL)
 
