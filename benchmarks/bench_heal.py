@@ -77,7 +77,7 @@ def run(
         stdout=subprocess.DEVNULL,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    lines = [json.loads(x) for x in (out / "training.jsonl").read_text().splitlines()]
+    lines = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
     curve = [
         (line["tokens"], line["heldout_loss"])
         for line in lines

@@ -79,7 +79,7 @@ def finish(run: subprocess.Popen[str]) -> str:
 
 
 def wait_for_step(out: Path, step: int, run: subprocess.Popen[str]) -> None:
-    log = out.with_name(f"{out.name}.training") / "training.jsonl"
+    log = out.with_name(f"{out.name}.training") / "log.jsonl"
     while run.poll() is None:
         if log.exists() and f'"step": {step},' in log.read_text():
             return
@@ -88,7 +88,7 @@ def wait_for_step(out: Path, step: int, run: subprocess.Popen[str]) -> None:
 
 
 def log_of(out: Path) -> list[dict]:
-    lines = [json.loads(x) for x in (out / "training.jsonl").read_text().splitlines()]
+    lines = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 

@@ -22,3 +22,5 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+#: Plot of a healing, in the result's folder.
+RECOVERY_PLOT = "recovery.svg"

@@ -26,6 +26,7 @@ from dus_edge.checkpoint.names import (
     GENERATION_CONFIG,
     INDEX,
     QUANTIZE_CONFIG,
+    RECOVERY_PLOT,
     SINGLE,
     TOKENIZER_FILES,
     TRAINING_LOG,
@@ -51,8 +52,6 @@ SHARD_BYTES = 5_000_000_000
 #: Key of config.json under which an up-scaled checkpoint says its plan.
 PLAN_KEY = "dus_edge"
 
-#: Where GPTQ loaders look for what config.json also says.
-
 #: What a folder may hold for `--overwrite` to replace it.
 REPLACEABLE = (
     CONFIG,
@@ -63,8 +62,7 @@ REPLACEABLE = (
     *TOKENIZER_FILES,
     "additional_chat_templates",
     "README.md",
-    "training.jsonl",
-    "recovery.svg",
+    RECOVERY_PLOT,
     DIGESTS,
     TRAINING_LOG,
     "LICENSE*",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dus_edge.checkpoint.config import ModelConfig
+from dus_edge.checkpoint.names import RECOVERY_PLOT, TRAINING_LOG
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.errors import UsageError
 from dus_edge.export import hf
@@ -34,7 +35,6 @@ if TYPE_CHECKING:  # these import torch
     from dus_edge.train.heal.parallel import World
     from dus_edge.train.recovery.data import HealData
 
-LOG = "training.jsonl"
 #: Checkpoints that are there at once: two are kept while the next is written.
 _N_STATES = 3
 
@@ -137,7 +137,7 @@ class HealJob(Job[TrainingMemory]):
         self, model: Model, checkpoint: Checkpoint, planned: TrainingMemory, say: Say
     ) -> tuple[tuple[Written, ...], tuple[str, ...]]:
         """Train, then write the checkpoint, its log and its picture."""
-        from dus_edge.jobs.train.heal_card import PICTURE, gap_sentence, healed_card
+        from dus_edge.jobs.train.heal_card import gap_sentence, healed_card
         from dus_edge.train.heal.trained import TrainedCheckpoint
 
         state = _N_STATES * planned.checkpoint_bytes
@@ -148,9 +148,9 @@ class HealJob(Job[TrainingMemory]):
         weights, data, recovery = self.train(model, checkpoint, say)
         trained = TrainedCheckpoint(checkpoint, weights)
         n_learned = sum(w.numel() for w in weights.values())
-        extra = {LOG: (self.work / LOG).read_text(encoding="utf-8")}
+        extra = {TRAINING_LOG: (self.work / TRAINING_LOG).read_text(encoding="utf-8")}
         if picture := _picture(model, recovery):
-            extra[PICTURE] = picture
+            extra[RECOVERY_PLOT] = picture
         card = healed_card(
             model, healed_plan(model), self.options, data, recovery, n_learned, bool(picture)
         )
@@ -194,7 +194,7 @@ class HealJob(Job[TrainingMemory]):
             self.work.mkdir(parents=True, exist_ok=True)
         world.wait()
         data = prepare_data(model, options, self.work, world)
-        log = Log(self.work / LOG)
+        log = Log(self.work / TRAINING_LOG)
         runner = Runner(options, data, world, self.work, log, say)
         base = checkpoint.base if isinstance(checkpoint, UpscaledCheckpoint) else None
         if base is not None:
@@ -227,7 +227,7 @@ def healed_plan(model: Model) -> DepthPlan:
     Raises:
         UsageError: the folder's own words make no plan.
     """
-    said = model.base_config.raw.get("dus_edge")
+    said = model.base_config.raw.get(hf.PLAN_KEY)
     if not model.plan.is_identity or not isinstance(said, dict):
         return model.plan
     try:
@@ -236,8 +236,8 @@ def healed_plan(model: Model) -> DepthPlan:
         plan = None
     if plan is None or plan.depth != model.plan.depth:
         raise UsageError(
-            f"{model.source.label}: the plan in config.json (dus_edge) does not fit the model; "
-            "remove it, or up-scale the base again."
+            f"{model.source.label}: the plan in config.json ({hf.PLAN_KEY}) does not fit the "
+            "model; remove it, or up-scale the base again."
         )
     return plan
 

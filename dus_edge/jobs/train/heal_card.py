@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from string import Template
 
 from dus_edge import __version__
+from dus_edge.checkpoint.names import RECOVERY_PLOT
 from dus_edge.data import read_text
 from dus_edge.train.recovery.data import HealData, licence_of
 from dus_edge.train.recovery.log import Curve
@@ -14,8 +15,6 @@ from dus_edge.train.recovery.options import HealOptions
 from dus_edge.upscale.model import Model
 from dus_edge.upscale.plan import DepthPlan
 from dus_edge.words import markdown_table
-
-PICTURE = "recovery.svg"
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def healed_card(
         heldout_tokens=f"{sum(s.n_tokens for s in data.held):,}",
         losses=_losses(recovery),
         gap=gap_sentence(recovery),
-        picture=f"\n![Held-out loss against tokens]({PICTURE})\n" if drawn else "",
+        picture=f"\n![Held-out loss against tokens]({RECOVERY_PLOT})\n" if drawn else "",
         licence=(
             f"The weights come from the base's, so its licence holds: `{source.licence}`."
             if source.licence

@@ -12,7 +12,7 @@ from dus_edge.checkpoint.card import read_licence
 from dus_edge.errors import UsageError
 from dus_edge.jsonfile import find_object
 from dus_edge.progress import progress
-from dus_edge.text.documents import Document, read_documents
+from dus_edge.text.documents import read_documents
 from dus_edge.text.tokenizers import load_tokenizer
 from dus_edge.train.heal.parallel import World
 from dus_edge.train.packing.batches import Batch, Batches, heldout_batches
@@ -122,8 +122,3 @@ def _end_id(model: Model) -> int | None:
         )
     first = raw[0] if isinstance(raw, list) and raw else raw
     return first if type(first) is int and 0 <= first < model.config.vocab_size else None
-
-
-def check_text(options: HealOptions) -> list[Document]:
-    """Read all text once, so that what is missing is met before any work."""
-    return [d for paths in _groups(options) for d in read_documents(paths, options.field)]
