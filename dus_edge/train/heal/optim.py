@@ -75,7 +75,7 @@ def make_optimizer(
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, lr=0.0, betas=BETAS)
-    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, foreach=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
