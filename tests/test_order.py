@@ -40,8 +40,10 @@ ORDER = (
     "run",
     "train",
     "export",
+    "eval",
     "quality",
     "measure",
+    "chat",
     "predict",
     "verify",
     "ollama",
@@ -50,7 +52,7 @@ ORDER = (
     "cli",
 )
 #: Rooms that stand side by side and do not know each other.
-APART = frozenset({"train", "export", "quality", "measure"})
+APART = frozenset({"train", "export", "eval", "quality", "measure", "chat"})
 MOST_ROOMS = 30
 MOST_FILES = 12
 MOST_LINES = 450
@@ -65,8 +67,9 @@ HEAVY = {
     "datasets": ("train.tune.run", "train.tune.quiet"),
     "peft": ("train.heal.lora", "train.tune.model"),
     "trl": ("train.tune.run",),
-    "llama_cpp": ("run.",),
-    "matplotlib": ("quality.plot", "train.recovery.plot"),
+    "llama_cpp": ("run.", "chat."),
+    "lm_eval": ("eval.",),
+    "matplotlib": ("eval.plot", "quality.plot", "train.recovery.plot"),
     "numba": ("quant.", "adapter.kernel"),
     "llvmlite": ("quant.",),
 }
