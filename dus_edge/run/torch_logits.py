@@ -36,16 +36,8 @@ class FolderSource:
 
     def __init__(self, info: SourceInfo, device: str, n_threads: int | None) -> None:
         self.info = info
-        check_packages(info)
-        import torch
-
-        torch.set_num_threads(n_threads or default_threads())
-        self._device = torch_device(device)
-        load = load_gptq if info.kind == "gptq" else _load
-        with hushed(), explained(info):
-            self._model, found = load(info, self._device)
-        check_whole(info, found)
-        self._model.eval()
+        self._model = load_folder(info, device, n_threads)
+        self._device = self._model.device
 
     def log_probs(self, tokens: np.ndarray, start: int = 0) -> np.ndarray:
         """See `LogitSource.log_probs`."""
@@ -74,6 +66,31 @@ class FolderSource:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def load_folder(info: SourceInfo, device: str, n_threads: int | None) -> Any:
+    """A folder as transformers' model in float32, ready to run.
+
+    Args:
+        info: of `dus_edge.run.open.inspect_source`, of a folder.
+        device: of torch.
+        n_threads: of the CPU; None for all cores.
+
+    Raises:
+        CheckpointError: the weights are damaged or incomplete.
+        DependencyError: a package that reads this kind is not installed.
+        UsageError: there is no such device.
+    """
+    check_packages(info)
+    import torch
+
+    torch.set_num_threads(n_threads or default_threads())
+    where = torch_device(device)
+    load = load_gptq if info.kind == "gptq" else _load
+    with hushed(), explained(info):
+        model, found = load(info, where)
+    check_whole(info, found)
+    return model.eval()
 
 
 def _load(info: SourceInfo, device: torch.device) -> tuple[Any, dict[str, Any]]:
