@@ -1,4 +1,4 @@
-"""Which tasks a suite has and how each is asked: `data/evaluation.toml`, or the harness's own files.
+"""Which tasks a suite has and how each is asked: `data/evaluation.toml`, or the harness's files.
 
 Nothing here imports lm-evaluation-harness: its task files are found and read as text, in a second,
 where its own index of all of them takes half a minute.
