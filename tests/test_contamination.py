@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+import unicodedata
 
 import numpy as np
 import pytest
@@ -72,7 +74,7 @@ def test_random_overlaps_are_found():
 def test_pieces_do_not_matter(cuts):
     words = [f"w{i}" for i in range(60)]
     places = [0, *sorted(cuts), 60]
-    pieces = [" ".join(words[a:b]) for a, b in zip(places[:-1], places[1:], strict=True)]
+    pieces = [" ".join(words[a:b]) for a, b in itertools.pairwise(places)]
     documents = [" ".join(words[i : i + 13]) for i in range(0, 48, 6)]
     assert contaminated({"t": documents}, pieces)["t"].dirty == tuple(range(8))
 
@@ -88,13 +90,11 @@ def test_korean_and_other_punctuation():
     text = "“대한민국의 수도는 어디인가?” 하나 둘 셋 넷 다섯 여섯 일곱 여덟 아홉 열…"
     plain = "대한민국의 수도는 어디인가 하나 둘 셋 넷 다섯 여섯 일곱 여덟 아홉 열"
     assert normal_words(text) == plain.split()
-    import unicodedata
-
-    apart = unicodedata.normalize("NFD", plain)
+    apart, other = (unicodedata.normalize("NFD", t) for t in (plain, plain.replace("셋", "세")))
     found = contaminated({"ko": [text], "other": ["짧다"]}, [apart])
     assert found["ko"].dirty == (0,)
     assert (found["other"].too_short, found["other"].share) == (1, None)
-    assert contaminated({"ko": [text]}, [apart.replace("셋", "세")])["ko"].dirty == ()
+    assert contaminated({"ko": [text]}, [other])["ko"].dirty == ()
 
 
 def test_nothing_to_look_for():

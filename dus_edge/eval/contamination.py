@@ -166,7 +166,7 @@ class _Index:
         """Of the 13 words from each place on, ``(n,)`` uint64; those at the end mean nothing."""
         keys = self._keys[ids]
         total = np.zeros(len(ids), np.uint64)
-        for i in range(N_WORDS):
+        for i in range(min(N_WORDS, len(ids))):
             total *= self._factor
             total[: len(ids) - i] += keys[i:]
         return total
