@@ -25,7 +25,7 @@ from dus_edge.eval.paired import (
     paired_group,
     paired_suite,
     suite_score,
-    summarize,
+    summarize_models,
     task_score,
 )
 from dus_edge.eval.results import TaskScores
@@ -259,7 +259,7 @@ def test_a_summary():
         scores([1] * 20 + [0] * 20, "a1", group="a"),
         scores([0, 1] * 20, "b", group="b", language="ko"),
     )
-    first, second = summarize([reference, worse], ["a", "b"])
+    first, second = summarize_models([reference, worse], ["a", "b"])
     assert not first.differences and first.average_difference is None
     assert first.by_language["ko"].value == 0.5
     assert second.average.value == 0.5

@@ -244,7 +244,7 @@ class ModelSummary:
     by_language: Mapping[str, MeanScore]
 
 
-def summarize(models: Sequence[EvaluatedModel], groups: Sequence[str]) -> list[ModelSummary]:
+def summarize_models(models: Sequence[EvaluatedModel], groups: Sequence[str]) -> list[ModelSummary]:
     """All scores and differences of an evaluation; the first model is the reference.
 
     p values are corrected for all comparisons together: models by groups, and averages.

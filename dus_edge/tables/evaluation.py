@@ -12,7 +12,7 @@ from dus_edge.eval.paired import (
     MeanScore,
     ModelSummary,
     n_comparisons,
-    summarize,
+    summarize_models,
 )
 from dus_edge.eval.results import EvalResults, EvaluatedModel
 from dus_edge.eval.suites import load_suite, suite_names
@@ -69,7 +69,7 @@ def write_evaluation(
     check_evaluation_outputs(folder, plots=plots, overwrite=overwrite)
     paths = evaluation_paths(folder, plots=plots)
     names, titles = model_names(results), group_titles(results)
-    summaries = summarize(results.models, results.groups)
+    summaries = summarize_models(results.models, results.groups)
     table = evaluation_json(results, summaries, names, titles)
     data = [
         evaluation_page(results, summaries).encode(),
@@ -114,9 +114,9 @@ def evaluation_page(results: EvalResults, summaries: Sequence[ModelSummary] | No
 
     Args:
         results: of one model or more.
-        summaries: of `summarize`; None to have them computed.
+        summaries: of `summarize_models`; None to have them computed.
     """
-    summaries = summaries or summarize(results.models, results.groups)
+    summaries = summaries or summarize_models(results.models, results.groups)
     names, titles = model_names(results), group_titles(results)
     parts = ["# Evaluation", _about(results, names, titles), _models_table(results, names)]
     parts += ["## Scores", _paragraph(f"{_drawn(results)} Per cent ± one standard error.")]
@@ -223,9 +223,11 @@ def _differences(
         for title, c in _rows_of(s, titles)
         if c.is_clear
     ]
-    parts.append("\n".join(_sentence(*found) for found in clear) if clear else _NOTHING_CLEAR)
+    parts.append(
+        "\n".join(_sentence(*found) for found in clear) if clear else _paragraph(_NOTHING_CLEAR)
+    )
     for name, s in zip(names[1:], summaries[1:], strict=True):
-        parts += [f"### {name}", _paragraph(f"Minus {names[0]}. {_drawn(results)}")]
+        parts += [f"### {cut_middle(name, 70)}", _paragraph(f"Minus {names[0]}. {_drawn(results)}")]
         rows = []
         for title, c in _rows_of(s, titles):
             between = "" if c.low is None or c.high is None else _between(c.low, c.high)

@@ -25,7 +25,7 @@ def evaluation_json(
 
     Args:
         results: of one model or more; the harness's own are not repeated.
-        summaries: of `paired.summarize`.
+        summaries: of `paired.summarize_models`.
         names: short ones, of the models.
         titles: of the groups.
     """

@@ -14,6 +14,7 @@ from dus_edge.words import cut_end, cut_middle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _COLUMNS = 3
 _WIDTH, _TOP, _ROW = 7.2, 4.2, 1.9
@@ -39,7 +40,7 @@ def render_evaluation(
 
     Args:
         results: of one model or more.
-        summaries: of `paired.summarize`.
+        summaries: of `paired.summarize_models`.
         names: short ones, of the models.
         titles: of the groups.
         form: ``png`` or ``svg``.
@@ -49,41 +50,55 @@ def render_evaluation(
     """
     check_plots()
     import matplotlib
+
+    # The salt of ids in SVG files is random otherwise.
+    with matplotlib.rc_context({"svg.hashsalt": "dus-edge", "font.family": "DejaVu Sans"}):
+        figure = evaluation_figure(results, summaries, names, titles)
+        out = io.BytesIO()
+        date = {"Date": None} if form == "svg" else {"Software": None}
+        figure.savefig(out, format=form, metadata=date)
+    return out.getvalue()
+
+
+def evaluation_figure(
+    results: EvalResults,
+    summaries: Sequence[ModelSummary],
+    names: Sequence[str],
+    titles: Mapping[str, str],
+) -> Figure:
+    """The picture of `render_evaluation`, with labels in the first of its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    groups = list(results.groups) if len(results.groups) > 1 else []
-    n_rows = math.ceil(min(len(groups), _MOST_TASKS) / _COLUMNS)
-    # The salt of ids in SVG files is random otherwise.
-    with matplotlib.rc_context({"svg.hashsalt": "dus-edge", "font.family": "DejaVu Sans"}):
-        size = (_WIDTH, _TOP + _ROW * n_rows)
-        figure = Figure(figsize=size, dpi=160, facecolor="white", layout="constrained")
-        FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(1 + n_rows, _COLUMNS, height_ratios=[_TOP] + [_ROW] * n_rows)
-        top = figure.add_subplot(grid[0, :], facecolor="white")
-        whole = groups or list(results.groups)
-        if groups:
-            points = _draw(top, results, summaries, lambda s: (s.average, s.average_difference))
-            top.set_ylabel(f"Average of {len(groups)} tasks, per cent", color=INK)
-        else:
-            points = _draw(top, results, summaries, _of_group(whole[0]))
-            top.set_ylabel(f"{cut_end(titles[whole[0]], 40)}, per cent", color=INK)
-        top.set_xlabel(f"File size, {_unit(results)[1]}", color=INK)
-        _legend(top, results)
-        top.set_title(
-            _caption(results, names), fontsize=8.5, color=INK, loc="left", linespacing=1.4
-        )
-        for i, group in enumerate(groups[:_MOST_TASKS]):
-            axes = figure.add_subplot(grid[1 + i // _COLUMNS, i % _COLUMNS], facecolor="white")
-            _draw(axes, results, summaries, _of_group(group), small=True)
-            axes.set_title(cut_end(titles[group], 26), **head)
-        shown = [(p, cut_middle(n, _MOST_LABEL)) for p, n in zip(points, names, strict=True) if p]
-        write_labels(top, [p for p, _ in shown if p], [n for _, n in shown])
-        out = io.BytesIO()
-        figure.savefig(
-            out, format=form, metadata={"Date": None} if form == "svg" else {"Software": None}
-        )
-    return out.getvalue()
+    whole, *others = results.groups
+    small = [whole, *others][:_MOST_TASKS] if others else []
+    n_rows = math.ceil(len(small) / _COLUMNS)
+    size = (_WIDTH, _TOP + _ROW * n_rows)
+    figure = Figure(figsize=size, dpi=160, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(1 + n_rows, _COLUMNS, height_ratios=[_TOP] + [_ROW] * n_rows)
+    top = figure.add_subplot(grid[0, :], facecolor="white")
+    pick: _Pick = _of_group(whole)
+    what = cut_end(titles[whole], 40)
+    if others:
+        what = f"Average of {len(results.groups)} tasks"
+
+        def pick(s: ModelSummary) -> tuple[MeanScore, ComparedScore | None]:
+            return s.average, s.average_difference
+
+    points = _draw(top, results, summaries, pick)
+    top.set_ylabel(f"{what}, per cent", color=INK)
+    top.set_xlabel(f"File size, {_unit(results)[1]}", color=INK)
+    _legend(top, results)
+    head: dict[str, Any] = {"fontsize": 8.5, "color": INK, "loc": "left"}
+    top.set_title(_caption(results, names), linespacing=1.4, **head)
+    for i, group in enumerate(small):
+        axes = figure.add_subplot(grid[1 + i // _COLUMNS, i % _COLUMNS], facecolor="white")
+        _draw(axes, results, summaries, _of_group(group), small=True)
+        axes.set_title(cut_end(titles[group], 26), **head)
+    shown = [(p, cut_middle(n, _MOST_LABEL)) for p, n in zip(points, names, strict=True) if p]
+    write_labels(top, [p for p, _ in shown], [n for _, n in shown])
+    return figure
 
 
 def _of_group(name: str) -> _Pick:
@@ -113,15 +128,12 @@ def _draw(
     reference = pick(summaries[0])[0].value
     drawn = [p for p in points if p]
     for s, point in zip(summaries, points, strict=True):
-        _, c = pick(s)
-        if point is None or c is None or c.low is None or c.high is None or reference is None:
+        ends = _bar(*pick(s), reference, alone=len(summaries) == 1)
+        if point is None or ends is None:
             continue
-        ends = [100 * (reference + end) for end in (c.low, c.high)]
-        # The same documents: the point is the reference's score and the difference.
-        reach = [[max(point[1] - ends[0], 0)], [max(ends[1] - point[1], 0)]]
         axes.errorbar(
             *([v] for v in point),
-            yerr=reach,
+            yerr=[[max(point[1] - ends[0], 0)], [max(ends[1] - point[1], 0)]],
             fmt="none",
             ecolor=INK,
             elinewidth=0.8 if small else 1,
@@ -146,8 +158,22 @@ def _draw(
         ends = axes.get_xlim()
         axes.hlines(100 * reference, *ends, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_xlim(*ends)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -4), min(high, 104))
     _quiet(axes, small)
     return points
+
+
+def _bar(
+    score: MeanScore, c: ComparedScore | None, reference: float | None, *, alone: bool
+) -> tuple[float, float] | None:
+    """Where a model's bar ends, per cent; None for the reference and what has no interval."""
+    if alone and score.value is not None and score.error is not None:
+        reach = 1.96 * score.error
+        return 100 * (score.value - reach), 100 * (score.value + reach)
+    if c is None or c.low is None or c.high is None or reference is None:
+        return None
+    return 100 * (reference + c.low), 100 * (reference + c.high)
 
 
 def _quiet(axes: Axes, small: bool) -> None:
@@ -176,14 +202,14 @@ def _caption(results: EvalResults, names: Sequence[str]) -> str:
     if results.n_docs is None:
         docs = "all documents of each task"
     else:
-        docs = f"at most {results.n_docs:,} documents of each task, seed {results.seed}"
+        docs = f"{results.n_docs:,} documents of each task, seed {results.seed}"
     suite = results.suite if len(results.suite) <= 40 else "the tasks named"
     lines = [f"{suite} by {results.harness}; {docs}"]
     if len(results.models) > 1:
         lines.append(f"Broken line: {cut_middle(names[0], _MOST_LABEL)}, the reference.")
         lines[-1] += " Bars: 95 % interval of the paired difference to it"
     else:
-        lines.append(cut_end(results.models[0].info.name, 90))
+        lines.append(f"{cut_end(results.models[0].info.name, 60)}. Bars: 1.96 standard errors")
     if (n := len(results.groups)) > _MOST_TASKS:
         lines.append(f"The first {_MOST_TASKS} of {n} tasks are drawn by themselves")
     return "\n".join(cut_end(line, 105) for line in lines)
