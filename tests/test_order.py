@@ -69,7 +69,7 @@ HEAVY = {
     "trl": ("train.tune.run",),
     "llama_cpp": ("run.", "chat."),
     "lm_eval": ("eval.",),
-    "matplotlib": ("eval.plot", "quality.plot", "train.recovery.plot"),
+    "matplotlib": ("tables.evaluation_plot", "quality.plot", "train.recovery.plot"),
     "numba": ("quant.", "adapter.kernel"),
     "llvmlite": ("quant.",),
 }

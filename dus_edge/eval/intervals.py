@@ -138,8 +138,10 @@ class WeightedSum:
             low, high = self.limits(alpha) or (0.0, 0.0)
             return low > 0 or high < 0
 
+        if self.value == 0:
+            return 1.0
         # Halved in logarithms: a p of 1e-12 counts as much as one of 0.5.
-        return math.exp(_border(lambda x: excludes_zero(math.exp(x)), math.log(1e-16), 0.0))
+        return math.exp(_border(lambda x: excludes_zero(math.exp(x)), 0.0, math.log(1e-16)))
 
     def limits(self, alpha: float) -> tuple[float, float] | None:
         down = up = 0.0
@@ -242,11 +244,7 @@ def _incomplete_beta(a: float, b: float, x: float, rest: float) -> float:
     if x <= 0 or rest <= 0:
         return 0.0 if x <= 0 else 1.0
     log_front = (
-        math.lgamma(a + b)
-        - math.lgamma(a)
-        - math.lgamma(b)
-        + a * math.log(x)
-        + b * math.log(rest)
+        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(rest)
     )
     front = math.exp(log_front)
     if x < (a + 1) / (a + b + 2):

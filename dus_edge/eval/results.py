@@ -21,6 +21,7 @@ class TaskScores:
         documents: SHA-256 of each document, hex, in the order of `values`; equal documents pair
             two models' values.
         values: of the metric, a document each; 0 or 1 for accuracies and exact matches.
+        n_available: documents of the task before any were drawn; None where it is not known.
     """
 
     task: str
@@ -30,6 +31,7 @@ class TaskScores:
     language: str
     documents: tuple[str, ...]
     values: tuple[float, ...]
+    n_available: int | None = None
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,16 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
 _SUFFIXES = (".png", ".svg")
-#: Name, marker and fill by kind: told apart by shape and by light and dark, so grey is enough.
-_STYLES = {
+#: Name, marker and fill by kind of model: told apart by shape and by light and dark, so grey is
+#: enough.
+KIND_STYLES = {
     "gguf": ("GGUF", "o", "#20506e"),
     "gptq": ("GPTQ", "s", "#ffffff"),
     "bitsandbytes": ("bitsandbytes", "^", "#b0b0b0"),
     "hf": ("safetensors", "D", "#000000"),
 }
-_INK, _FAINT = "#1a1a1a", "#d0d0d0"
-_LABEL = {"fontsize": 8.5, "color": _INK, "ha": "left", "va": "bottom"}
+INK, FAINT = "#1a1a1a", "#d0d0d0"
+_LABEL = {"fontsize": 8.5, "color": INK, "ha": "left", "va": "bottom"}
 
 
 def plot(results: Results, path: Path) -> None:
@@ -64,7 +65,7 @@ def render_plot(results: Results, form: str) -> bytes:
     with matplotlib.rc_context({"svg.hashsalt": "dus-edge", "font.family": "DejaVu Sans"}):
         figure = _draw(results)
         FigureCanvasAgg(figure)
-        _write_labels(figure.axes[0], *_shown(results))
+        write_labels(figure.axes[0], *_shown(results))
         out = io.BytesIO()
         date = {"Date": None} if form == "svg" else {"Software": None}
         figure.savefig(out, format=form, metadata=date)
@@ -107,7 +108,7 @@ def _draw(results: Results) -> Any:
     drawn = [c for c in results.candidates if c.total.kl.value > 0]
     if drawn:
         axes.set_yscale("log")
-    for kind, (name, marker, fill) in _STYLES.items():
+    for kind, (name, marker, fill) in KIND_STYLES.items():
         members = [c for c in drawn if c.info.kind == kind]
         if not members:
             continue
@@ -115,29 +116,29 @@ def _draw(results: Results) -> Any:
         # A bar down to zero or below would have no end on a log scale.
         errors = [min(c.total.kl.error or 0.0, 0.9 * c.total.kl.value) for c in members]
         sizes = [c.info.n_bytes / scale for c in members]
-        axes.errorbar(sizes, kl, yerr=errors, fmt="none", ecolor=_INK, elinewidth=1, capsize=2.5)
+        axes.errorbar(sizes, kl, yerr=errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
         axes.plot(
             sizes,
             kl,
             marker,
             label=name,
-            color=_INK,
+            color=INK,
             markerfacecolor=fill,
             markeredgewidth=0.9,
             markersize=6,
         )
     axes.margins(0.12, 0.14)
-    axes.grid(True, which="major", color=_FAINT, linewidth=0.6)
+    axes.grid(True, which="major", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.set_xlabel(f"File size, {unit}", color=_INK)
-    axes.set_ylabel("Mean KL divergence from the reference,\nnats per token", color=_INK)
-    axes.tick_params(colors=_INK)
+    axes.set_xlabel(f"File size, {unit}", color=INK)
+    axes.set_ylabel("Mean KL divergence from the reference,\nnats per token", color=INK)
+    axes.tick_params(colors=INK)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_INK)
+        spine.set_color(INK)
     if len({c.info.kind for c in drawn}) > 1:
-        axes.legend(framealpha=1, facecolor="white", edgecolor=_FAINT, labelcolor=_INK)
-    axes.set_title(_caption(results), fontsize=8.5, color=_INK, loc="left", linespacing=1.4)
+        axes.legend(framealpha=1, facecolor="white", edgecolor=FAINT, labelcolor=INK)
+    axes.set_title(_caption(results), fontsize=8.5, color=INK, loc="left", linespacing=1.4)
     return figure
 
 
@@ -161,8 +162,17 @@ def _caption(results: Results) -> str:
 # -- labels -------------------------------------------------------------------------------------
 
 
-def _write_labels(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
-    """Write each name beside its point where it covers nothing."""
+def write_labels(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
+    """Write each name beside its point where it covers nothing of what was drawn before.
+
+    Lines that words must not cross are those of collections (`errorbar`, `hlines`), and there is
+    room for a legend. The figure's layout is final after this.
+
+    Args:
+        axes: with an Agg canvas behind.
+        points: in data coordinates.
+        names: of each.
+    """
     if not points:
         return
     figure = axes.figure
