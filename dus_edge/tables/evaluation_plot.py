@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLUMNS = 3
-_WIDTH, _TOP, _ROW = 7.2, 4.2, 1.9
+#: Inches; the first panel grows with each model beyond so many.
+_WIDTH, _TOP, _ROW, _MORE, _MANY = 7.2, 4.2, 1.9, 0.12, 12
+#: From this ratio of the largest to the smallest file on, sizes are on a log scale.
+_WIDE = 1.6
 #: Tasks that are drawn by themselves; the page has them all.
 _MOST_TASKS = 12
 _MOST_LABEL = 28
@@ -73,10 +76,11 @@ def evaluation_figure(
     whole, *others = results.groups
     small = [whole, *others][:_MOST_TASKS] if others else []
     n_rows = math.ceil(len(small) / _COLUMNS)
-    size = (_WIDTH, _TOP + _ROW * n_rows)
+    height = _TOP + _MORE * max(0, len(names) - _MANY)
+    size = (_WIDTH, height + _ROW * n_rows)
     figure = Figure(figsize=size, dpi=160, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(1 + n_rows, _COLUMNS, height_ratios=[_TOP] + [_ROW] * n_rows)
+    grid = figure.add_gridspec(1 + n_rows, _COLUMNS, height_ratios=[height] + [_ROW] * n_rows)
     top = figure.add_subplot(grid[0, :], facecolor="white")
     pick: _Pick = _of_group(whole)
     what = cut_end(titles[whole], 40)
@@ -88,7 +92,8 @@ def evaluation_figure(
 
     points = _draw(top, results, summaries, pick)
     top.set_ylabel(f"{what}, per cent", color=INK)
-    top.set_xlabel(f"File size, {_unit(results)[1]}", color=INK)
+    scale = " (log scale)" if _is_wide(results) else ""
+    top.set_xlabel(f"File size, {_unit(results)[1]}{scale}", color=INK)
     _legend(top, results)
     head: dict[str, Any] = {"fontsize": 8.5, "color": INK, "loc": "left"}
     top.set_title(_caption(results, names), linespacing=1.4, **head)
@@ -108,6 +113,11 @@ def _of_group(name: str) -> _Pick:
 def _unit(results: EvalResults) -> tuple[float, str]:
     largest = max(m.info.n_bytes for m in results.models)
     return (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
+
+
+def _is_wide(results: EvalResults) -> bool:
+    sizes = [m.info.n_bytes for m in results.models]
+    return max(sizes) > _WIDE * min(sizes)
 
 
 def _draw(
@@ -153,6 +163,8 @@ def _draw(
                 markeredgewidth=0.7 if small else 0.9,
                 markersize=3.5 if small else 6,
             )
+    if _is_wide(results):
+        axes.set_xscale("log")
     axes.margins(0.08 if small else 0.14, 0.12)
     if reference is not None and len(drawn) > 1:
         ends = axes.get_xlim()
@@ -160,7 +172,7 @@ def _draw(
         axes.set_xlim(*ends)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, -4), min(high, 104))
-    _quiet(axes, small)
+    _quiet(axes, small, _is_wide(results))
     return points
 
 
@@ -176,8 +188,9 @@ def _bar(
     return 100 * (reference + c.low), 100 * (reference + c.high)
 
 
-def _quiet(axes: Axes, small: bool) -> None:
-    from matplotlib.ticker import MaxNLocator
+def _quiet(axes: Axes, small: bool, is_log: bool) -> None:
+    """Thin lines, few numbers."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     axes.grid(True, which="major", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -185,17 +198,30 @@ def _quiet(axes: Axes, small: bool) -> None:
     if small:
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_locator(MaxNLocator(4))
+    if is_log:
+        axes.xaxis.set_major_locator(FixedLocator(_log_ticks(*axes.get_xlim())))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(INK)
 
 
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers within a range, five at most where there are not too few."""
+    found: list[float] = []
+    tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        inside = [x for k in tens for s in steps if low <= (x := s * 10.0**k) <= high]
+        if len(inside) > 5 and len(found) > 2:
+            break
+        found = inside
+    return found
+
+
 def _legend(axes: Axes, results: EvalResults) -> None:
     if len({m.info.kind for m in results.models}) > 1:
-        legend: Any = axes.legend(
-            framealpha=1, facecolor="white", edgecolor=FAINT, labelcolor=INK, fontsize=8
-        )
-        legend.set_zorder(1)
+        axes.legend(framealpha=1, facecolor="white", edgecolor=FAINT, labelcolor=INK, fontsize=8)
 
 
 def _caption(results: EvalResults, names: Sequence[str]) -> str:
