@@ -22,11 +22,12 @@ import importlib
 import os
 import shutil
 import stat
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from dus_edge.machine import user_cache
 
 _MODULES = {
     **dict.fromkeys(("f16", "f16_from_bf16", "bf16"), "plain"),
@@ -71,22 +72,12 @@ def cache_folder() -> Path:
     for path in sorted([*here.glob("*.py"), *beside]):
         digest.update(path.read_bytes())
     name = f"kernels-{digest.hexdigest()[:16]}"
-    for base in (_user_cache(), _own_temporary()):
+    for base in (user_cache(), _own_temporary()):
         if base is not None and (folder := _made(base / "dus-edge" / name)):
             return folder
     folder = Path(tempfile.mkdtemp(prefix="dus-edge-kernels-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
-
-
-def _user_cache() -> Path | None:
-    """Where the system wants caches; None for a user without a home."""
-    try:
-        if sys.platform == "darwin":
-            return Path.home() / "Library" / "Caches"
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # neither HOME nor an entry in the list of users
-        return None
 
 
 def _own_temporary() -> Path | None:
