@@ -279,9 +279,7 @@ class LlamaLM(TreeLM):
         with LlamaTree(
             self._model,
             self.info.path,
-            n_cells=max(s.base + len(s.tree.tokens) for s in steps),
-            n_batch=max(len(s.tree.tokens) for s in steps),
-            limits=self.limits,
+            steps=steps,
             n_threads=self._n_threads,
             cache=self._cache,
         ) as engine:

@@ -143,7 +143,8 @@ def find_suite(text: str) -> Suite:
                 raise UsageError(f"--suite: {leaf} is asked twice; {name} and others name it.")
             folder = index.tasks[leaf]
             language = _languages().get(folder.split("/")[0], UNKNOWN_LANGUAGE)
-            tasks[leaf] = SuiteTask(leaf, folder, name, None, None, None, language)
+            rows = _known_rows().get(leaf)
+            tasks[leaf] = SuiteTask(leaf, folder, name, None, None, None, language, rows)
     title = f"Tasks of lm-evaluation-harness: {', '.join(names)}"
     return Suite(",".join(names), title, tuple(tasks.values()), {name: name for name in names})
 
@@ -170,6 +171,13 @@ def load_suite(name: str) -> Suite:
         published=tuple(PublishedScores(**entry) for entry in table.get("published", ())),
         published_note=table.get("note", ""),
     )
+
+
+@cache
+def _known_rows() -> Mapping[str, TaskData]:
+    """What tasks of our suites need, for those who name them one by one."""
+    tasks = [task for name in suite_names() for task in load_suite(name).tasks]
+    return {task.task: task.data for task in tasks if task.data is not None}
 
 
 @cache

@@ -7,11 +7,10 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dus_edge.errors import UsageError
 from dus_edge.eval.contamination import TaskOverlap, contaminated
 from dus_edge.eval.results import EvalResults, EvaluatedModel
 from dus_edge.eval.run import evaluate_model, harness_version
@@ -73,7 +72,8 @@ def evaluate(
 
     Args:
         names: GGUF files, folders, ``pico`` or hub ids; the first is the reference.
-        choose: a plan for those that are bases; the identity leaves them as they are.
+        choose: a plan for those that are bases, which are then asked as they are and up-scaled;
+            the identity leaves them alone.
         options: see there.
         say: takes lines for the user.
 
@@ -81,7 +81,7 @@ def evaluate(
         what was found, and the files that were written.
 
     Raises:
-        UsageError: no such model, task or device; rows are missing; a file with a plan.
+        UsageError: no such model, task or device; rows are missing.
         CheckpointError: a damaged model.
         OutputError: the page exists, or cannot be written.
         DependencyError: a package is missing.
@@ -92,8 +92,9 @@ def evaluate(
     suite = find_suite(options.suite)
     with contextlib.ExitStack() as stack:
         infos = [
-            stack.enter_context(_found(name, choose, options.out, say))
+            info
             for name in dict.fromkeys(names)
+            for info in stack.enter_context(_found(name, choose, options.out, say))
         ]
         check_runnable(infos, options.device)
         tasks = load_tasks(suite, options.data, options.n_docs, options.seed)
@@ -173,32 +174,23 @@ def _questions(task: LoadedTask) -> list[str]:
 
 
 @contextlib.contextmanager
-def _found(name: str, choose: ChoosePlan, out: Path | None, say: Say) -> Iterator[SourceInfo]:
-    """A model, up-scaled for as long as it is needed if a plan asks for that."""
+def _found(name: str, choose: ChoosePlan, out: Path | None, say: Say) -> Iterator[list[SourceInfo]]:
+    """A model; a base that a plan is for as it is and, for as long as it is needed, up-scaled."""
     path, called = locate_model(name)
     info = inspect_source(path, called)
     if info.kind != "hf":
-        if not choose(_DEEP).is_identity:
-            raise UsageError(
-                f"{path} is finished, and a plan is for a base's folder; leave out --drop, or name "
-                "the base."
-            )
-        yield info
+        yield [info]
         return
     model = find_model(name, choose, weights=True, say=say)
     if model.plan.is_identity:
-        yield info
+        yield [info]
         return
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".dus-edge-", dir=out) as folder:
         built = Path(folder) / "up-scaled"
         export_checkpoint(name, choose, built, say=say)
-        yield replace(inspect_source(built, model.name), path=built)
-
-
-#: A depth that plans can be asked about where there is no base.
-_DEEP = 4096
+        yield [info, inspect_source(built, f"{info.name}, {model.plan.depth} layers")]
 
 
 def _answers_folder(out: Path | None) -> Path:

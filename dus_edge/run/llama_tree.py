@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -18,7 +19,7 @@ import numpy as np
 
 from dus_edge.errors import DusEdgeError
 from dus_edge.run.llama import errors, llama_library, why
-from dus_edge.run.tree import Limits, Step
+from dus_edge.run.tree import Step
 
 CacheType = Literal["f32", "f16"]
 GGML_TYPES = {"f32": 0, "f16": 1}
@@ -27,20 +28,14 @@ UBATCH = 512
 
 
 class LlamaTree:
-    """An engine for steps of `dus_edge.run.tree.schedule`.
-
-    Attributes:
-        limits: of its steps.
-    """
+    """An engine for steps of `dus_edge.run.tree.schedule`."""
 
     def __init__(
         self,
         model: Any,
         path: Path,
         *,
-        n_cells: int,
-        n_batch: int,
-        limits: Limits,
+        steps: Sequence[Step],
         n_threads: int,
         cache: CacheType,
     ) -> None:
@@ -48,9 +43,7 @@ class LlamaTree:
         Args:
             model: of `dus_edge.run.llama.load_model`; freed by its owner, after this.
             path: of its file, for messages.
-            n_cells: most tokens of a step and the prefix before it.
-            n_batch: most tokens of a step.
-            limits: that the steps keep.
+            steps: all that it will be asked.
             n_threads: of the CPU.
             cache: type of keys and values.
 
@@ -58,11 +51,14 @@ class LlamaTree:
             DusEdgeError: llama.cpp makes no context of that size.
         """
         lib = llama_library()
-        self._path, self.limits = path, limits
+        self._path = path
+        n_sequences = 1 + max(step.tree.n_leaves for step in steps)
         params = lib.llama_context_default_params()
-        params.n_ctx, params.n_batch = n_cells, n_batch
-        params.n_ubatch = min(n_batch, UBATCH)
-        params.n_seq_max = limits.leaves + 1
+        params.n_ctx = max(step.base + len(step.tree.tokens) for step in steps)
+        # llama.cpp reserves an output for each sequence, and a batch must hold them.
+        params.n_batch = max(n_sequences, *(len(step.tree.tokens) for step in steps))
+        params.n_ubatch = max(n_sequences, min(params.n_batch, UBATCH))
+        params.n_seq_max = n_sequences
         params.kv_unified = True
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k = params.type_v = GGML_TYPES[cache]
@@ -70,12 +66,14 @@ class LlamaTree:
         errors.clear()
         self._context = lib.llama_init_from_model(model, params)
         if not self._context:
-            raise DusEdgeError(f"{path}: llama.cpp makes no context of {n_cells} tokens{why()}.")
+            raise DusEdgeError(
+                f"{path}: llama.cpp makes no context of {params.n_ctx} tokens{why()}."
+            )
         self._stack = contextlib.ExitStack()
         self._stack.callback(lib.llama_free, self._context)
         self._memory = lib.llama_get_memory(self._context)
         self._vocab_size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-        self._sequences = np.arange(limits.leaves + 1, dtype=np.int32)
+        self._sequences = np.arange(n_sequences, dtype=np.int32)
         self._kept = 0
 
     def compute(self, step: Step) -> np.ndarray:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dus_edge.eval.paired import (
     ComparedScore,
@@ -83,6 +84,12 @@ def write_evaluation(
         for fd, blob in zip(fds, data, strict=True):
             pwrite_all(fd, blob, 0)
     return paths
+
+
+def evaluation_table(results: EvalResults) -> dict[str, Any]:
+    """What ``eval.json`` holds."""
+    summaries = summarize_models(results.models, results.groups)
+    return evaluation_json(results, summaries, model_names(results), group_titles(results))
 
 
 # -- names ----------------------------------------------------------------------------------------

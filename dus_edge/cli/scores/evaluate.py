@@ -107,9 +107,10 @@ def eval_command(
 ) -> None:
     """Ask models the tasks that people quote.
 
-    FILE is a GGUF file, a checkpoint, a GPTQ or bitsandbytes folder, or a base
-    with --drop. The first is the reference: the others' differences to it come
-    with 95 % intervals. A run that is cut short goes on where it was.
+    FILE is a GGUF file, or a folder: plain, GPTQ or bitsandbytes. The first is
+    the reference: the others' differences to it come with 95 % intervals. With
+    --drop a plain folder is asked as it is and up-scaled. A run that is cut
+    short goes on where it was.
     """
     if texts:
         _overlap(files, texts, field, as_json, options)
