@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,9 @@ COMMON = [
     *("--eval-every", "4", "--save-every", "2", "--lr", "3e-4", "--threads", "1"),
 ]
 UP = plan_chooser(None, None, (), True)
+STEPS = 16
+#: How often a run is killed.
+KILLS = 5
 
 
 def start(out: Path, *more: str, processes: int = 1) -> subprocess.Popen[str]:
@@ -78,13 +82,19 @@ def finish(run: subprocess.Popen[str]) -> str:
     return out
 
 
-def wait_for_step(out: Path, step: int, run: subprocess.Popen[str]) -> None:
-    log = out.with_name(f"{out.name}.training") / "log.jsonl"
+def wait_for_step(out: Path, step: int, run: subprocess.Popen[str], before: str = "") -> None:
+    """Until a run has logged a step; `before` is the log that an earlier one left."""
     while run.poll() is None:
-        if log.exists() and f'"step": {step},' in log.read_text():
+        now = working_log(out)
+        if now != before and f'"step": {step},' in now:
             return
-        time.sleep(0.02)
+        time.sleep(0.01)
     raise AssertionError(run.communicate())
+
+
+def working_log(out: Path) -> str:
+    log = out.with_name(f"{out.name}.training") / "log.jsonl"
+    return log.read_text() if log.exists() else ""
 
 
 def log_of(out: Path) -> list[dict]:
@@ -100,18 +110,23 @@ def losses(out: Path) -> list[float]:
 def whole(tmp_path_factory) -> Path:
     """A run that nothing disturbed."""
     out = tmp_path_factory.mktemp("heal") / "whole"
-    finish(start(out, "--train", "copies", "--steps", "8"))
+    finish(start(out, "--train", "copies", "--steps", str(STEPS)))
     return out
 
 
 def test_killed_runs_go_on_digit_by_digit(whole, tmp_path):
+    """One run, killed again and again: in a step, while a checkpoint is written, before the
+    first."""
     out = tmp_path / "killed"
-    more = ("--train", "copies", "--steps", "8")
-    for step in (3, 6):
+    more = ("--train", "copies", "--steps", str(STEPS))
+    draw = random.Random(0)
+    for step in sorted(draw.sample(range(1, STEPS - 2), KILLS)):
+        before = working_log(out)
         run = start(out, *more)
-        wait_for_step(out, step, run)
+        wait_for_step(out, step, run, before)
+        time.sleep(draw.uniform(0, 0.1))
         kill(run, out)
-        assert not out.exists()
+        assert run.returncode == -signal.SIGKILL and not out.exists()
     said = finish(start(out, *more))
     assert "Going on behind step" in said
     assert log_of(out) == log_of(whole)
@@ -157,7 +172,7 @@ def test_only_copies_changed_and_the_card_says_so(whole):
 def test_the_healed_loss_is_that_of_the_written_folder(whole):
     """By transformers alone, document by document, on what the log calls held out."""
     saved = next(line for line in log_of(whole) if line.get("saved"))
-    last = next(line for line in log_of(whole) if line.get("step") == 8)
+    last = next(line for line in log_of(whole) if line.get("step") == STEPS)
     assert abs(saved["heldout_loss"] - last["heldout_loss"]) < 2e-3  # bf16 on the disk
     first = next(line for line in log_of(whole) if line["run"] == "heal")
     assert saved["heldout_loss"] < first["heldout_loss"]
@@ -176,7 +191,7 @@ def test_two_processes_make_what_one_makes(tmp_path, whole):
 
 
 def test_a_run_of_two_goes_on_in_one(whole, tmp_path):
-    out, more = tmp_path / "out", ("--train", "copies", "--steps", "8")
+    out, more = tmp_path / "out", ("--train", "copies", "--steps", str(STEPS))
     run = start(out, *more, processes=2)
     wait_for_step(out, 5, run)
     kill(run, out)

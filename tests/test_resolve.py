@@ -142,6 +142,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         parts = path.strip("/").split("/")
         if parts[0] == "cdn":  # signed addresses need no token
             return self.file(self.blob(parts[1]), parts[2])
+        if parts[0] == "datasets":
+            parts = parts[1:]
         repo_id = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
         repo = self.hub.repos.get(repo_id)
         if repo is None:
@@ -461,10 +463,10 @@ def test_repositories_that_cannot_be_used(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_too_little_disk(tmp_path: Path) -> None:
-    repo = hub_files._Repo(ORG, commit_id("1"), {"model.safetensors": 10**18}, tmp_path)
+    repo = hub_files.HubRepo(ORG, commit_id("1"), {"model.safetensors": 10**18}, tmp_path)
     repo.folder.mkdir(parents=True)
     with pytest.raises(OutputError, match=r"needs 931322574\.6 GiB more"):
-        hub_files._check_disk(repo, ["model.safetensors"])
+        hub_files.check_disk(repo, ["model.safetensors"])
 
 
 @pytest.mark.parametrize(
@@ -492,10 +494,10 @@ def test_download_errors(
         raise raised
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    repo = hub_files._Repo(ORG, commit_id("1"), {FIRST: None}, tmp_path)
+    repo = hub_files.HubRepo(ORG, commit_id("1"), {FIRST: None}, tmp_path)
     lines: list[str] = []
     with pytest.raises(expected) as caught:
-        hub_files._fetch(repo, [FIRST], lines.append)
+        hub_files.fetch_files(repo, [FIRST], lines.append)
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert lines[0] == f"{ORG}: fetching {FIRST} (1 of 1)"
     if expected is KeyboardInterrupt:

@@ -16,7 +16,7 @@ CARD = "README.md"
 _MAX_BYTES = 256 * 1024
 
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
-_KEYS = ("license", "license_name", "base_model", "language", "languages", "tags")
+_KEYS = ("license", "license_name", "base_model", "language", "languages", "tags", "configs")
 _TOP_LEVEL = re.compile(r"""(["']?)([\w-]+)\1[ \t]*:(?:\s|$)""")
 #: Nested brackets take the YAML parser quadratic time; real entries have a handful.
 _MAX_BRACKETS = 200

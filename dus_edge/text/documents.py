@@ -19,7 +19,7 @@ TEXT = "text"
 
 DEFAULT_FIELD = "text"
 #: Fields of a JSONL row that may name its language, the first that does wins.
-_LANGUAGE_FIELDS = ("language", "lang")
+LANGUAGE_FIELDS = ("language", "lang")
 
 _CODE_SUFFIXES = (
     ".asm .bash .c .cc .clj .cpp .cs .css .cu .cuh .cxx .dart .el .erl .ex .exs .f90 .go .h .hh "
@@ -175,5 +175,5 @@ def _parse_row(line: str, where: str) -> dict[str, Any]:
 
 
 def _row_language(row: dict[str, Any]) -> str:
-    values = (row.get(name) for name in _LANGUAGE_FIELDS)
+    values = (row.get(name) for name in LANGUAGE_FIELDS)
     return next((value for value in values if isinstance(value, str) and value), TEXT)

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 from dus_edge.errors import CheckpointError, DusEdgeError, OutputError, UsageError
 
+#: Kinds of repositories.
+MODEL, DATASET = "model", "dataset"
 _NOT_THE_HUBS = (AttributeError, KeyError, TypeError)
 
 
@@ -17,7 +19,9 @@ class Unreachable(DusEdgeError):
 
 
 @contextmanager
-def hub_explained(repo: str, revision: str | None, file: str | None) -> Iterator[None]:
+def hub_explained(
+    repo: str, revision: str | None, file: str | None, kind: str = MODEL
+) -> Iterator[None]:
     """Turn what the hub client raises into one sentence.
 
     With no file (the first question to the hub) a hub that does not answer is `Unreachable`,
@@ -32,17 +36,19 @@ def hub_explained(repo: str, revision: str | None, file: str | None) -> Iterator
     # RuntimeError is what the client's compiled transfer back end raises; the rest is what becomes
     # of an answer of other types than the hub's.
     except (transport, OSError, ValueError, RuntimeError, *_NOT_THE_HUBS) as e:
-        raise _explain(e, repo, revision, file) from e
+        raise _explain(e, repo, revision, file, kind) from e
 
 
-def _explain(e: BaseException, repo: str, revision: str | None, file: str | None) -> DusEdgeError:
+def _explain(
+    e: BaseException, repo: str, revision: str | None, file: str | None, kind: str
+) -> DusEdgeError:
     from huggingface_hub import constants, errors
 
     cause: BaseException | None = e
     if isinstance(e, errors.LocalEntryNotFoundError) and e.__cause__ is not None:
         cause = e.__cause__  # the client's wrapping says less than what it wraps
     status = getattr(getattr(cause, "response", None), "status_code", 0)
-    page = f"{constants.ENDPOINT}/{repo}"
+    page = f"{constants.ENDPOINT}/{'datasets/' if kind == DATASET else ''}{repo}"
     match cause:
         case errors.GatedRepoError():
             return DusEdgeError(
@@ -51,7 +57,7 @@ def _explain(e: BaseException, repo: str, revision: str | None, file: str | None
             )
         case errors.RepositoryNotFoundError():
             return UsageError(
-                f"The hub has no model {repo}, or it is private: check the spelling, or set "
+                f"The hub has no {kind} {repo}, or it is private: check the spelling, or set "
                 "HF_TOKEN to a token that may read it."
             )
         case errors.RevisionNotFoundError():

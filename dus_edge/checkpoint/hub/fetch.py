@@ -14,7 +14,7 @@ from pathlib import Path
 
 import dus_edge
 from dus_edge.checkpoint.card import read_licence
-from dus_edge.checkpoint.hub.explain import Unreachable, hub_explained
+from dus_edge.checkpoint.hub.explain import MODEL, Unreachable, hub_explained
 from dus_edge.checkpoint.hub.limits import (
     ANSWER_BYTES,
     ANSWER_SECONDS,
@@ -50,21 +50,38 @@ def is_small_file(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Repo:
-    """One repository at one commit, and where the cache keeps it."""
+class HubRepo:
+    """One repository at one commit, and where the cache keeps it.
+
+    Attributes:
+        id: ``org/name``.
+        commit: 40 hex digits.
+        sizes: of its files in bytes; None where the hub does not say.
+        cache: the hub cache's folder.
+        kind: ``model`` or ``dataset``.
+    """
 
     id: str
     commit: str
     sizes: Mapping[str, int | None]
     cache: Path
+    kind: str = MODEL
 
     @property
     def folder(self) -> Path:
-        return _storage(self.cache, self.id) / "snapshots" / self.commit
+        """Where its files of this commit lie."""
+        return _storage(self.cache, self.id, self.kind) / "snapshots" / self.commit
 
 
-def _storage(cache: Path, repo: str) -> Path:
-    return cache / f"models--{repo.replace('/', '--')}"
+def hub_cache(cache_dir: Path | None) -> Path:
+    """The folder of the hub cache: what is asked for, or the hub client's own default."""
+    from huggingface_hub import constants
+
+    return Path(cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
+
+
+def _storage(cache: Path, repo: str, kind: str) -> Path:
+    return cache / f"{kind}s--{repo.replace('/', '--')}"
 
 
 def from_hub(
@@ -76,12 +93,10 @@ def from_hub(
     progress: Progress,
     on_config: Callable[[Path], None] | None,
 ) -> Source:
-    with _quiet_hub():
-        from huggingface_hub import constants
-
-        cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
+    with quiet_hub():
+        cache = hub_cache(cache_dir)
         try:
-            listing = _list_files(repo, revision, cache)
+            listing = list_files(repo, revision, cache)
         except Unreachable as e:
             folder = _cached_folder(repo, revision, weights, cache, str(e))
             progress(f"{repo}: using the cached copy, commit {folder.name[:12]}")
@@ -93,7 +108,7 @@ def from_hub(
 
 
 def _download(
-    repo: _Repo,
+    repo: HubRepo,
     revision: str | None,
     weights: bool,
     progress: Progress,
@@ -104,16 +119,16 @@ def _download(
     if weights:
         _check_has_safetensors(repo.id, repo.sizes)
     # config.json comes last: where it is, the other small files are too.
-    _fetch(
+    fetch_files(
         repo, sorted(filter(is_small_file, repo.sizes), key=lambda n: (n == CONFIG, n)), progress
     )
-    _remember(repo, revision)
+    remember_commit(repo, revision)
     if on_config is not None:
         on_config(repo.folder)
     if weights:
         names = _weight_files(repo)
-        _check_disk(repo, names)
-        _fetch(repo, names, progress)
+        check_disk(repo, names)
+        fetch_files(repo, names, progress)
     return repo.folder
 
 
@@ -137,7 +152,7 @@ def _check_has_safetensors(repo: str, names: Iterable[str]) -> None:
     raise UnsupportedError(f"{repo} has neither {SINGLE} nor {INDEX}, so no weights to read.")
 
 
-def _weight_files(repo: _Repo) -> list[str]:
+def _weight_files(repo: HubRepo) -> list[str]:
     """The shards that the fetched index names, all of them listed by the hub, or the one file."""
     if INDEX not in repo.sizes:
         return [SINGLE]
@@ -180,9 +195,15 @@ def indexed_shards(index: Path, where: str) -> list[str]:
     return names
 
 
-def _check_disk(repo: _Repo, names: Iterable[str]) -> None:
+def check_disk(repo: HubRepo, names: Iterable[str]) -> None:
+    """See that the cache's disk has room for what is missing of some files.
+
+    Raises:
+        OutputError: it has not.
+    """
     need = sum(repo.sizes[n] or 0 for n in names if not (repo.folder / n).exists())
-    free = shutil.disk_usage(repo.folder).free
+    there = next(p for p in (repo.folder, *repo.folder.parents) if p.exists())
+    free = shutil.disk_usage(there).free
     if need and need + _DISK_MARGIN > free:
         raise OutputError(
             f"{repo.id} needs {format_bytes(need)} more, but {repo.cache} has "
@@ -191,8 +212,12 @@ def _check_disk(repo: _Repo, names: Iterable[str]) -> None:
         )
 
 
-def _fetch(repo: _Repo, names: Iterable[str], progress: Progress) -> None:
-    """Bring files of one commit into the cache; those that are there already cost nothing."""
+def fetch_files(repo: HubRepo, names: Iterable[str], progress: Progress) -> None:
+    """Bring files of one commit into the cache; those that are there already cost nothing.
+
+    Raises:
+        DusEdgeError: it breaks off; what is whole stays.
+    """
     from huggingface_hub import hf_hub_download
 
     missing = [n for n in names if not (repo.folder / n).exists()]
@@ -209,10 +234,15 @@ def _fetch(repo: _Repo, names: Iterable[str], progress: Progress) -> None:
             most = min(size or MAX_BYTES, MAX_BYTES) if small else size
             limited = deadline(SMALL_FILE_SECONDS) if small else nullcontext()
             try:
-                with hub_explained(repo.id, repo.commit, name), answer_limit(most), limited:
+                with (
+                    hub_explained(repo.id, repo.commit, name, repo.kind),
+                    answer_limit(most),
+                    limited,
+                ):
                     hf_hub_download(
                         repo.id,
                         name,
+                        repo_type=repo.kind,
                         revision=repo.commit,
                         cache_dir=repo.cache,
                         library_name="dus-edge",
@@ -245,25 +275,32 @@ def _reporting(advance: Advance, most: int | None) -> type:
     return Reporting
 
 
-def _list_files(repo: str, revision: str | None, cache: Path) -> _Repo:
-    """Ask the hub for the commit behind a revision and for its files with sizes in bytes."""
+def list_files(repo: str, revision: str | None, cache: Path, kind: str = MODEL) -> HubRepo:
+    """Ask the hub for the commit behind a revision and for its files with sizes in bytes.
+
+    Raises:
+        Unreachable: it does not answer.
+        DusEdgeError: it has no such repository or revision, or refuses it.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="dus-edge", library_version=dus_edge.__version__)
     with (
-        hub_explained(repo, revision, None),
+        hub_explained(repo, revision, None, kind),
         answer_limit(ANSWER_BYTES),
         deadline(ANSWER_SECONDS),
     ):
-        info = api.model_info(repo, revision=revision, files_metadata=True, timeout=30)
+        info = api.repo_info(
+            repo, repo_type=kind, revision=revision, files_metadata=True, timeout=30
+        )
         check_answer(info)
     sizes = {f.rfilename: f.size for f in info.siblings or ()}
     if not _COMMIT.fullmatch(info.sha or ""):
         raise DusEdgeError(f"The hub names no commit for {repo}; check HF_ENDPOINT.")
-    return _Repo(repo, info.sha, sizes, cache)
+    return HubRepo(repo, info.sha, sizes, cache, kind)
 
 
-def _remember(repo: _Repo, revision: str | None) -> None:
+def remember_commit(repo: HubRepo, revision: str | None) -> None:
     """Note the commit behind a branch or tag where the hub client does, for offline use.
 
     The client does it only when it is asked for files by branch; we ask by commit, so that a
@@ -272,7 +309,7 @@ def _remember(repo: _Repo, revision: str | None) -> None:
     revision = revision or "main"
     if _COMMIT.fullmatch(revision):
         return
-    ref = _storage(repo.cache, repo.id) / "refs" / revision
+    ref = _storage(repo.cache, repo.id, repo.kind) / "refs" / revision
     with suppress(OSError):  # a read-only cache is no obstacle
         ref.parent.mkdir(parents=True, exist_ok=True)
         partial = ref.with_name(f"{ref.name}.{os.getpid()}.part")
@@ -290,16 +327,7 @@ def _cached_folder(
     """
     from dus_edge.checkpoint.safetensors import shard_files
 
-    storage, revision = _storage(cache, repo), revision or "main"
-    commit = revision
-    if not _COMMIT.fullmatch(revision):
-        try:
-            commit = (storage / "refs" / revision).read_text(encoding="ascii").strip()
-        except (OSError, ValueError):
-            commit = ""
-    folder = storage / "snapshots" / commit
-    if not _COMMIT.fullmatch(commit) or not (folder / CONFIG).is_file():
-        raise DusEdgeError(f"{why_not_online}, and {cache} has no copy of {repo} at {revision}.")
+    folder = cached_snapshot(repo, revision, cache, MODEL, CONFIG, why_not_online)
     if weights:
         try:
             shard_files(folder)
@@ -312,8 +340,37 @@ def _cached_folder(
     return folder
 
 
+def cached_snapshot(
+    repo: str, revision: str | None, cache: Path, kind: str, has: str, why_not_online: str
+) -> Path:
+    """The folder of a revision in the cache.
+
+    Args:
+        repo: ``org/name``.
+        revision: branch, tag or commit; None means main.
+        cache: the hub cache.
+        kind: ``model`` or ``dataset``.
+        has: a file, or a pattern of files, of which one must be there.
+        why_not_online: a clause, for the message.
+
+    Raises:
+        DusEdgeError: it is not there.
+    """
+    storage, revision = _storage(cache, repo, kind), revision or "main"
+    commit = revision
+    if not _COMMIT.fullmatch(revision):
+        try:
+            commit = (storage / "refs" / revision).read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            commit = ""
+    folder = storage / "snapshots" / commit
+    if not _COMMIT.fullmatch(commit) or not any(f.is_file() for f in folder.glob(has)):
+        raise DusEdgeError(f"{why_not_online}, and {cache} has no copy of {repo} at {revision}.")
+    return folder
+
+
 @contextmanager
-def _quiet_hub() -> Iterator[None]:
+def quiet_hub() -> Iterator[None]:
     """Keep the hub client's bars, hints and telemetry away; our own lines say enough."""
     # Read when the client is imported, which must not happen before.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

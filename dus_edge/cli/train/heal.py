@@ -23,20 +23,21 @@ def _text_options() -> tuple[Any, ...]:
             "texts",
             multiple=True,
             required=True,
-            type=click.Path(path_type=Path),
-            metavar="PATH",
-            help="Train on this file, folder or .jsonl; repeat it for several.",
+            metavar="TEXT",
+            help="Train on this file, folder, .jsonl, or dataset of the hub, as "
+            "org/name[@revision][:configuration[/split]]; repeat it for several.",
         ),
         click.option(
             "--replay",
             multiple=True,
-            metavar="PATH:SHARE",
+            metavar="TEXT:SHARE",
             help="Mix in text of the base's kind, such as web.jsonl:0.1, against forgetting.",
         ),
         click.option(
             "--field",
             metavar="NAME",
-            help="Field of .jsonl rows that holds the text. [default: text]",
+            help="Field of .jsonl rows, or column of datasets, that holds the text. "
+            "[default: text]",
         ),
         click.option(
             "--text-licence",
@@ -187,7 +188,7 @@ def heal_command(
     base: str,
     choose: Any,
     out: Path,
-    texts: tuple[Path, ...],
+    texts: tuple[str, ...],
     replay: tuple[str, ...],
     licences: tuple[str, ...],
     mode: str,
@@ -209,7 +210,7 @@ def heal_command(
     from dus_edge.jobs.train.heal import heal
     from dus_edge.packages import require
     from dus_edge.train.heal.mode import parse_mode
-    from dus_edge.train.recovery.options import HealOptions, TextPart
+    from dus_edge.train.recovery.options import HealOptions, text_part
 
     require("hf", "healing needs")
     from dus_edge.train.heal.parallel import pick_device
@@ -217,7 +218,7 @@ def heal_command(
     if licences and len(licences) != len(texts):
         raise UsageError("give --text-licence once for each --text, or not at all.")
     parts = tuple(
-        TextPart(path, licence=licences[i] if licences else None) for i, path in enumerate(texts)
+        text_part(text, licence=licences[i] if licences else None) for i, text in enumerate(texts)
     )
     chosen = pick_device(device)
     result, figures = heal(
@@ -263,7 +264,7 @@ def _losses(figures: dict[str, Any]) -> str:
 
 
 def _replay(text: str) -> Any:
-    from dus_edge.train.recovery.options import TextPart
+    from dus_edge.train.recovery.options import text_part
 
     path, colon, share = text.rpartition(":")
     try:
@@ -272,7 +273,7 @@ def _replay(text: str) -> Any:
         value = 0.0
     if not colon or not path or not 0 < value < 1:
         raise UsageError(f"--replay {text!r}: a path and a share are wanted, as web.jsonl:0.1.")
-    return TextPart(Path(path), value)
+    return text_part(path, value)
 
 
 def _teacher(text: str | None) -> float:

@@ -22,7 +22,6 @@ from dus_edge.packages import require
 from dus_edge.predict.training.memory import TrainingMemory, plan_training
 from dus_edge.predict.training.work import work_of_mode
 from dus_edge.progress import progress
-from dus_edge.text.documents import read_documents
 from dus_edge.train.heal.mode import LORA
 from dus_edge.train.recovery.options import HealOptions
 from dus_edge.upscale.model import ChoosePlan, Model, Say, find_model
@@ -33,7 +32,7 @@ from dus_edge.words import format_bytes
 if TYPE_CHECKING:  # these import torch
     from dus_edge.jobs.train.heal_card import Recovery
     from dus_edge.train.heal.parallel import World
-    from dus_edge.train.recovery.data import HealData
+    from dus_edge.train.recovery.data import HealData, HealTexts
 
 #: Checkpoints that are there at once: two are kept while the next is written.
 _N_STATES = 3
@@ -71,7 +70,7 @@ def heal(
     from dus_edge.train.heal.parallel import joined_world
 
     with joined_world(options.device) as world:
-        job = HealJob(folder, options, Writing(n_threads, overwrite), world)
+        job = HealJob(folder, options, Writing(n_threads, overwrite), world, say)
         if world.first:
             return run_job(job, base, choose, say), job.figures
         model = find_model(base, choose, weights=True, say=quiet)
@@ -81,13 +80,15 @@ def heal(
 
 @dataclass(frozen=True)
 class HealJob(Job[TrainingMemory]):
-    """See `heal`; `figures` is filled with what was measured."""
+    """See `heal`; `figures` is filled with what was measured, `texts` by `early`."""
 
     folder: Path
     options: HealOptions
     writing: Writing
     world: World
+    say: Say = quiet
     figures: dict[str, Any] = field(default_factory=dict)
+    texts: list[HealTexts] = field(default_factory=list)
 
     @property
     def work(self) -> Path:
@@ -109,10 +110,9 @@ class HealJob(Job[TrainingMemory]):
                 f"--ctx {self.options.length} is more than the model's context of "
                 f"{config.context_length:,}; choose a smaller one."
             )
-        parts = [*self.options.texts, *self.options.replay]
-        paths = [*(p.path for p in parts), *self.options.heldout_texts]
-        for path in paths:
-            read_documents([path], self.options.field)
+        from dus_edge.train.recovery.data import find_texts
+
+        self.texts[:] = [find_texts(self.options, self.say)]
 
     def outputs(self, model: Model) -> list[Path]:
         """The folder."""
@@ -177,23 +177,24 @@ class HealJob(Job[TrainingMemory]):
     ) -> tuple[Mapping[str, Any], HealData, Recovery]:
         """What every process does: all runs, to their ends."""
         from dus_edge.jobs.train.heal_card import Recovery
-        from dus_edge.train.recovery.data import prepare_data, text_digest
+        from dus_edge.train.recovery.data import prepare_data
         from dus_edge.train.recovery.log import Log
         from dus_edge.train.recovery.run import Runner, control_options
 
         options, world, plan = self.options, self.world, healed_plan(model)
+        texts = self.texts[0] if self.texts else None  # the first process alone has looked
         identity = {
             **options.identity(),
             "base": _base_identity(model),
             "plan": plan.spelled,
-            "text": text_digest(options),
+            "text": world.told(texts.digest if texts else ""),
         }
         if options.restart and world.first:
             shutil.rmtree(self.work, ignore_errors=True)
         if world.first:
             self.work.mkdir(parents=True, exist_ok=True)
         world.wait()
-        data = prepare_data(model, options, self.work, world)
+        data = prepare_data(model, options, texts, self.work, world, say)
         log = Log(self.work / TRAINING_LOG)
         runner = Runner(options, data, world, self.work, log, say)
         base = checkpoint.base if isinstance(checkpoint, UpscaledCheckpoint) else None

@@ -9,7 +9,7 @@ from string import Template
 from dus_edge import __version__
 from dus_edge.checkpoint.names import RECOVERY_PLOT
 from dus_edge.data import read_text
-from dus_edge.train.recovery.data import HealData, licence_of
+from dus_edge.train.recovery.data import HealData
 from dus_edge.train.recovery.log import Curve
 from dus_edge.train.recovery.options import HealOptions
 from dus_edge.upscale.model import Model
@@ -104,7 +104,6 @@ def healed_card(
 
 
 def _texts(options: HealOptions, data: HealData) -> str:
-    licences = {p.path.name: licence_of(p) for p in (*options.texts, *options.replay)}
     passes: Mapping[int, float] = data.batches.passes(options.n_steps)
     rows = [
         (
@@ -113,7 +112,7 @@ def _texts(options: HealOptions, data: HealData) -> str:
             f"{stream.n_tokens:,}",
             f"{weight:.0%}",
             f"{passes[i]:.2f}",
-            licences.get(stream.source, "unknown"),
+            data.licences.get(stream.source, "unknown"),
         )
         for i, (stream, weight) in enumerate(zip(data.streams, data.weights, strict=True))
     ]

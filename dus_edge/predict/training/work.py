@@ -38,8 +38,8 @@ class TrainingWork:
         adapter_precision: ``f32`` or ``bf16``: of adapters. peft's own choice is f32, and then
             every input of an adapter is copied to f32; trl makes QLoRA's bf16.
         optimizer: one of `ADAMS`.
-        fused: whether a step of the optimizer makes no copies; torch's foreach AdamW makes an f32
-            one of all that learns.
+        fused: whether a step of the optimizer makes no copies, as heal's AdamW does; torch's
+            foreach AdamW, which trl runs, makes an f32 one of all that learns.
         checkpointing: whether layers keep their input alone and are computed again.
         chunk: tokens whose logits are computed at once; None means all, by transformers' own loss.
         packed: whether several documents share a sequence, which needs a mask.
@@ -58,7 +58,7 @@ class TrainingWork:
     precision: str = "bf16"
     adapter_precision: str = "f32"
     optimizer: str = "adamw"
-    fused: bool = False
+    fused: bool = True
     checkpointing: bool = True
     chunk: int | None = 512
     packed: bool = True
@@ -115,6 +115,7 @@ def work_of_mode(mode: str, plan: DepthPlan, *, backend: str, **fields: Any) -> 
         "precision": "mixed" if on_card else "f32",
         "checkpointing": on_card,
         "packed": mode != "qlora",
+        "fused": mode != "qlora",  # that one is trl's
     }
     if mode in ("lora", "qlora"):
         chosen |= {"ends": False, "layers": (), "lora_rank": 16}

@@ -54,6 +54,14 @@ class World:
         dist.all_reduce(found)
         return found.tolist()
 
+    def told(self, text: str) -> str:
+        """What the first process says, in all of them."""
+        if not self.many:
+            return text
+        said = [text]
+        dist.broadcast_object_list(said, src=0, device=self.device)
+        return said[0]
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.many:

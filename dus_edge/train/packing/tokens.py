@@ -23,6 +23,8 @@ from dus_edge.text.tokenizers import Tokenizer
 #: Tokens of a shard, 256 MiB; documents are not cut.
 SHARD_TOKENS = 1 << 26
 _IDS = np.dtype("<u4")
+#: Written at the end of all.
+_WHOLE = "whole.json"
 
 
 @dataclass(frozen=True)
@@ -68,39 +70,58 @@ def write_tokens(
     folder: Path,
     advance: Callable[[int], object] = lambda n: None,
     shard_tokens: int = SHARD_TOKENS,
+    enough: int | None = None,
 ) -> None:
     """Tokenize documents into a folder, each behind BOS if the tokenizer adds one, before EOS.
 
-    The same text a second time is left out: it could stand on both sides of the held-out split.
+    The same text a second time is left out: it could stand on both sides of the held-out split. A
+    folder that is whole is left as it is.
 
     Args:
         documents: in their order; read once.
         tokenizer: the model's.
         end_id: its EOS token; None where it has none.
         folder: made if it is not there; shards of an interrupted run are kept.
-        advance: told of characters.
+        advance: told of characters; of tokens where some are enough.
         shard_tokens: of a shard, at least.
+        enough: no more documents are read behind the one that makes so many tokens.
     """
+    if are_written(folder):
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    left = _distinct(documents, advance)
-    number = 0
+    left = _distinct(documents, advance if enough is None else lambda n: None)
+    number = reached = 0
     while (whole := _languages_file(folder, number)).exists():
         kept = len(json.loads(whole.read_text(encoding="utf-8")))
         next(islice(left, kept, kept), None)
+        reached += int(np.load(folder / f"{number:05}.starts.npy")[-1])
         number += 1
     before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     after = [] if end_id is None else [end_id]
     parts: list[np.ndarray] = []
     languages: list[str] = []
-    for document in left:
+    size = 0
+    while enough is None or reached < enough:
+        document = next(left, None)
+        if document is None:
+            break
         ids = [*before, *tokenizer.encode(document.text), *after]
         parts.append(np.array(ids, _IDS))
         languages.append(document.language)
-        if sum(map(len, parts)) >= shard_tokens:
+        size, reached = size + len(ids), reached + len(ids)
+        if enough is not None:
+            advance(len(ids))
+        if size >= shard_tokens:
             _write_shard(folder, number, parts, languages)
-            parts, languages, number = [], [], number + 1
+            parts, languages, size, number = [], [], 0, number + 1
     if parts:
         _write_shard(folder, number, parts, languages)
+    write_text(folder / _WHOLE, json.dumps({"tokens": reached}) + "\n")
+
+
+def are_written(folder: Path) -> bool:
+    """Whether `write_tokens` came to the end there."""
+    return (folder / _WHOLE).exists()
 
 
 def read_streams(folder: Path, source: str) -> list[Stream]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dus_edge.checkpoint.hub.dataset import HubText, parse_hub_text
 from dus_edge.errors import UsageError
 from dus_edge.train.heal.mode import ALL, LORA, TrainMode
 
@@ -20,14 +21,30 @@ class TextPart:
     """One text to train on.
 
     Attributes:
-        path: a file, folder or ``.jsonl``.
+        path: a file, folder or ``.jsonl``; of a dataset what it is asked for by.
         share: of the tokens; None leaves it what the other parts leave.
         licence: of the text, for the card.
+        dataset: of the hub, in place of a path.
     """
 
     path: Path
     share: float | None = None
     licence: str | None = None
+    dataset: HubText | None = None
+
+    @property
+    def label(self) -> str:
+        """What a card calls it."""
+        return self.dataset.spelled if self.dataset else self.path.name
+
+
+def text_part(text: str, share: float | None = None, licence: str | None = None) -> TextPart:
+    """A text by what a person calls it: a path that exists, else a dataset of the hub.
+
+    What is neither stays a path, of which reading says that it does not exist.
+    """
+    path = Path(text)
+    return TextPart(path, share, licence, None if path.exists() else parse_hub_text(text))
 
 
 @dataclass(frozen=True)
