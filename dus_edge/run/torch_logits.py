@@ -36,16 +36,7 @@ class FolderSource:
 
     def __init__(self, info: SourceInfo, device: str, n_threads: int | None) -> None:
         self.info = info
-        check_packages(info)
-        import torch
-
-        torch.set_num_threads(n_threads or default_threads())
-        self._device = torch_device(device)
-        load = load_gptq if info.kind == "gptq" else _load
-        with hushed(), explained(info):
-            self._model, found = load(info, self._device)
-        check_whole(info, found)
-        self._model.eval()
+        self._model, self._device = load_network(info, device, n_threads)
 
     def log_probs(self, tokens: np.ndarray, start: int = 0) -> np.ndarray:
         """See `LogitSource.log_probs`."""
@@ -74,6 +65,33 @@ class FolderSource:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def load_network(
+    info: SourceInfo, device: str, n_threads: int | None
+) -> tuple[Any, torch.device]:
+    """A folder as transformers' model in float32, ready to be run, and where it is.
+
+    Args:
+        info: of `inspect_source`.
+        device: ``cpu``, ``cuda``, ``mps``, …
+        n_threads: of the CPU; None for all cores.
+
+    Raises:
+        CheckpointError: the weights are damaged or incomplete.
+        DependencyError: a package that reads this kind is not installed.
+        UsageError: there is no such device.
+    """
+    check_packages(info)
+    import torch
+
+    torch.set_num_threads(n_threads or default_threads())
+    place = torch_device(device)
+    load = load_gptq if info.kind == "gptq" else _load
+    with hushed(), explained(info):
+        model, found = load(info, place)
+    check_whole(info, found)
+    return model.eval(), place
 
 
 def _load(info: SourceInfo, device: torch.device) -> tuple[Any, dict[str, Any]]:
