@@ -155,7 +155,10 @@ class FolderEngine:
         if self._cache is None or n == 0:
             self._cache, n = transformers.DynamicCache(config=self.network.config), 0
         elif n < len(self._cached):
-            self._cache.crop(n)
+            try:
+                self._cache.crop(n - len(self._cached))
+            except ValueError:  # a sliding window has forgotten what stands there
+                self._cache, n = transformers.DynamicCache(config=self.network.config), 0
         self._cached = self._cached[:n]
         return n
 
@@ -203,8 +206,9 @@ class _Streamer:
         """Nothing more comes."""
 
     def rest(self) -> str:
-        """What did not make a whole character."""
-        return self._tokenizer.decode(self._ids, skip_special_tokens=True)[self._shown :]
+        """What the decoder held back, without the half of a character."""
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        return text[self._shown :].rstrip("\ufffd")
 
     def stopped(self, input_ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
         """For `generate`: whether the answer is no longer wanted."""

@@ -48,7 +48,9 @@ def gguf_template(path: Path) -> ChatTemplate | None:
     return ChatTemplate(jinja, special, str(path))
 
 
-def load_llama(info: SourceInfo, n_ctx: int, n_threads: int | None, device: str, **more: Any) -> Any:
+def load_llama(
+    info: SourceInfo, n_ctx: int, n_threads: int | None, device: str, **more: Any
+) -> Any:
     """llama-cpp-python's model of a GGUF file, silent.
 
     Args:
@@ -171,7 +173,6 @@ class GGUFEngine:
                         break
         except RuntimeError:
             raise DusEdgeError(f"{self._path}: llama.cpp cannot run the model{why()}.") from None
-        on_text(text.decode(b"", final=True))
         return Pass(reused, n, first - begin, time.perf_counter() - first, ended)
 
     def __enter__(self) -> Self:

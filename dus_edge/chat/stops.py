@@ -35,4 +35,6 @@ class StopTexts:
 
 def _overlap(text: str, stop: str) -> int:
     """How much of the text's end begins a stop."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0
+    )

@@ -67,9 +67,7 @@ class FolderSource:
             torch.cuda.empty_cache()
 
 
-def load_network(
-    info: SourceInfo, device: str, n_threads: int | None
-) -> tuple[Any, torch.device]:
+def load_network(info: SourceInfo, device: str, n_threads: int | None) -> tuple[Any, torch.device]:
     """A folder as transformers' model in float32, ready to be run, and where it is.
 
     Args:

@@ -26,7 +26,9 @@ from dus_edge.cli.options import model_options
     metavar="X",
     help="Choose among the likeliest tokens that share this probability. [default: 0.95]",
 )
-@click.option("--seed", type=int, metavar="N", help="Seed of the choice. [default: another each time]")
+@click.option(
+    "--seed", type=int, metavar="N", help="Seed of the choice. [default: another each time]"
+)
 @click.option(
     "--max-tokens",
     "n_most",
