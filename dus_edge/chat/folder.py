@@ -191,6 +191,8 @@ class _Streamer:
         if not self._prompt_seen:
             self._prompt_seen = True
             return
+        if not self._wanted:  # `generate` asks `stopped` before it hands over a token
+            return
         self.first = self.first or time.perf_counter()
         for token in value.reshape(-1).tolist():
             if token in self._ends:

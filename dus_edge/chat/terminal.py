@@ -74,20 +74,20 @@ def notes_of(answer: Answer, n_ctx: int) -> list[str]:
     ran = answer.ran
     rate = f", {answer.tokens_per_s:.1f} tok/s" if answer.tokens_per_s else ""
     cached = f" ({ran.n_reused:,} cached)" if ran.n_reused else ""
-    lines = [
-        f"[{ran.n_tokens:,} tokens{rate}; prompt {answer.n_prompt:,} tokens{cached}, "
-        f"{brief_time(ran.prompt_s)}]"
-    ]
+    lines = []
     if answer.n_dropped:
-        lines.insert(
-            0,
+        lines.append(
             f"The context of {n_ctx:,} tokens is full: the oldest {answer.n_dropped} messages "
-            "are forgotten.",
+            "are forgotten."
         )
     if answer.why == "context":
-        lines.insert(0, f"The answer was cut: the context of {n_ctx:,} tokens is full.")
+        lines.append(f"The answer was cut: the context of {n_ctx:,} tokens is full.")
     if answer.why == "length":
-        lines.insert(0, "The answer was cut at --max-tokens.")
+        lines.append("The answer was cut at --max-tokens.")
+    lines.append(
+        f"[{ran.n_tokens:,} tokens{rate}; prompt {answer.n_prompt:,} tokens{cached}, "
+        f"{brief_time(ran.prompt_s)}]"
+    )
     return lines
 
 
