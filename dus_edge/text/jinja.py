@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import cache, lru_cache
 from typing import Any
 
-Message = Mapping[str, Any]
+_Message = Mapping[str, Any]
 
 # Templates that ask for today's date get the day that Llama 3.1's falls back to, so that a
 # template gives the same text on every day.
@@ -33,7 +33,7 @@ class TemplateRefusal(ValueError):
 
 def render_prompt(
     jinja_template: str,
-    messages: Sequence[Message],
+    messages: Sequence[_Message],
     special_tokens: Mapping[str, str],
     **more: Any,
 ) -> str:
@@ -86,7 +86,7 @@ def prompt_task() -> None:
 
 def render_apart(
     jinja_template: str,
-    talks: Sequence[Sequence[Message]],
+    talks: Sequence[Sequence[_Message]],
     special_tokens: Mapping[str, str],
 ) -> list[str | None] | None:
     """What `render_jinja` gives for each conversation, computed in a process of its own.
@@ -150,7 +150,7 @@ def _hold_short() -> None:
 
 
 def render_jinja(
-    jinja_template: str, messages: Sequence[Message], special_tokens: Mapping[str, str]
+    jinja_template: str, messages: Sequence[_Message], special_tokens: Mapping[str, str]
 ) -> str | None:
     """The prompt a chat template makes, without `bos_token` at its front; None if it fails.
 

@@ -98,7 +98,8 @@ def _make_attentive(model: Any, ends: frozenset[int]) -> None:
     def in_parts(tokens: Sequence[int]) -> None:
         call = CURRENT.get()
         for at in range(0, len(tokens), model.n_batch):
-            if call is not None and call.gone.is_set():
+            # Of a prompt; between two tokens of an answer `attentive` sees to it.
+            if len(tokens) > 1 and call is not None and call.gone.is_set():
                 raise HTTPException(400, "the client went away")
             evaluate(tokens[at : at + model.n_batch])
 

@@ -17,12 +17,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dus_edge.chat.serve.call import CURRENT, Call
-from dus_edge.chat.serve.request import CHAT, COMPLETION, ApiError, Served, prepare
+from dus_edge.chat.serve.request import CHAT, COMPLETION, ApiError, Served, prepare_request
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+_Scope = MutableMapping[str, Any]
+_Message = MutableMapping[str, Any]
+_Receive = Callable[[], Awaitable[_Message]]
+_Send = Callable[[_Message], Awaitable[None]]
 
 MODELS = "/v1/models"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -81,7 +81,7 @@ class Guard:
         for held in list(self._calls):
             held.call.gone.set()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         """One connection of ASGI."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
@@ -103,7 +103,7 @@ class Guard:
             return
         await self._answered(scope, receive, send, body, call)
 
-    def _check(self, scope: Scope) -> None:
+    def _check(self, scope: _Scope) -> None:
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
         self._access.check(headers)
         path, method = scope["path"], scope["method"]
@@ -117,11 +117,11 @@ class Guard:
             body = json.loads(text)
         except ValueError as e:
             raise ApiError(400, f"the body is no JSON ({e}).") from None
-        ready, call = prepare(path, body, self._served)
+        ready, call = prepare_request(path, body, self._served)
         return json.dumps(ready).encode(), call
 
     async def _answered(
-        self, scope: Scope, receive: Receive, send: Send, body: bytes, call: Call
+        self, scope: _Scope, receive: _Receive, send: _Send, body: bytes, call: Call
     ) -> None:
         """Have the server behind answer, and tell it when the client goes away."""
         held, gone, given = _Held(call), asyncio.Event(), False
@@ -133,7 +133,7 @@ class Guard:
             call.gone.set()
             gone.set()
 
-        async def again() -> Message:
+        async def again() -> _Message:
             nonlocal given
             if not given:
                 given = True
@@ -167,7 +167,7 @@ class _Gone(Exception):
     """The client left before it had asked."""
 
 
-async def _read(receive: Receive) -> bytes:
+async def _read(receive: _Receive) -> bytes:
     parts, n, more = [], 0, True
     while more:
         message = await receive()
@@ -181,7 +181,7 @@ async def _read(receive: Receive) -> bytes:
     return b"".join(parts)
 
 
-async def _answer(send: Send, error: ApiError) -> None:
+async def _answer(send: _Send, error: ApiError) -> None:
     body = json.dumps(error.body()).encode()
     headers = [
         (b"content-type", b"application/json"),
@@ -191,14 +191,14 @@ async def _answer(send: Send, error: ApiError) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def _with_usage(send: Send, call: Call) -> Send:
+def _with_usage(send: _Send, call: Call) -> _Send:
     """A stream that ends in a count of tokens, as `stream_options` asks for.
 
     llama-cpp-python's server does not know the option. Each event is a message of its own there.
     """
     last: dict[str, Any] = {}
 
-    async def sent(message: Message) -> None:
+    async def sent(message: _Message) -> None:
         nonlocal last
         body = message.get("body", b"")
         if body.startswith(b"data: {"):

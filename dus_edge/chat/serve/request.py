@@ -64,7 +64,7 @@ class Served:
     unknown: frozenset[str] = frozenset()
 
 
-def prepare(path: str, body: Any, served: Served) -> tuple[dict[str, Any], Call]:
+def prepare_request(path: str, body: Any, served: Served) -> tuple[dict[str, Any], Call]:
     """A request as the server behind takes it, and what is known of it.
 
     Args:
