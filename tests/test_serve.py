@@ -29,7 +29,8 @@ from dus_edge.chat.serve.call import CURRENT, Call
 from dus_edge.chat.serve.folder import _make_attentive as attend
 from dus_edge.chat.serve.gguf import gguf_app
 from dus_edge.chat.serve.guard import LOOPBACK, Access, Guard
-from dus_edge.chat.serve.request import CHAT, COMPLETION, ApiError, Served, prepare_request
+from dus_edge.chat.serve.request import CHAT, COMPLETION, ApiError, Served
+from dus_edge.chat.serve.request import prepare_request as prepare
 from dus_edge.chat.serve.run import Serving, introduction
 from dus_edge.chat.session import Conversation
 from dus_edge.chat.template import ChatTemplate
@@ -442,28 +443,24 @@ def served(**changes) -> Served:
 
 def test_requests_are_made_what_servers_take():
     body = {"model": "any", "messages": [{"role": "developer", "content": "12345"}]}
-    ready, call = prepare_request(
-        CHAT, {**body, "stream_options": {"include_usage": True}}, served()
-    )
+    ready, call = prepare(CHAT, {**body, "stream_options": {"include_usage": True}}, served())
     assert ready == {
         "model": "it", "repeat_penalty": 1.0, "max_tokens": 11,
         "messages": [{"role": "system", "content": "12345"}],
     }  # fmt: skip
     assert call.wants_usage and call.n_prompt == 9 and call.prompt == "12345None"
     more = {**body, "stop": "a", "chat_template_kwargs": {"x": 7}, "repeat_penalty": 1.2}
-    ready, call = prepare_request(CHAT, more, served(stops=("b",)))
+    ready, call = prepare(CHAT, more, served(stops=("b",)))
     assert ready["stop"] == ["a", "b"] and ready["repeat_penalty"] == 1.2
     assert call.prompt == "12345None7"
-    ready, _ = prepare_request(
-        COMPLETION, {"prompt": "1234", "max_completion_tokens": 99}, served()
-    )
+    ready, _ = prepare(COMPLETION, {"prompt": "1234", "max_completion_tokens": 99}, served())
     assert ready["max_tokens"] == 16 and ready["prompt"] == "1234"
 
 
 def test_requests_that_are_none():
     def check(path: str, body: object) -> None:
         with pytest.raises(ApiError) as refused:
-            prepare_request(path, body, served())
+            prepare(path, body, served())
         assert refused.value.status == 400
         assert refused.value.body()["error"]["type"] == "invalid_request_error"
 
