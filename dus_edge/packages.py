@@ -13,10 +13,24 @@ EXTRAS = {
     "bnb": (*_HF, "accelerate", "bitsandbytes"),
     "train": (*_HF, "datasets", "peft", "trl"),
     "llama": ("llama_cpp",),
+    "serve": (
+        "llama_cpp",
+        "fastapi",
+        "openai",
+        "pydantic_settings",
+        "sse_starlette",
+        "starlette_context",
+        "uvicorn",
+    ),
     "plots": ("matplotlib",),
 }
 #: Names to install by, where they are others.
-_INSTALLED_AS = {"llama_cpp": "llama-cpp-python"}
+_INSTALLED_AS = {
+    "llama_cpp": "llama-cpp-python",
+    "pydantic_settings": "pydantic-settings",
+    "sse_starlette": "sse-starlette",
+    "starlette_context": "starlette-context",
+}
 
 
 def require(extra: str, what: str, *only: str, instead: str = "") -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from dus_edge.ollama import chat
 from dus_edge.ollama.gotemplate import GoTemplateError, render, render_conversation
-from dus_edge.ollama.jinja import render_jinja
+from dus_edge.text.jinja import render_jinja
 
 DATA = Path(__file__).parent / "data"
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>"}

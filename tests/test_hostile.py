@@ -364,7 +364,7 @@ def test_a_template_without_end_is_an_unknown_format(run, make_checkpoint, tmp_p
 
 def test_a_template_may_not_take_our_memory():
     """What the limits are for: the parent's own memory does not grow with a doubled string."""
-    from dus_edge.ollama.jinja import render_apart
+    from dus_edge.text.jinja import render_apart
 
     talk = [{"role": "user", "content": "x"}]
     assert render_apart("{{ messages[0].content }}!", [talk, talk], {}) == ["x!", "x!"]

@@ -61,8 +61,8 @@ MOST_FUNCTION_LINES = 90
 #: Heavy packages, and the modules that may import them: `--help` must be instant, and a GGUF
 #: export needs neither torch nor anything of llama_cpp.
 HEAVY = {
-    "torch": ("train.", "calibrate.", "run.", "measure.", "quant.gptq", "export.bnb"),
-    "transformers": ("train.", "calibrate.", "run.", "measure.", "export.bnb"),
+    "torch": ("train.", "calibrate.", "run.", "measure.", "chat.", "quant.gptq", "export.bnb"),
+    "transformers": ("train.", "calibrate.", "run.", "measure.", "chat.", "export.bnb"),
     "bitsandbytes": ("export.bnb", "train.heal.optim"),
     "datasets": ("train.tune.run", "train.tune.quiet"),
     "peft": ("train.heal.lora", "train.tune.model"),

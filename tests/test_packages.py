@@ -52,6 +52,8 @@ def test_the_extras_are_those_of_the_project():
     for extra, packages in EXTRAS.items():
         listed = {re.split(r"[\[>=]", line)[0].replace("-", "_") for line in extras[extra]}
         if "dus_edge" in listed:
-            listed |= set(EXTRAS["hf"])
+            inner = re.search(r"dus-edge\[([\w,]+)\]", " ".join(extras[extra]))[1].split(",")
+            below = {name for one in inner for name in EXTRAS[one]} | set(EXTRAS["hf"])
+            listed |= {name.replace("llama_cpp", "llama_cpp_python") for name in below}
         named = {p.replace("llama_cpp", "llama_cpp_python") for p in packages}
         assert named <= listed, extra

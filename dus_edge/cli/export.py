@@ -17,7 +17,15 @@ from dus_edge.cli.options import (
     output_options,
     plan_options,
 )
-from dus_edge.cli.say import keep_digests, print_folder, print_json, print_notes, say_to
+from dus_edge.cli.say import (
+    keep_digests,
+    print_folder,
+    print_json,
+    print_next,
+    print_notes,
+    say_to,
+)
+from dus_edge.cli.talk.next import after_gguf, can_chat
 from dus_edge.quant.choose import DEFAULT, QUANTIZERS
 from dus_edge.words import counts_text, duration, format_bytes
 
@@ -117,11 +125,13 @@ def gguf_command(
         if verbose:
             click.echo(f"  tensors: {counts_text(output.types)}")
     print_notes(result)
-    click.echo(f"Done in {duration(result.seconds)}. Now run it:")
-    for output in result.outputs:
-        # The name alone is the last, as the link is.
-        tag = "" if output is result.outputs[-1] else f":{output.preset}"
-        click.echo(f"  {_create(model + tag, output.modelfile)}")
+    # The name alone is the last, as the link is.
+    last = result.outputs[-1]
+    creates = [
+        _create(model + ("" if output is last else f":{output.preset}"), output.modelfile)
+        for output in result.outputs
+    ]
+    print_next(result, after_gguf(last.path, creates, can_chat(result.model.source.folder)))
 
 
 def _create(name: str, modelfile: Path) -> str:
@@ -327,7 +337,7 @@ def gptq_command(
         **writing,
     )
     keep_digests(result, digest)
-    print_folder(result, out, as_json)
+    print_folder(result, out, as_json, plain=False)
 
 
 @click.command("bnb")
@@ -372,4 +382,4 @@ def bnb_command(
         **writing,
     )
     keep_digests(result, digest)
-    print_folder(result, out, as_json, verbose)
+    print_folder(result, out, as_json, verbose, plain=False)

@@ -25,6 +25,7 @@ INTERRUPTED = 130  # what shells report for Ctrl-C
 COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("bench", "Measure on this machine, predict for others."),
     "bnb": ("export", "Up-scale BASE into a bitsandbytes checkpoint."),
+    "chat": ("talk.chat", "Talk with FILE in the terminal."),
     "completion": ("completion", "Print the script that completes dus-edge's words in a shell."),
     "dpo": ("train.tune", "Tune MODEL on pairs of answers (DPO)."),
     "devices": ("devices", "List the devices that are known, as --device takes them."),
@@ -38,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "merge": ("export", "Merge a LoRA ADAPTER into BASE, a checkpoint like any other."),
     "modelfile": ("models", "Write the Modelfile of a GGUF file or a checkpoint."),
     "quality": ("scores.quality", "Measure how far each CANDIDATE is from REFERENCE on text."),
+    "serve": ("talk.serve", "Serve FILE by the OpenAI API."),
     "sft": ("train.tune", "Tune MODEL on dialogues."),
     "verify": ("verify", "Read finished models whole and say whether they are sound."),
     "upscale": ("export", "Up-scale BASE into a checkpoint that transformers loads."),

@@ -106,6 +106,36 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How a model is loaded that is talked with."""
+    options = (
+        click.option(
+            "--ctx",
+            "n_ctx",
+            type=click.IntRange(min=16),
+            metavar="N",
+            help="Tokens of context. [default: the model's, up to 4096]",
+        ),
+        click.option(
+            "--threads",
+            "n_threads",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Number of CPU threads. [default: all cores]",
+        ),
+        click.option(
+            "--device",
+            default="cpu",
+            show_default=True,
+            metavar="DEVICE",
+            help="Run on cpu, cuda or mps.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 folder_option = click.option(
     "-o",
     "--out",

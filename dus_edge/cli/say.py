@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from dus_edge.cli.talk.next import after_folder
 from dus_edge.words import counts_text, duration, format_bytes, printable, wrap
 
 
@@ -37,8 +38,17 @@ def print_notes(result: Any) -> None:
         click.echo(wrap(f"note: {note}", rest="  "))
 
 
-def print_folder(result: Any, out: Path, as_json: bool, verbose: bool = False) -> None:
-    """Say what a job that wrote a checkpoint folder did."""
+def print_next(result: Any, commands: Sequence[str]) -> None:
+    """Say that a job is done, and where its result goes next."""
+    click.echo(f"Done in {duration(result.seconds)}. Next:")
+    for command in commands:
+        click.echo(f"  {command}")
+
+
+def print_folder(
+    result: Any, out: Path, as_json: bool, verbose: bool = False, *, plain: bool = True
+) -> None:
+    """Say what a job that wrote a checkpoint folder did; `plain` if nothing is quantized in it."""
     if as_json:
         print_json(result)
         return
@@ -48,4 +58,4 @@ def print_folder(result: Any, out: Path, as_json: bool, verbose: bool = False) -
     if verbose:
         click.echo(f"  tensors: {counts_text(output.types)}")
     print_notes(result)
-    click.echo(f"Done in {duration(result.seconds)}.")
+    print_next(result, after_folder(out, plain=plain))

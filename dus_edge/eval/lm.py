@@ -31,7 +31,7 @@ from dus_edge.run.llama_text import LlamaText
 from dus_edge.run.llama_tree import CacheType, LlamaTree
 from dus_edge.run.llama_writer import write_greedily
 from dus_edge.run.source import SourceInfo
-from dus_edge.run.torch_logits import load_folder
+from dus_edge.run.torch_logits import load_network
 from dus_edge.run.torch_tree import TorchTree
 from dus_edge.run.tree import Limits, ScoredTokens, Step, grow, schedule
 
@@ -167,7 +167,7 @@ class FolderLM(TreeLM, HFLM):
 
         with hushed():
             tokenizer = AutoTokenizer.from_pretrained(info.path, **NO_CODE)
-        model = load_folder(info, device, n_threads)
+        model = load_network(info, device, n_threads)[0]
         HFLM.__init__(
             self,
             pretrained=model,

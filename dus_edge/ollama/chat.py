@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 from importlib import resources
 
 from dus_edge.ollama.gotemplate import Message, render_conversation
-from dus_edge.ollama.jinja import render_apart
+from dus_edge.text.jinja import render_apart
 
 
 def _talk(*contents: str, system: str | None = None) -> tuple[Message, ...]:

@@ -36,8 +36,7 @@ class FolderSource:
 
     def __init__(self, info: SourceInfo, device: str, n_threads: int | None) -> None:
         self.info = info
-        self._model = load_folder(info, device, n_threads)
-        self._device = self._model.device
+        self._model, self._device = load_network(info, device, n_threads)
 
     def log_probs(self, tokens: np.ndarray, start: int = 0) -> np.ndarray:
         """See `LogitSource.log_probs`."""
@@ -68,12 +67,12 @@ class FolderSource:
             torch.cuda.empty_cache()
 
 
-def load_folder(info: SourceInfo, device: str, n_threads: int | None) -> Any:
-    """A folder as transformers' model in float32, ready to run.
+def load_network(info: SourceInfo, device: str, n_threads: int | None) -> tuple[Any, torch.device]:
+    """A folder as transformers' model in float32, ready to be run, and where it is.
 
     Args:
-        info: of `dus_edge.run.open.inspect_source`, of a folder.
-        device: of torch.
+        info: of `inspect_source`.
+        device: ``cpu``, ``cuda``, ``mps``, …
         n_threads: of the CPU; None for all cores.
 
     Raises:
@@ -85,12 +84,12 @@ def load_folder(info: SourceInfo, device: str, n_threads: int | None) -> Any:
     import torch
 
     torch.set_num_threads(n_threads or default_threads())
-    where = torch_device(device)
+    place = torch_device(device)
     load = load_gptq if info.kind == "gptq" else _load
     with hushed(), explained(info):
-        model, found = load(info, where)
+        model, found = load(info, place)
     check_whole(info, found)
-    return model.eval()
+    return model.eval(), place
 
 
 def _load(info: SourceInfo, device: torch.device) -> tuple[Any, dict[str, Any]]:

@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from dus_edge.cli.options import folder_option, json_option, plan_options
-from dus_edge.cli.say import print_json, print_notes, say_to
+from dus_edge.cli.say import print_json, print_next, print_notes, say_to
+from dus_edge.cli.talk.next import after_folder
 from dus_edge.errors import UsageError
-from dus_edge.words import duration, format_bytes
+from dus_edge.words import format_bytes
 
 _POSITIVE = click.IntRange(min=1)
 _RATE = click.FloatRange(min=0, min_open=True)
@@ -248,8 +249,7 @@ def heal_command(
     click.echo(f"{output.path}")
     click.echo(f"  {format_bytes(output.nbytes)}, held-out loss {_losses(figures)}")
     print_notes(result)
-    click.echo(f"Done in {duration(result.seconds)}. Now quantize it:")
-    click.echo(f"  dus-edge gguf --no-upscale {output.path}")
+    print_next(result, after_folder(output.path, plain=True))
 
 
 def _losses(figures: dict[str, Any]) -> str:

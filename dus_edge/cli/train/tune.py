@@ -9,8 +9,9 @@ from typing import Any
 import click
 
 from dus_edge.cli.options import folder_option, json_option
-from dus_edge.cli.say import print_json, print_notes, say_to
-from dus_edge.words import duration, format_bytes
+from dus_edge.cli.say import print_json, print_next, print_notes, say_to
+from dus_edge.cli.talk.next import after_folder
+from dus_edge.words import format_bytes
 
 
 def _tune_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -154,4 +155,4 @@ def _tune(
         return
     click.echo(f"{out}\n  {format_bytes(result.outputs[0].nbytes)}")
     print_notes(result)
-    click.echo(f"Done in {duration(result.seconds)}.")
+    print_next(result, after_folder(out, plain=True))

@@ -13,7 +13,7 @@ from dus_edge.errors import UnsupportedError, UsageError
 from dus_edge.export.vocab.vocab import Vocab, read_vocab
 from dus_edge.jsonfile import find_object
 from dus_edge.ollama import chat
-from dus_edge.ollama.jinja import render_apart
+from dus_edge.text.jinja import render_apart
 from dus_edge.train.tune.formats import TrainingFormat, known_format, own_format
 
 DEFAULT_FORMAT = "solar"

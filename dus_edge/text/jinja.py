@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import cache, lru_cache
 from typing import Any
 
-from dus_edge.ollama.gotemplate import Message
+_Message = Mapping[str, Any]
 
 # Templates that ask for today's date get the day that Llama 3.1's falls back to, so that a
 # template gives the same text on every day.
@@ -27,9 +27,66 @@ _BEGIN = "\ue000begin\ue000"
 CPU_S, WALL_S, MEMORY_BYTES, TEXT_BYTES = 2, 20, 1 << 30, 1 << 22
 
 
+class TemplateRefusal(ValueError):
+    """A chat template gives no prompt for a conversation; the text says why, in a few words."""
+
+
+def render_prompt(
+    jinja_template: str,
+    messages: Sequence[_Message],
+    special_tokens: Mapping[str, str],
+    **more: Any,
+) -> str:
+    """The prompt that a model is given to answer to, as transformers' `apply_chat_template` has it.
+
+    `bos_token` stays where the template puts it, and today is today. Computed in a process of its
+    own.
+
+    Args:
+        jinja_template: the model's.
+        messages: roles and contents.
+        special_tokens: texts by role: ``bos_token``, ``eos_token``, …
+        more: what else the template can read, such as ``tools``; JSON.
+
+    Raises:
+        TemplateRefusal: the template refuses the conversation, fails, or takes more than it may.
+    """
+    task = {
+        "template": jinja_template,
+        "messages": [dict(message) for message in messages],
+        "tokens": {"tools": None, "documents": None, **dict(special_tokens), **more},
+    }
+    found = _run_apart("prompt_task", task)
+    if found is None:
+        raise TemplateRefusal("it takes more time or memory than a template may")
+    if "text" not in found:
+        raise TemplateRefusal(found["refused"])
+    return found["text"]
+
+
+def prompt_task() -> None:
+    """The child of `render_prompt`: a task on standard input, a text or a reason on output."""
+    _hold_short()
+    task = json.load(sys.stdin)
+    try:
+        text = _compiled(task["template"]).render(
+            messages=task["messages"],
+            add_generation_prompt=True,
+            strftime_now=datetime.now().strftime,
+            **task["tokens"],
+        )
+    except Exception as e:  # a stranger's program may raise anything
+        reason = str(e).strip().partition("\n")[0] or type(e).__name__
+        json.dump({"refused": reason[:300]}, sys.stdout)
+        return
+    if len(text) > TEXT_BYTES:
+        sys.exit(1)
+    json.dump({"text": text}, sys.stdout)
+
+
 def render_apart(
     jinja_template: str,
-    talks: Sequence[Sequence[Message]],
+    talks: Sequence[Sequence[_Message]],
     special_tokens: Mapping[str, str],
 ) -> list[str | None] | None:
     """What `render_jinja` gives for each conversation, computed in a process of its own.
@@ -42,10 +99,25 @@ def render_apart(
         "talks": [[dict(message) for message in talk] for talk in talks],
         "tokens": dict(special_tokens),
     }
-    command = [sys.executable, "-c", f"from {__name__} import render_task; render_task()"]
+    return _run_apart("render_task", task)
+
+
+def _run_apart(name: str, task: Mapping[str, Any]) -> Any:
+    """What a function of this module prints for a task, in a process of its own; None if nothing.
+
+    The process is in a group of its own: Ctrl-C in a terminal is for the program alone.
+    """
+    # -P: a file of the folder that one stands in, a checkpoint maybe, is no module.
+    command = [sys.executable, "-P", "-c", f"from {__name__} import {name}; {name}()"]
     try:
         done = subprocess.run(
-            command, input=json.dumps(task), capture_output=True, text=True, timeout=WALL_S
+            command,
+            input=json.dumps(task),
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=WALL_S,
+            start_new_session=True,
         )
         return json.loads(done.stdout) if done.returncode == 0 else None
     except (subprocess.TimeoutExpired, ValueError):
@@ -78,7 +150,7 @@ def _hold_short() -> None:
 
 
 def render_jinja(
-    jinja_template: str, messages: Sequence[Message], special_tokens: Mapping[str, str]
+    jinja_template: str, messages: Sequence[_Message], special_tokens: Mapping[str, str]
 ) -> str | None:
     """The prompt a chat template makes, without `bos_token` at its front; None if it fails.
 

@@ -1,0 +1,1 @@
+"""The commands that let a model talk: chat, serve."""
