@@ -62,9 +62,9 @@ MOST_FUNCTION_LINES = 90
 #: export needs neither torch nor anything of llama_cpp.
 HEAVY = {
     "torch": ("train.", "calibrate.", "run.", "measure.", "chat.", "quant.gptq", "export.bnb"),
-    "transformers": ("train.", "calibrate.", "run.", "measure.", "chat.", "export.bnb"),
+    "transformers": ("eval.lm", "train.", "calibrate.", "run.", "measure.", "chat.", "export.bnb"),
     "bitsandbytes": ("export.bnb", "train.heal.optim"),
-    "datasets": ("train.tune.run", "train.tune.quiet"),
+    "datasets": ("eval.tasks", "train.tune.run", "train.tune.quiet"),
     "peft": ("train.heal.lora", "train.tune.model"),
     "trl": ("train.tune.run",),
     "llama_cpp": ("run.", "chat."),

@@ -33,17 +33,17 @@ from dus_edge.run.llama_writer import write_greedily
 from dus_edge.run.source import SourceInfo
 from dus_edge.run.torch_logits import load_network
 from dus_edge.run.torch_tree import TorchTree
-from dus_edge.run.tree import Limits, ScoredTokens, Step, grow, schedule
+from dus_edge.run.tree import Limits, ScoredTokens, TreeStep, grow, tree_steps
 
 #: What the harness gives `_loglikelihood_tokens`: texts, tokens of context and continuation.
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]
-Answer = tuple[float, bool]
+LogLikelihood = tuple[float, bool]
 
 
 class TreeEngine(Protocol):
     """Computes steps of a tree."""
 
-    def compute(self, step: Step) -> np.ndarray:
+    def compute(self, step: TreeStep) -> np.ndarray:
         """Logits of the rows that the step reads, ``(n_read, vocab)``."""
         ...
 
@@ -63,11 +63,11 @@ class TreeLM(TemplateLM):
     title = ""
     limits = Limits()
 
-    def _engine(self, steps: Sequence[Step]) -> AbstractContextManager[TreeEngine]:
+    def _engine(self, steps: Sequence[TreeStep]) -> AbstractContextManager[TreeEngine]:
         """An engine that can compute these steps."""
         raise NotImplementedError
 
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[Answer]:
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[LogLikelihood]:
         """See `lm_eval.api.model.LM`."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
@@ -92,18 +92,18 @@ class TreeLM(TemplateLM):
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Encoded], disable_tqdm: bool = True, **_: Any
-    ) -> list[Answer]:
+    ) -> list[LogLikelihood]:
         asked = [self._scored(context, continuation) for _, context, continuation in requests]
         keys = [scored_key(request) for request in asked]
         new = {k: r for k, r in zip(keys, asked, strict=True) if k not in self.record}
         names, wanted = list(new), list(new.values())
         if wanted:
-            steps = list(schedule(grow(wanted), self.limits))
+            steps = list(tree_steps(grow(wanted), self.limits))
             with (
                 self._engine(steps) as engine,
                 progress(self.title, sum(len(s.tree.tokens) for s in steps), unit="tokens") as told,
             ):
-                for group in score(engine, steps, wanted, told):
+                for group in score_tree(engine, steps, wanted, told):
                     self.record.add((names[i], answer) for i, answer in group)
             self.n_computed += sum(len(s.tree.tokens) for s in steps)
         return [(float(a), bool(b)) for a, b in (self.record[key] for key in keys)]
@@ -114,9 +114,9 @@ class TreeLM(TemplateLM):
         return ScoredTokens(tuple(tokens), max(1, len(tokens) - len(continuation)))
 
 
-def score(
-    engine: TreeEngine, steps: Iterable[Step], requests: Sequence[ScoredTokens], told: Advance
-) -> Iterator[list[tuple[int, Answer]]]:
+def score_tree(
+    engine: TreeEngine, steps: Iterable[TreeStep], requests: Sequence[ScoredTokens], told: Advance
+) -> Iterator[list[tuple[int, LogLikelihood]]]:
     """Log-likelihoods, in nats, and whether each token was the likeliest, as they are complete.
 
     Args:
@@ -179,7 +179,7 @@ class FolderLM(TreeLM, HFLM):
         self.info, self.record = info, record
 
     @contextmanager
-    def _engine(self, steps: Sequence[Step]) -> Iterator[TreeEngine]:
+    def _engine(self, steps: Sequence[TreeStep]) -> Iterator[TreeEngine]:
         yield TorchTree(self.model, self.info.path)
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
@@ -275,7 +275,7 @@ class LlamaLM(TreeLM):
         return self._text.encode(string, special=add_special_tokens)
 
     @contextmanager
-    def _engine(self, steps: Sequence[Step]) -> Iterator[TreeEngine]:
+    def _engine(self, steps: Sequence[TreeStep]) -> Iterator[TreeEngine]:
         with LlamaTree(
             self._model,
             self.info.path,
@@ -310,7 +310,7 @@ class LlamaLM(TreeLM):
         asked: dict[str, Any],
         told: Advance,
     ) -> None:
-        """Answer prompts that ask for the same kind of text."""
+        """LogLikelihood prompts that ask for the same kind of text."""
         how = normalize_gen_kwargs(asked, self.max_gen_toks)
         if how.get("do_sample"):
             raise UnsupportedError(

@@ -12,7 +12,7 @@ from typing import Any
 from dus_edge.errors import UnsupportedError
 from dus_edge.eval.record import AnswerRecord, content_digest
 from dus_edge.eval.results import EvaluatedModel, TaskScores
-from dus_edge.eval.tasks import EXAMPLES_SEED, LoadedTask, quiet
+from dus_edge.eval.tasks import EXAMPLES_SEED, LoadedTask, quiet_harness
 from dus_edge.run.ggml import Ggml
 from dus_edge.run.llama_tree import CacheType
 from dus_edge.run.source import SourceInfo, split_files, weight_files
@@ -97,7 +97,7 @@ def _lm(
     # The harness and torch take seconds to import.
     from dus_edge.eval.lm import FolderLM, LlamaLM
 
-    with quiet():
+    with quiet_harness():
         if info.kind == "gguf":
             lm = LlamaLM(info, record, device, n_threads, cache)
             try:
@@ -142,6 +142,7 @@ def _scores(task: LoadedTask, samples: Sequence[dict[str, Any]]) -> TaskScores:
         group=task.spec.group,
         metric=task.metric,
         n_shots=task.n_shots,
+        n_available=task.n_documents,
         language=task.spec.language,
         documents=tuple(documents),
         values=tuple(values),

@@ -63,7 +63,7 @@ def load_tasks(
     files = {} if data is None else find_task_files(data, suite.tasks)
     folders = [str(harness_folder() / folder) for folder in suite.folders]
     loaded = []
-    with quiet():
+    with quiet_harness():
         from lm_eval.tasks import TaskManager
 
         manager = TaskManager(include_path=folders, include_defaults=False)
@@ -75,7 +75,7 @@ def load_tasks(
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet_harness() -> Iterator[None]:
     """No bars, notes and warnings of the harness and of `datasets` while the block runs."""
     import datasets
     from lm_eval.api import task

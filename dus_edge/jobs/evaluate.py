@@ -15,7 +15,7 @@ from dus_edge.eval.contamination import TaskOverlap, contaminated
 from dus_edge.eval.results import EvalResults, EvaluatedModel
 from dus_edge.eval.run import evaluate_model, harness_version
 from dus_edge.eval.suites import Suite, find_suite
-from dus_edge.eval.tasks import LoadedTask, load_tasks, quiet
+from dus_edge.eval.tasks import LoadedTask, load_tasks, quiet_harness
 from dus_edge.files import check_writable, write_text
 from dus_edge.jobs.export.checkpoint import export_checkpoint
 from dus_edge.machine import user_cache
@@ -145,7 +145,7 @@ def overlap(
     """
     check_packages_of_eval()
     tasks = load_tasks(find_suite(suite), data, None, 0)
-    with quiet():
+    with quiet_harness():
         questions = {task.spec.task: _questions(task) for task in tasks}
     documents = read_documents(texts, field)
     with progress("Reading text", sum(len(d.text) for d in documents), unit="characters") as told:
@@ -226,6 +226,9 @@ def _write_raw(out: Path, name: str, raw: dict[str, Any]) -> list[Path]:
 
 
 def _json(value: Any, indent: int | None = None) -> str:
-    from lm_eval.utils import handle_non_serializable
+    return json.dumps(value, default=_plain, ensure_ascii=False, indent=indent)
 
-    return json.dumps(value, default=handle_non_serializable, ensure_ascii=False, indent=indent)
+
+def _plain(value: Any) -> Any:
+    """What JSON knows in place of numpy's numbers, and the name of anything else."""
+    return value.item() if hasattr(value, "item") else getattr(value, "__name__", str(value))

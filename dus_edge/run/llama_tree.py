@@ -19,23 +19,23 @@ import numpy as np
 
 from dus_edge.errors import DusEdgeError
 from dus_edge.run.llama import errors, llama_library, why
-from dus_edge.run.tree import Step
+from dus_edge.run.tree import TreeStep
 
 CacheType = Literal["f32", "f16"]
 GGML_TYPES = {"f32": 0, "f16": 1}
 #: Tokens that llama.cpp computes at once; its own default, and what bounds its buffers.
-UBATCH = 512
+UBATCH_TOKENS = 512
 
 
 class LlamaTree:
-    """An engine for steps of `dus_edge.run.tree.schedule`."""
+    """An engine for steps of `dus_edge.run.tree.tree_steps`."""
 
     def __init__(
         self,
         model: Any,
         path: Path,
         *,
-        steps: Sequence[Step],
+        steps: Sequence[TreeStep],
         n_threads: int,
         cache: CacheType,
     ) -> None:
@@ -57,7 +57,7 @@ class LlamaTree:
         params.n_ctx = max(step.base + len(step.tree.tokens) for step in steps)
         # llama.cpp reserves an output for each sequence, and a batch must hold them.
         params.n_batch = max(n_sequences, *(len(step.tree.tokens) for step in steps))
-        params.n_ubatch = max(n_sequences, min(params.n_batch, UBATCH))
+        params.n_ubatch = max(n_sequences, min(params.n_batch, UBATCH_TOKENS))
         params.n_seq_max = n_sequences
         params.kv_unified = True
         params.n_threads = params.n_threads_batch = n_threads
@@ -76,7 +76,7 @@ class LlamaTree:
         self._sequences = np.arange(n_sequences, dtype=np.int32)
         self._kept = 0
 
-    def compute(self, step: Step) -> np.ndarray:
+    def compute(self, step: TreeStep) -> np.ndarray:
         """Logits of the rows that the step reads, float32, ``(n_read, vocab)``.
 
         They are llama.cpp's own buffer, good until the next step.
@@ -103,7 +103,7 @@ class LlamaTree:
         pointer = lib.llama_get_logits(self._context)
         return np.ctypeslib.as_array(pointer, (len(tree.read), self._vocab_size))
 
-    def _decode(self, step: Step, first: int) -> None:
+    def _decode(self, step: TreeStep, first: int) -> None:
         lib, tree = llama_library(), step.tree
         n = len(tree.tokens)
         token = tree.tokens.astype(np.int32)

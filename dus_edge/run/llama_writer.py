@@ -11,7 +11,7 @@ import numpy as np
 
 from dus_edge.errors import DusEdgeError
 from dus_edge.run.llama import errors, llama_library, why
-from dus_edge.run.llama_tree import GGML_TYPES, UBATCH, CacheType
+from dus_edge.run.llama_tree import GGML_TYPES, UBATCH_TOKENS, CacheType
 
 #: Prompts at once: each step reads all weights once, whatever the number.
 N_SLOTS = 4
@@ -60,7 +60,7 @@ def write_greedily(
     # Cells come in blocks of 256 (llama_kv_cache's padding), for each sequence of its own.
     params.n_ctx = n_slots * -(-length // 256) * 256
     params.n_batch = max(max(len(p) for p in prompts), n_slots)
-    params.n_ubatch = min(params.n_batch, UBATCH)
+    params.n_ubatch = min(params.n_batch, UBATCH_TOKENS)
     params.n_seq_max = n_slots
     params.n_threads = params.n_threads_batch = n_threads
     params.type_k = params.type_v = GGML_TYPES[cache]

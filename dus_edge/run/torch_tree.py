@@ -14,11 +14,11 @@ import numpy as np
 
 from dus_edge.errors import DusEdgeError
 from dus_edge.run.folders import hushed
-from dus_edge.run.tree import FlatTree, Step
+from dus_edge.run.tree import FlatTree, TreeStep
 
 
 class TorchTree:
-    """An engine for steps of `dus_edge.run.tree.schedule`."""
+    """An engine for steps of `dus_edge.run.tree.tree_steps`."""
 
     def __init__(self, model: Any, path: Path) -> None:
         """
@@ -34,7 +34,7 @@ class TorchTree:
         self._kept = np.empty(0, np.int64)
         self._window: int | None = getattr(model.config, "sliding_window", None)
 
-    def compute(self, step: Step) -> np.ndarray:
+    def compute(self, step: TreeStep) -> np.ndarray:
         """Logits of the rows that the step reads, float32, ``(n_read, vocab)``.
 
         Raises:

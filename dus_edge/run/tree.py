@@ -76,7 +76,7 @@ class FlatTree:
 
 
 @dataclass(frozen=True)
-class Step:
+class TreeStep:
     """A batch to compute.
 
     Attributes:
@@ -173,7 +173,7 @@ class Limits:
     reads: int = 512
 
 
-def schedule(root: Branch, limits: Limits) -> Iterator[Step]:
+def tree_steps(root: Branch, limits: Limits) -> Iterator[TreeStep]:
     """Batches that compute every token of the tree once, in order.
 
     A common prefix that many branches share is computed by itself and kept; small subtrees go
@@ -207,7 +207,7 @@ def _measure(root: Branch, sizes: dict[int, _Size]) -> None:
         sizes[id(branch)] = size
 
 
-def _visit(root: Branch, base: int, sizes: dict[int, _Size], limits: Limits) -> Iterator[Step]:
+def _visit(root: Branch, base: int, sizes: dict[int, _Size], limits: Limits) -> Iterator[TreeStep]:
     """The steps of what lies below `root`, whose own tokens are the common prefix already."""
     stack: list[Iterator[tuple[list[Branch], bool]]] = [_packs(root, sizes, limits)]
     bases = [base]
@@ -218,7 +218,7 @@ def _visit(root: Branch, base: int, sizes: dict[int, _Size], limits: Limits) -> 
             bases.pop()
             continue
         branches, keep = pack
-        yield Step(bases[-1], flatten(branches, alone=keep), keep)
+        yield TreeStep(bases[-1], flatten_branches(branches, alone=keep), keep)
         if keep:
             stack.append(_packs(branches[0], sizes, limits))
             bases.append(branches[0].end)
@@ -260,7 +260,7 @@ def _is_large(branch: Branch, size: _Size, limits: Limits) -> bool:
     return size.tokens > limits.tokens and size.tokens > 2 * len(branch.tokens)
 
 
-def flatten(branches: Sequence[Branch], *, alone: bool = False) -> FlatTree:
+def flatten_branches(branches: Sequence[Branch], *, alone: bool = False) -> FlatTree:
     """Branches and all below them as one batch.
 
     Args:
