@@ -167,6 +167,7 @@ class FolderLM(TreeLM, HFLM):
 
         with hushed():
             tokenizer = AutoTokenizer.from_pretrained(info.path, **NO_CODE)
+        tokenizer.model_max_length = 1 << 30  # prompts are cut here, and counted
         model = load_network(info, device, n_threads)[0]
         HFLM.__init__(
             self,

@@ -45,6 +45,7 @@ class EvaluatedModel:
         seconds: that took.
         engine: what ran it and in which precision, such as
             ``llama.cpp, float32 cache``; part of the page.
+        n_cut: prompts that were longer than its context, and lost their beginning.
     """
 
     info: SourceInfo
@@ -52,6 +53,7 @@ class EvaluatedModel:
     tokens: int
     seconds: float
     engine: str
+    n_cut: int = 0
 
 
 @dataclass(frozen=True)

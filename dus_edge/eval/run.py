@@ -71,8 +71,8 @@ def evaluate_model(
             tokens=lm.n_computed,
             seconds=time.monotonic() - begun,
             engine=how,
+            n_cut=lm.n_cut,
         )
-        raw["cut_prompts"] = lm.n_cut
     return model, raw
 
 

@@ -102,6 +102,12 @@ def quiet_harness() -> Iterator[None]:
 def _load(
     manager: Any, spec: SuiteTask, files: TaskFiles | None, n_docs: int | None, seed: int
 ) -> LoadedTask:
+    entry = manager.task_index.get(spec.task)
+    if entry is not None and (entry.cfg or {}).get("unsafe_code"):
+        raise UnsupportedError(
+            f"the task {spec.task} runs programs that the model writes, which is not done here; "
+            "leave it out."
+        )
     changes: dict[str, Any] = {"task": spec.task}
     if spec.n_shots is not None:
         changes["num_fewshot"] = spec.n_shots
@@ -117,11 +123,6 @@ def _load(
     except Exception as e:  # of datasets, the hub, and each task's own code
         raise _explained(spec, e) from None
     task = found[spec.task]
-    if getattr(task, "UNSAFE_CODE", False):
-        raise UnsupportedError(
-            f"the task {spec.task} runs programs that the model writes, which is not done here; "
-            "leave it out."
-        )
     if getattr(task, "MULTIMODAL", False):
         raise UnsupportedError(f"the task {spec.task} shows pictures or sound; leave it out.")
     n = len(task.eval_docs)

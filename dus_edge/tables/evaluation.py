@@ -126,6 +126,14 @@ def evaluation_page(results: EvalResults, summaries: Sequence[ModelSummary] | No
     summaries = summaries or summarize_models(results.models, results.groups)
     names, titles = model_names(results), group_titles(results)
     parts = ["# Evaluation", _about(results, names, titles), _models_table(results, names)]
+    parts += [
+        _paragraph(
+            f"{name}: {m.n_cut:,} prompts are longer than its context of "
+            f"{m.info.context_length:,} tokens, and were asked without their beginning."
+        )
+        for name, m in zip(names, results.models, strict=True)
+        if m.n_cut
+    ]
     parts += ["## Scores", _paragraph(f"{_drawn(results)} Per cent ± one standard error.")]
     parts += _scores(results, summaries, names, titles)
     if languages := summaries[0].by_language:
