@@ -17,6 +17,8 @@ TRAIN     ?= all
 TOKENS    ?= 32768
 MODEL     ?= pico
 DATA      ?= built-in
+FILE      ?=
+PORT      ?= 8000
 
 PYTHON ?= python3
 VENV   := .venv
@@ -31,7 +33,7 @@ LLAMA_BUILD := CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" CMAKE_GENERATOR=Ninj
 
 # What a person sets reaches the shell through its environment and is quoted there: neither make nor
 # the shell reads anything in it.
-SET := QUANT BASE DROP OUT QUANTIZER IMATRIX BITS GROUP TEXT MINUTES TRAIN TOKENS MODEL DATA TESTS
+SET := QUANT BASE DROP OUT QUANTIZER IMATRIX BITS GROUP TEXT MINUTES TRAIN TOKENS MODEL DATA FILE PORT TESTS
 $(foreach v,$(SET),$(eval override $(v) := $$(value $(v))))
 export $(SET)
 PLAN  := $${DROP:+--drop "$$DROP"}
@@ -43,10 +45,14 @@ TEXTS := set -f; if [ -e "$$TEXT" ]; then set -- --text "$$TEXT"; \
 GGUF_STAMPS := $(VENV)/$(if $(filter ggml,$(QUANTIZER)),llama,run).stamp \
   $(if $(filter auto,$(IMATRIX)),$(VENV)/hf.stamp)
 
+# What a model is run by: llama.cpp, or transformers where FILE is a folder.
+TALK_STAMPS := $(VENV)/$(if $(wildcard $(FILE)/config.json),hf,llama).stamp
+TALK_FILE := "$${FILE:-$$OUT/solar-dus-$${QUANT\#\#*,}.gguf}"
+
 .DEFAULT_GOAL := help
 # Two pips must not write one environment at the same time.
 .NOTPARALLEL:
-.PHONY: help gguf gptq imatrix heal sft dpo solar-instruct modelfiles upscale interop tables test fuzz torture lint bench bench-export clean
+.PHONY: help gguf gptq imatrix heal sft dpo solar-instruct chat serve modelfiles upscale interop tables test fuzz torture lint bench bench-export clean
 
 help: ## List the targets.
 	@echo "Targets:"
@@ -67,6 +73,8 @@ help: ## List the targets.
 	  "TOKENS=$$TOKENS" "Tokens that heal trains on." \
 	  "MODEL=$$MODEL" "What sft and dpo tune: as BASE, or OUT/sft." \
 	  "DATA=$$DATA" "Rows of sft and dpo: a .jsonl file, or built-in." \
+	  "FILE=$$FILE" "What chat and serve run; empty: OUT's GGUF of QUANT." \
+	  "PORT=$$PORT" "Port of serve." \
 	  "MINUTES=$$MINUTES" "Minutes for which fuzz tries what was never tried."
 
 gguf: $(GGUF_STAMPS) ## Up-scale BASE to a GGUF of preset QUANT, and a Modelfile.
@@ -105,6 +113,12 @@ solar-instruct: $(VENV)/train.stamp ## Heal BASE, tune it twice, quantize it: a 
 	@$(BIN)/dus-edge gguf --no-upscale -q "$$QUANT" -o "$$OUT" --alias solar-dus --overwrite \
 	  -- "$$OUT/dpo"
 	@echo "  ollama create solar-dus-instruct -f modelfiles/solar-instruct"
+
+chat: $(TALK_STAMPS) ## Talk with FILE, a GGUF or a folder, in the terminal.
+	@$(BIN)/dus-edge chat -- $(TALK_FILE)
+
+serve: $(TALK_STAMPS) $(VENV)/serve.stamp ## Serve FILE by the OpenAI API on PORT.
+	@$(BIN)/dus-edge serve --port "$$PORT" -- $(TALK_FILE)
 
 interop: $(VENV)/hf.stamp $(AUTOGPTQ)/done.stamp $(GPTQMODEL)/done.stamp ## Load our GPTQ folders with auto-gptq and GPTQModel.
 	@OMP_NUM_THREADS=1 interop/run.sh $(BIN) "$$OUT/interop" $(AUTOGPTQ) $(GPTQMODEL)
@@ -169,6 +183,11 @@ $(VENV)/llama.stamp: $(VENV)/run.stamp
 	@$(BIN)/pip install -q -c constraints.txt scikit-build-core cmake ninja
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(LLAMA_BUILD) $(BIN)/pip install -q -c constraints.txt \
 	  --no-build-isolation -e ".[llama]"
+	@touch $@
+
+$(VENV)/serve.stamp: $(VENV)/llama.stamp
+	@echo "Installing what the server needs"
+	@$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[serve]"
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/llama.stamp

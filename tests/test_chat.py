@@ -25,6 +25,7 @@ from dus_edge.chat.session import Conversation
 from dus_edge.chat.stops import StopTexts
 from dus_edge.chat.template import ChatTemplate
 from dus_edge.chat.terminal import notes_of, talk
+from dus_edge.cli.talk.next import after_folder, after_gguf, can_chat
 from dus_edge.errors import UnsupportedError, UsageError
 from dus_edge.text.jinja import render_prompt
 
@@ -346,6 +347,44 @@ def test_one_prompt_prints_the_answer_alone(run, files, engines):
 
     for path, engine in zip(files, engines, strict=True):
         check(path, engine)
+
+
+def test_quantized_folders_talk(run, files, tmp_path):
+    made = {
+        "bnb": ("bnb", "--no-upscale"),
+        "gptq": ("gptq", "--no-upscale", "--bits", "8", "--chunks", "1", "--ctx", "64"),
+    }
+    for name, command in made.items():
+        code, out, err = run(command[0], files[0], *command[1:], "-o", tmp_path / name)
+        assert code == 0, err
+        assert f"\n  dus-edge chat {tmp_path / name}\n  dus-edge serve " in out
+        words = ("--prompt", "def add(a, b):", "--temp", "0", "--max-tokens", "5")
+        code, out, err = run("chat", tmp_path / name, *words)
+        assert code == 0 and out.strip() and "[5 tokens" in err
+
+
+def test_what_comes_next(files, tmp_path):
+    folder = tmp_path / "a model"
+    folder.mkdir()
+    assert after_folder(folder, plain=True) == [
+        f"dus-edge gguf --no-upscale '{folder}'",
+        f"dus-edge serve '{folder}'",
+        *after_folder(folder, plain=False)[1:],
+    ]
+    assert after_folder(folder, plain=False)[-1].startswith(f"hf upload YOU/'a model' '{folder}'")
+    assert f"dus-edge chat {files[0]}" in after_folder(files[0], plain=False)
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    assert can_chat(folder)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    assert after_folder(folder, plain=True)[0] == (
+        f"dus-edge merge org/base '{folder}' -o 'a model'-merged"
+    )
+    lines = after_gguf(Path("x.gguf"), ["1", "2", "3", "4", "5"], True)
+    assert lines == [
+        "3", "4", "5", "dus-edge chat x.gguf", "dus-edge serve x.gguf  # or llama-server -m",
+        "lms import --copy x.gguf  # into LM Studio",
+    ]  # fmt: skip
+    assert len(lines) <= 6
 
 
 def test_lines_that_are_piped_in_are_messages_and_commands(cli, files):

@@ -155,7 +155,9 @@ def test_gguf_writes_its_modelfile(cli, tmp_path):
     run = cli("gguf", "pico", "-q", "q4_0", "-o", tmp_path)
     assert run.returncode == 0, run.stderr
     path = next(tmp_path.glob("*.Modelfile"))
-    assert run.stdout.splitlines()[-1].endswith(f"-f {path}")
+    told = run.stdout.partition("Next:\n")[2].splitlines()
+    assert told[0].startswith("  ollama create ") and told[0].endswith(f"-f {path}")
+    assert told[1].startswith("  dus-edge serve ") and told[2].startswith("  lms import ")
     commands = parse_modelfile(path.read_text())
     values = {(c.name.lower(), c.key): c.value for c in commands}
     assert resolve_from(path, values["from", None]) == next(tmp_path.glob("*.gguf"))

@@ -29,7 +29,7 @@ def made(tmp_path):
     for name in ("dus-edge", "python"):
         (binaries / name).write_text(FAKE)
         (binaries / name).chmod(0o755)
-    for stamp in ("run", "hf", "train", "llama", "test"):
+    for stamp in ("run", "hf", "train", "llama", "serve", "test"):
         (tmp_path / ".venv" / f"{stamp}.stamp").touch()
 
     def make(*words: str, **environment: str) -> list[str]:
@@ -75,6 +75,16 @@ def test_model_and_data_are_one_word(made, tmp_path, target):
         assert words[0] == target and words[-2:] == ["--", value]
         assert words[words.index("--data") + 1] == value
         assert words[words.index("-o") + 1] == f"{value}/{target}"
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_model_to_talk_with_is_one_word(made, tmp_path):
+    for value in NASTY:
+        words = made("serve", f"FILE={value}", f"PORT={value}")
+        assert words == ["serve", "--port", value, "--", value]
+    assert made("chat", "FILE=a b") == ["chat", "--", "a b"]
+    assert made("chat", "OUT=$HOME `x`")[-1] == "$HOME `x`/solar-dus-q4_k_m.gguf"
+    assert made("chat", "QUANT=q4_0,q8_0")[-1] == "build/solar-dus-q8_0.gguf"
     assert not (tmp_path / "x").exists()
 
 

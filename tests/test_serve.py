@@ -428,6 +428,14 @@ def test_a_package_that_lacks_is_named(run, folder, monkeypatch):
     )
 
 
+def test_a_server_that_cannot_be_imported_is_told(run, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.cli.serving.server", None)
+    code, _, err = run("serve", folder, "--port", "0")
+    assert code == DependencyError.exit_code
+    assert err.startswith(f"dus-edge: {folder} is served by transformers' server, which cannot ")
+    assert err.count("\n") == 1
+
+
 # Parts
 
 

@@ -17,7 +17,7 @@ from dus_edge.chat.serve.guard import LOOPBACK, Access, Guard
 from dus_edge.chat.serve.request import Served
 from dus_edge.chat.template import no_template
 from dus_edge.errors import UsageError
-from dus_edge.packages import require
+from dus_edge.packages import EXTRAS, cannot_import, require
 
 #: Seconds that answers have to come to an end when the server ends.
 _LAST_S = 3
@@ -71,7 +71,11 @@ def serve(path: Path, how: Serving, say: Callable[[str], None]) -> None:
             from dus_edge.chat.serve.gguf import gguf_app as make
         else:
             from dus_edge.chat.serve.folder import folder_app as make
-        app, served = make(info, how.alias or info.name, n_ctx, how.n_threads, how.device)
+        try:
+            app, served = make(info, how.alias or info.name, n_ctx, how.n_threads, how.device)
+        except ImportError as e:
+            whose = "llama-cpp-python's" if info.kind == "gguf" else "transformers'"
+            raise cannot_import("serve", f"{path} is served by {whose} server", e) from None
         if template is None:
             say(f"note: {no_template(path)} Completions are served, chats are not.")
         if how.host not in LOOPBACK and how.key is None:
@@ -101,8 +105,10 @@ def introduction(host: str, port: int, served: Served, keyed: bool) -> list[str]
 
 
 def _packages(path: Path) -> tuple[str, ...]:
-    """What of the extra is needed: transformers' server imports less."""
-    return ("fastapi", "uvicorn", "openai") if path.is_dir() else ()
+    """What of the extra is needed: transformers' server imports less, but OpenAI's types."""
+    if path.is_dir():
+        return ("fastapi", "uvicorn", "openai")
+    return tuple(name for name in EXTRAS["serve"] if name != "openai")
 
 
 @contextlib.contextmanager
