@@ -18,6 +18,9 @@ TOKENS    ?= 32768
 MODEL     ?= pico
 DATA      ?= built-in
 FILE      ?=
+SUITE     ?= h6
+DOCS      ?= 50
+ROWS      ?=
 PORT      ?= 8000
 
 PYTHON ?= python3
@@ -33,7 +36,7 @@ LLAMA_BUILD := CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" CMAKE_GENERATOR=Ninj
 
 # What a person sets reaches the shell through its environment and is quoted there: neither make nor
 # the shell reads anything in it.
-SET := QUANT BASE DROP OUT QUANTIZER IMATRIX BITS GROUP TEXT MINUTES TRAIN TOKENS MODEL DATA FILE PORT TESTS
+SET := QUANT BASE DROP OUT QUANTIZER IMATRIX BITS GROUP TEXT MINUTES TRAIN TOKENS MODEL DATA FILE SUITE DOCS ROWS PORT TESTS
 $(foreach v,$(SET),$(eval override $(v) := $$(value $(v))))
 export $(SET)
 PLAN  := $${DROP:+--drop "$$DROP"}
@@ -52,7 +55,7 @@ TALK_FILE := "$${FILE:-$$OUT/solar-dus-$${QUANT\#\#*,}.gguf}"
 .DEFAULT_GOAL := help
 # Two pips must not write one environment at the same time.
 .NOTPARALLEL:
-.PHONY: help gguf gptq imatrix heal sft dpo solar-instruct chat serve modelfiles upscale interop tables test fuzz torture lint bench bench-export clean
+.PHONY: help gguf gptq imatrix heal sft dpo solar-instruct eval chat serve modelfiles upscale interop tables test fuzz torture lint bench bench-export clean
 
 help: ## List the targets.
 	@echo "Targets:"
@@ -74,6 +77,9 @@ help: ## List the targets.
 	  "MODEL=$$MODEL" "What sft and dpo tune: as BASE, or OUT/sft." \
 	  "DATA=$$DATA" "Rows of sft and dpo: a .jsonl file, or built-in." \
 	  "FILE=$$FILE" "What chat and serve run; empty: OUT's GGUF of QUANT." \
+	  "SUITE=$$SUITE" "What eval asks: h6, ko, or tasks with commas between." \
+	  "DOCS=$$DOCS" "Documents of each task that eval asks, or all." \
+	  "ROWS=$$ROWS" "Folder of eval's rows; empty: the hub's data sets." \
 	  "PORT=$$PORT" "Port of serve." \
 	  "MINUTES=$$MINUTES" "Minutes for which fuzz tries what was never tried."
 
@@ -113,6 +119,10 @@ solar-instruct: $(VENV)/train.stamp ## Heal BASE, tune it twice, quantize it: a 
 	@$(BIN)/dus-edge gguf --no-upscale -q "$$QUANT" -o "$$OUT" --alias solar-dus --overwrite \
 	  -- "$$OUT/dpo"
 	@echo "  ollama create solar-dus-instruct -f modelfiles/solar-instruct"
+
+eval: $(VENV)/eval.stamp ## Ask BASE, and what DROP makes of it, SUITE: OUT/eval.
+	@$(BIN)/dus-edge eval $(PLAN) --suite "$$SUITE" --docs "$$DOCS" $${ROWS:+--data "$$ROWS"} \
+	  -o "$$OUT/eval" --overwrite -- "$$BASE"
 
 chat: $(TALK_STAMPS) ## Talk with FILE, a GGUF or a folder, in the terminal.
 	@$(BIN)/dus-edge chat -- $(TALK_FILE)
@@ -188,6 +198,11 @@ $(VENV)/llama.stamp: $(VENV)/run.stamp
 $(VENV)/serve.stamp: $(VENV)/llama.stamp
 	@echo "Installing what the server needs"
 	@$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[serve]"
+	@touch $@
+
+$(VENV)/eval.stamp: $(VENV)/llama.stamp
+	@echo "Installing lm-evaluation-harness"
+	@$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[eval,plots]"
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/llama.stamp

@@ -13,6 +13,7 @@ EXTRAS = {
     "bnb": (*_HF, "accelerate", "bitsandbytes"),
     "train": (*_HF, "datasets", "peft", "trl"),
     "llama": ("llama_cpp",),
+    "eval": (*_HF, "llama_cpp", "accelerate", "datasets", "lm_eval"),
     "serve": (
         "llama_cpp",
         "fastapi",
@@ -27,6 +28,7 @@ EXTRAS = {
 #: Names to install by, where they are others.
 _INSTALLED_AS = {
     "llama_cpp": "llama-cpp-python",
+    "lm_eval": "lm-eval",
     "pydantic_settings": "pydantic-settings",
     "sse_starlette": "sse-starlette",
     "starlette_context": "starlette-context",
