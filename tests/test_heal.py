@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from dus_edge.errors import DusEdgeError, UsageError
-from dus_edge.jobs.train.heal import heal
+from dus_edge.jobs.job import Writing
+from dus_edge.jobs.train.heal import HealJob, heal
 from dus_edge.train.heal.mode import parse_mode
 from dus_edge.train.heal.parallel import World
 from dus_edge.train.recovery.options import HealOptions, TextPart
@@ -283,6 +284,24 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path):
         assert not out.exists()
 
     check_each(check, bad)
+
+
+def test_a_checkpoint_that_makes_nan_is_not_kept(tmp_path):
+    """The update of step 1 is what breaks the weights: its checkpoint is none to go on from."""
+    out, broken = tmp_path / "out", {"rate": 1e30, "steps": 6, "mode": parse_mode("copies")}
+    with pytest.raises(DusEdgeError, match="loss of step 2 is no number; there is no checkpoint"):
+        run_here(out, evaluate=100, save=1, **broken)
+    assert not list(out.with_name("out.training").glob("heal/step-*"))
+    with pytest.raises(DusEdgeError, match="The held-out loss of step 1 is no number"):
+        run_here(out, evaluate=1, save=1, **broken)
+    assert not list(out.with_name("out.training").glob("heal/step-*"))
+
+
+def test_lora_is_of_one_process(tmp_path):
+    options = HealOptions(texts=(TextPart(TEXT),), steps=1, mode=parse_mode("lora"))
+    two = World(0, 2, torch.device("cpu"))
+    with pytest.raises(UsageError, match="--train lora runs in one process; take copies"):
+        HealJob(tmp_path / "out", options, Writing(), two).need(print)
 
 
 def test_what_cannot_fit_is_refused_before_the_first_step(tmp_path, monkeypatch):

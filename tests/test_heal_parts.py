@@ -403,9 +403,12 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", full)
-    with pytest.raises(OutputError, match=r"No space left on device.*is kept"):
+    with pytest.raises(OutputError, match=r"No space left on device\), that of step 1 is kept"):
         state.save(2, weights, optimizer)
     assert state.steps() == [1]
+    fresh = RunState(tmp_path / "fresh", {"a": 1}, ONE)
+    with pytest.raises(OutputError, match="there is none before it"):
+        fresh.save(1, weights, optimizer)
     assert not list((tmp_path / "run").glob("*.partial"))
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == {"a": 1}
     assert Path(tmp_path / "run" / "step-00000001" / ".metadata").is_file()

@@ -261,6 +261,15 @@ def test_a_run_is_gone_on_with_by_the_same_command_only(run, interrupted, chat):
     assert code == 0 and "Going on" not in said
 
 
+def test_one_process_tunes(run, make_checkpoint, chat, pairs, tmp_path, monkeypatch):
+    base = make_checkpoint()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for goal, data in (("sft", chat), ("dpo", pairs)):
+        code, _, err = run(goal, base, "--data", data, "-o", tmp_path / "out")
+        assert code == 2 and f"{goal} runs in one process, and torchrun started 2" in err
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_full_disk_at_a_checkpoint_is_one_sentence(
     run, make_checkpoint, chat, tmp_path, monkeypatch
 ):

@@ -20,7 +20,8 @@ from dus_edge.jobs.train.state import work_folder
 from dus_edge.machine import meminfo_kib
 from dus_edge.packages import require
 from dus_edge.predict.training.memory import TrainingMemory, plan_training
-from dus_edge.predict.training.work import work_of_mode
+from dus_edge.predict.training.speed import cost_in_forwards
+from dus_edge.predict.training.work import TrainingWork, work_of_mode
 from dus_edge.progress import progress
 from dus_edge.train.heal.mode import LORA
 from dus_edge.train.recovery.options import HealOptions
@@ -196,14 +197,16 @@ class HealJob(Job[TrainingMemory]):
         world.wait()
         data = prepare_data(model, options, texts, self.work, world, say)
         log = Log(self.work / TRAINING_LOG)
-        runner = Runner(options, data, world, self.work, log, say)
+        cost = _cost(model, options)
+        runner = Runner(options, data, world, self.work, log, say, cost)
         base = checkpoint.base if isinstance(checkpoint, UpscaledCheckpoint) else None
         if base is not None:
             before = runner.untrained("base", base)
             say(f"held-out loss of the base: {before.mean:.4f} ({before.n_tokens:,} tokens)")
         weights = runner.train("heal", checkpoint, plan, options.mode, identity, base)
         if options.control and base is not None:
-            alone = Runner(control_options(options), data, world, self.work, log, say)
+            every = control_options(options)
+            alone = Runner(every, data, world, self.work, log, say, _cost(model, every))
             identity_plan = DepthPlan(model.plan.n_base, tuple(range(model.plan.n_base)))
             alone.train(
                 "control",
@@ -243,13 +246,23 @@ def healed_plan(model: Model) -> DepthPlan:
     return plan
 
 
+def _cost(model: Model, options: HealOptions) -> float:
+    """What a token that is trained on costs, in forward passes; the teacher's is one more."""
+    teacher = model.plan.n_base / model.plan.depth if options.teacher else 0.0
+    return cost_in_forwards(model.config, _work(model, options, 1)) + teacher
+
+
 def planned_memory(model: Model, options: HealOptions, processes: int) -> TrainingMemory:
     """What a run will take, term by term; see `dus-edge fit --train`.
 
     Raises:
         UsageError: the plan has nothing that could learn so.
     """
-    work = work_of_mode(
+    return plan_training(model.config, _work(model, options, processes))
+
+
+def _work(model: Model, options: HealOptions, processes: int) -> TrainingWork:
+    return work_of_mode(
         options.mode.spelled,
         healed_plan(model),
         backend="CUDA" if options.device == "cuda" else "CPU",
@@ -262,7 +275,6 @@ def planned_memory(model: Model, options: HealOptions, processes: int) -> Traini
         lora_rank=options.rank if options.mode.kind == LORA else None,
         gpus=processes,
     )
-    return plan_training(model.config, work)
 
 
 def _free_memory(device: str) -> int | None:

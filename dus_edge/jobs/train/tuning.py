@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from abc import abstractmethod
 from collections import Counter
@@ -138,6 +139,11 @@ class TuneJob(Job[Prepared]):
         require("train", f"{self.goal} needs")
         if self.options.method == "qlora":
             require("bnb", "qlora needs", "bitsandbytes")
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            raise UsageError(
+                f"{self.goal} runs in one process, and torchrun started "
+                f"{os.environ['WORLD_SIZE']}; start it without torchrun."
+            )
         check_replaceable(self.folder, self.writing.overwrite, _REPLACEABLE)
         if self.options.batch % (self.options.micro_batch or 1):
             raise UsageError(

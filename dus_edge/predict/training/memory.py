@@ -16,6 +16,7 @@ NCCL takes, and what torch's caching allocator holds in reserve beyond live tens
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 from dus_edge.checkpoint.config import ModelConfig
@@ -32,11 +33,13 @@ from dus_edge.predict.training.work import (
 )
 
 #: What a process has resident on a CPU that trained a tiny Llama for three steps; with peft for its
-#: adapters; and what kernels of bf16 add: torch 2.13, transformers 5.23, peft 0.21, Linux
-#: (`VmHWM`, benchmarks/check_training_memory.py).
+#: adapters; what kernels of bf16 add; and what scipy adds, which transformers imports where it is
+#: installed: torch 2.13, transformers 5.23, peft 0.21, scipy 1.17, Linux (`VmHWM`,
+#: benchmarks/check_training_memory.py).
 _CPU_OVERHEAD = 357 * MIB
 _CPU_OVERHEAD_PEFT = 415 * MIB
 _CPU_OVERHEAD_BF16 = 15 * MIB
+_CPU_OVERHEAD_SCIPY = 37 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,4 +240,5 @@ class _Plan:
         if self._work.backend == "CUDA":
             return CUDA_OVERHEAD_BYTES
         own = _CPU_OVERHEAD_PEFT if self._work.lora_rank else _CPU_OVERHEAD
+        own += _CPU_OVERHEAD_SCIPY if importlib.util.find_spec("scipy") else 0
         return own + (_CPU_OVERHEAD_BF16 if self._work.precision != "f32" else 0)

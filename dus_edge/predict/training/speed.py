@@ -87,6 +87,14 @@ def flops_per_token(config: ModelConfig, work: TrainingWork) -> float:
     return total
 
 
+def cost_in_forwards(config: ModelConfig, work: TrainingWork) -> float:
+    """Operations of a token that is trained on, in those of one that only runs forward."""
+    n = count_parameters(config, work.lora_rank)
+    layer = 2 * n.linear + 2 * config.q_width * work.sequence
+    forward = n.n_layers * layer + 2 * config.vocab_size * config.hidden_size
+    return flops_per_token(config, work) / forward
+
+
 def load_efficiencies() -> dict[str, Efficiency]:
     """By method: ``full``, ``lora``, ``qlora``."""
     return dict(_efficiencies())

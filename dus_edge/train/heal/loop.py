@@ -113,6 +113,8 @@ def run_steps(
             measured = None
             if last or number % pace.evaluate == 0:
                 measured = heldout_loss(network, heldout, world)
+                if not math.isfinite(measured.mean):
+                    raise _no_number(number, state, "held-out loss")
             stop = world.sum(float(bool(asked)))[0] > 0
             if last or stop or number % pace.save == 0:
                 state.save(number, learned, optimizer)
@@ -159,11 +161,13 @@ def _clip(parameters: Sequence[torch.nn.Parameter], most: float) -> float:
     return float(full() if full is not None else found)
 
 
-def _no_number(step: int, state: RunState) -> DusEdgeError:
+def _no_number(step: int, state: RunState, what: str = "loss") -> DusEdgeError:
+    # What was saved just before this step has the weights that made it: none to go on from.
+    state.forget(step - 1)
     kept = state.steps()
     place = f"the checkpoint of step {kept[-1]} is kept" if kept else "there is no checkpoint yet"
     return DusEdgeError(
-        f"The loss of step {step} is no number; {place} in {state.folder}. "
+        f"The {what} of step {step} is no number; {place} in {state.folder}. "
         "Start anew with a smaller --lr."
     )
 

@@ -111,10 +111,18 @@ class RunState:
                 shutil.rmtree(partial, ignore_errors=True)
             if any(isinstance(x, KeyboardInterrupt) for x in _chain(e)):
                 raise KeyboardInterrupt from None
+            kept = self.steps()
+            before = f"that of step {kept[-1]} is kept" if kept else "there is none before it"
             raise OutputError(
-                f"{final} cannot be written ({_root(e)}); the checkpoint before it is kept, make "
-                "room and run the same command again."
+                f"{final}: the checkpoint cannot be written ({_root(e)}), {before}; make room and "
+                "run the same command again."
             ) from None
+        self.world.wait()
+
+    def forget(self, step: int) -> None:
+        """Remove the checkpoint of a step, if there is one; every process must ask."""
+        if self.world.first:
+            shutil.rmtree(self.folder / f"{_PREFIX}{step:08}", ignore_errors=True)
         self.world.wait()
 
     def load(self, weights: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> int:

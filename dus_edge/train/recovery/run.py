@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +38,10 @@ from dus_edge.train.recovery.log import Log, heldout_json, step_json
 from dus_edge.train.recovery.options import HealOptions
 from dus_edge.upscale.model import Say
 from dus_edge.upscale.plan import DepthPlan
+from dus_edge.words import duration, figure
 
+#: The first step makes the optimizer's moments, and libraries warm up.
+_WARM_STEPS = 2
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -52,6 +56,7 @@ class Runner:
         work: folder of the run's state.
         log: lines of all runs; only the first process writes.
         say: takes lines for the user.
+        cost: of a token that is trained on, in forward passes; foretells the time.
     """
 
     options: HealOptions
@@ -60,6 +65,7 @@ class Runner:
     work: Path
     log: Log
     say: Say
+    cost: float = 3.0
 
     def untrained(self, name: str, checkpoint: Checkpoint) -> HeldoutLoss:
         """Held-out loss of a checkpoint as it is; measured once in the life of a run."""
@@ -92,8 +98,12 @@ class Runner:
             else learned_names(checkpoint.config, learned_layers(mode, plan), mode.kind == ALL)
         )
         network, learned = self._network(checkpoint, names, mode.kind == LORA)
+        measuring = 0.0
         if self.log.start(name) is None:
+            begun = time.monotonic()
             found = heldout_loss(network, self.data.heldout, world)
+            measuring = time.monotonic() - begun
+            self._foretell(measuring)
             if world.first:
                 self.log.add({"run": name, "step": 0, "tokens": 0, **heldout_json(found)})
         taught = None
@@ -125,6 +135,8 @@ class Runner:
                 if world.first:
                     self.log.add(step_json(step, name))
                     tick(per_step)
+                    if step.number == done + _WARM_STEPS:
+                        self._correct(step, measuring)
                     if step.heldout:
                         self.say(
                             f"step {step.number:,}: {step.tokens:,} tokens, loss {step.loss:.4f}, "
@@ -144,6 +156,29 @@ class Runner:
                 taught,
             )
         return self._collect(name, network, checkpoint, names, mode)
+
+    def _foretell(self, measuring: float) -> None:
+        """Say how long the run will take, by the seconds of one held-out loss."""
+        options, size = self.options, self.world.size
+        window = measuring / -(-len(self.data.heldout) // size)
+        step = window * self.cost * options.batch / size
+        self.say(
+            f"About {duration(self._seconds(options.n_steps, step, measuring))} here, at "
+            f"{figure(options.batch * options.length / step)} tokens a second: reckoned from the "
+            "held-out text"
+        )
+
+    def _correct(self, step: StepDone, measuring: float) -> None:
+        """Say the same by a step that is done; `measuring` is 0 where a run goes on."""
+        options = self.options
+        left = self._seconds(options.n_steps - step.number, step.seconds, measuring)
+        self.say(
+            f"{figure(options.batch * options.length / step.seconds)} tokens a second in step "
+            f"{step.number:,}, so about {duration(left)} more"
+        )
+
+    def _seconds(self, steps: int, step: float, measuring: float) -> float:
+        return steps * step + steps / self.options.evaluate_every * measuring
 
     def _network(
         self, checkpoint: Checkpoint, names: list[str], with_lora: bool = False
