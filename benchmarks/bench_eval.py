@@ -46,7 +46,7 @@ def load(group: str, data: Path, n: int):  # type: ignore[no-untyped-def]
     whole = find_suite("h6")
     own = [task for task in whole.tasks if task.group == group]
     if len(own) > 1:
-        # MMLU: five questions of every third subject, so that subjects share their examples.
+        # MMLU: five questions of each of some subjects, which share their solved examples.
         own = own[:: max(1, len(own) * 5 // n)][: n // 5]
         n = 5
     return load_tasks(Suite(whole.name, whole.title, tuple(own), whole.titles), data, n, 0)
