@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from dus_edge.upscale.model import ChoosePlan
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one line of JSON instead."
@@ -54,25 +57,37 @@ def _plan_options(command: Callable[..., Any], default: str, *, always: bool) ->
             help="Source layers in place of --drop, such as 0:24,8:32. Given twice, the "
             "second applies to the first's result.",
         ),
+        click.option(
+            "--branch-scale",
+            metavar="A",
+            help="Multiply o_proj and down_proj of the copies by A: 1 copies, 0 makes them "
+            "do nothing. [default: 1]",
+        ),
     )
     for option in reversed(options):
         command = option(command)
 
     @functools.wraps(command)
-    def wrapped(
-        drop: int | None,
-        layers: int | None,
-        plans: tuple[str, ...],
-        no_upscale: bool = False,
-        **rest: Any,
-    ) -> Any:
-        from dus_edge.upscale.model import plan_chooser
-
-        asked = drop is not None or layers is not None or bool(plans)
-        upscale = not no_upscale and (always or asked)
-        return command(choose=plan_chooser(drop, layers, plans, upscale), **rest)
+    def wrapped(**given: Any) -> Any:
+        return command(choose=taken_plan(given, always=always), **given)
 
     return wrapped
+
+
+def taken_plan(given: dict[str, Any], *, always: bool) -> ChoosePlan:
+    """Take the options of a plan out of what a command was given, and make them one thing.
+
+    Args:
+        given: of the command; what is left is the rest.
+        always: whether to up-scale if none of them is there.
+    """
+    from dus_edge.upscale.model import plan_chooser
+
+    drop, layers, plans = given.pop("drop"), given.pop("layers"), given.pop("plans")
+    more = {name: given.pop(name) for name in ("branch_scale",)}
+    asked = bool(plans) or any(value is not None for value in (drop, layers, *more.values()))
+    upscale = not given.pop("no_upscale", False) and (always or asked)
+    return plan_chooser(drop, layers, plans, upscale, **more)
 
 
 adapter_option = click.option(

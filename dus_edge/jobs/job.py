@@ -158,4 +158,5 @@ def model_json(model: Model) -> dict[str, Any]:
         "n_parameters": model.n_parameters,
         "plan": model.plan.spelled,
         "drop": model.plan.drop,
+        "branch_scale": model.plan.method.branch_scale,
     }

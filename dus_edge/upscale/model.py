@@ -18,6 +18,7 @@ from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint, check_embedding
 from dus_edge.checkpoint.spec import Checkpoint, Source
 from dus_edge.upscale import plan as plans
+from dus_edge.upscale.methods import Method, parse_scale
 from dus_edge.upscale.naming import ModelName, name_model
 from dus_edge.upscale.plan import DepthPlan
 from dus_edge.upscale.view import UpscaledCheckpoint
@@ -81,12 +82,21 @@ class Model:
 
 
 def plan_chooser(
-    drop: int | None, layers: int | None, spelled: Sequence[str], upscale: bool
+    drop: int | None,
+    layers: int | None,
+    spelled: Sequence[str],
+    upscale: bool,
+    *,
+    branch_scale: str | None = None,
 ) -> ChoosePlan:
     """The plan that options ask for, once the base's depth is known."""
-    return lambda n: plans.choose(
-        n, drop=drop, layers=layers, plans=tuple(spelled), upscale=upscale
-    )
+    scale = None if branch_scale is None else parse_scale(branch_scale)
+
+    def choose(n: int) -> DepthPlan:
+        plan = plans.choose(n, drop=drop, layers=layers, plans=tuple(spelled), upscale=upscale)
+        return plan if scale is None else plan.with_method(Method(scale))
+
+    return choose
 
 
 def find_model(
@@ -145,5 +155,7 @@ def describe(model: Model) -> str:
         if plan.is_identity
         else f"{plan.n_base} → {plan.depth} layers ({plan.spelled})"
     )
+    if not plan.method.is_plain:
+        depth += f", copies: {plan.method.spelled}"
     merged = f", {model.adapter.name} merged" if model.adapter and model.on_result else ""
     return f"{model.source.name}: {depth}{merged}, {format_count(model.n_parameters)} parameters"

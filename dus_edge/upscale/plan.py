@@ -7,10 +7,11 @@ s = 2 (n − m) layers. SOLAR has n = 32, m = 8, s = 48.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from dus_edge.errors import UsageError
+from dus_edge.upscale.methods import PLAIN, Method
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,12 @@ class DepthPlan:
     Attributes:
         n_base: layers of the base.
         sources: ``sources[i]`` is the base layer that the result's layer i is a copy of.
+        method: how `copies` are made of theirs.
     """
 
     n_base: int
     sources: tuple[int, ...]
+    method: Method = PLAIN
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -46,6 +49,11 @@ class DepthPlan:
         if bad := [i for i in self.sources if not 0 <= i < self.n_base]:
             raise UsageError(
                 f"The plan asks for layer {bad[0]}, but the base has layers 0–{self.n_base - 1}."
+            )
+        if not self.method.is_plain and not self.copies:
+            raise UsageError(
+                f"--branch-scale changes copies, and the plan {self.spelled} has none; leave it "
+                "out, or repeat layers, as --drop does."
             )
 
     @property
@@ -57,6 +65,17 @@ class DepthPlan:
     def is_identity(self) -> bool:
         """Whether the result is the base itself."""
         return self.sources == tuple(range(self.n_base))
+
+    @property
+    def copies(self) -> tuple[int, ...]:
+        """Layers of the result whose source stands at an earlier place already, in order.
+
+        In SOLAR's plan 0:24,8:32 the result's layers 24 to 39.
+        """
+        first: dict[int, int] = {}
+        for i, source in enumerate(self.sources):
+            first.setdefault(source, i)
+        return tuple(i for i, source in enumerate(self.sources) if first[source] != i)
 
     @property
     def seams(self) -> tuple[Seam, ...]:
@@ -80,7 +99,13 @@ class DepthPlan:
         """SOLAR's m if the plan is of that form, else None."""
         n = self.n_base
         m = n - self.depth // 2
-        return m if 0 <= m < n and self == from_ranges(n, [(0, n - m), (m, n)]) else None
+        if not 0 <= m < n:
+            return None
+        return m if self.sources == from_ranges(n, [(0, n - m), (m, n)]).sources else None
+
+    def with_method(self, method: Method) -> DepthPlan:
+        """The same layers, the copies among them made in another way."""
+        return replace(self, method=method)
 
     def then(self, following: DepthPlan) -> DepthPlan:
         """This plan with another one applied to its result."""
