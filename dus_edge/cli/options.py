@@ -54,8 +54,27 @@ def _plan_options(command: Callable[..., Any], default: str, *, always: bool) ->
             "plans",
             multiple=True,
             metavar="RANGES",
-            help="Source layers in place of --drop, such as 0:24,8:32. Given twice, the "
-            "second applies to the first's result.",
+            help="Source layers in place of --drop, such as 0:24,8:32, or a .toml or .json "
+            "file that says all of this. Given twice, the second applies to the first's result.",
+        ),
+        click.option(
+            "--block",
+            "blocks",
+            multiple=True,
+            metavar="I:J",
+            help="In place of --drop: run layers I to J - 1 twice. Repeats as --plan does.",
+        ),
+        click.option(
+            "--place",
+            metavar="PLACE",
+            help="Where copies stand: stacked, or interleaved, each behind its original. "
+            "[default: stacked]",
+        ),
+        click.option(
+            "--method",
+            metavar="METHOD",
+            help="How copies are made: copy, or averaged, the mean of a layer and the next. "
+            "[default: copy]",
         ),
         click.option(
             "--branch-scale",
@@ -84,8 +103,10 @@ def taken_plan(given: dict[str, Any], *, always: bool) -> ChoosePlan:
     from dus_edge.upscale.model import plan_chooser
 
     drop, layers, plans = given.pop("drop"), given.pop("layers"), given.pop("plans")
-    more = {name: given.pop(name) for name in ("branch_scale",)}
-    asked = bool(plans) or any(value is not None for value in (drop, layers, *more.values()))
+    more = {name: given.pop(name) for name in ("blocks", "place", "method", "branch_scale")}
+    asked = any(
+        value is not None and value != () for value in (drop, layers, plans, *more.values())
+    )
     upscale = not given.pop("no_upscale", False) and (always or asked)
     return plan_chooser(drop, layers, plans, upscale, **more)
 

@@ -18,9 +18,10 @@ from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint, check_embedding
 from dus_edge.checkpoint.spec import Checkpoint, Source
 from dus_edge.upscale import plan as plans
-from dus_edge.upscale.methods import Method, parse_scale
+from dus_edge.upscale.methods import parse_scale
 from dus_edge.upscale.naming import ModelName, name_model
 from dus_edge.upscale.plan import DepthPlan
+from dus_edge.upscale.planfile import PlanChoice, with_files
 from dus_edge.upscale.view import UpscaledCheckpoint
 from dus_edge.words import format_count
 
@@ -87,16 +88,20 @@ def plan_chooser(
     spelled: Sequence[str],
     upscale: bool,
     *,
-    branch_scale: str | None = None,
+    blocks: Sequence[str] = (),
+    place: str | None = None,
+    method: str | None = None,
+    branch_scale: str | float | None = None,
 ) -> ChoosePlan:
-    """The plan that options ask for, once the base's depth is known."""
+    """The plan that options ask for, once the base's depth is known.
+
+    Raises:
+        UsageError: a plan's file, or a value that fits no base.
+    """
     scale = None if branch_scale is None else parse_scale(branch_scale)
-
-    def choose(n: int) -> DepthPlan:
-        plan = plans.choose(n, drop=drop, layers=layers, plans=tuple(spelled), upscale=upscale)
-        return plan if scale is None else plan.with_method(Method(scale))
-
-    return choose
+    asked = PlanChoice(drop, layers, tuple(spelled), tuple(blocks), place, method, scale)
+    asked = with_files(asked)
+    return lambda n: asked.depth_plan(n, upscale)
 
 
 def find_model(

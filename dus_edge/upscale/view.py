@@ -5,16 +5,34 @@ Only what the plan's method changes is computed, when its rows are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dus_edge.checkpoint.config import tensor_shapes, with_layers
 from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
 from dus_edge.families.family import Family
-from dus_edge.upscale.methods import BRANCH_ROLES, scaled_rows
+from dus_edge.upscale.methods import BRANCH_ROLES, made_rows
 from dus_edge.upscale.plan import DepthPlan
+
+
+@dataclass(frozen=True)
+class _Making:
+    """What a tensor is made of: the mean of the base's tensors of those names, times a number."""
+
+    parents: tuple[str, ...]
+    scale: float = 1.0
+
+    @property
+    def is_copy(self) -> bool:
+        return len(self.parents) == 1 and self.scale == 1
+
+    def source(self, below: Mapping[str, TensorSpec]) -> str:
+        """`TensorSpec.source`: the parent's own of a copy, else one that says what was done."""
+        mean = " and ".join(below[parent].source for parent in self.parents)
+        mean = mean if len(self.parents) == 1 else f"mean of {mean}"
+        return mean if self.scale == 1 else f"{mean} times {self.scale!r}"
 
 
 class UpscaledCheckpoint(Checkpoint):
@@ -30,39 +48,32 @@ class UpscaledCheckpoint(Checkpoint):
         self.source = base.source
         self.config = with_layers(base.config, plan.sources)
         below = base.specs()
-        self._names = {
-            name: base_tensor_name(name, plan, self.config.family)
-            for name in tensor_shapes(self.config)
-        }
+        self._copies = frozenset(plan.copies)
+        self._made = {name: self._making(name) for name in tensor_shapes(self.config)}
         self._specs = {
-            name: replace(below[base_name], name=name) for name, base_name in self._names.items()
+            name: replace(below[made.parents[0]], name=name, source=made.source(below))
+            for name, made in self._made.items()
         }
-        self._scaled = frozenset(self._changed())
-        for name in self._scaled:
-            spec, scale = self._specs[name], plan.method.branch_scale
-            self._specs[name] = replace(spec, source=f"{spec.source} times {scale!r}")
 
     def specs(self) -> Mapping[str, TensorSpec]:
         return self._specs
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        rows = self.base.read(self._names[name], start, stop)
-        if name not in self._scaled:
-            return rows
-        return scaled_rows(rows, self._specs[name].dtype, self.plan.method.branch_scale)
+        made = self._made[name]
+        rows = [self.base.read(parent, start, stop) for parent in made.parents]
+        return rows[0] if made.is_copy else made_rows(rows, self._specs[name].dtype, made.scale)
 
     def check_unchanged(self) -> None:
         self.base.check_unchanged()
 
-    def _changed(self) -> Iterator[str]:
-        """Tensors of copies whose branches are scaled."""
-        if self.plan.method.branch_scale == 1:
-            return
-        copies, family = set(self.plan.copies), self.config.family
-        for name in self._specs:
-            rule, layer, _ = family.find(name)
-            if layer in copies and rule.role in BRANCH_ROLES:
-                yield name
+    def _making(self, name: str) -> _Making:
+        plan, family = self.plan, self.config.family
+        rule, layer, _ = family.find(name)
+        if layer is None:
+            return _Making((name,))
+        parents = tuple(family.in_layer(name, source) for source in plan.parents(layer))
+        scaled = layer in self._copies and rule.role in BRANCH_ROLES
+        return _Making(parents, plan.method.branch_scale if scaled else 1.0)
 
 
 def base_tensor_name(name: str, plan: DepthPlan, family: Family) -> str:
