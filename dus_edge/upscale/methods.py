@@ -6,9 +6,10 @@ does: 1 is SOLAR's copy (arXiv:2312.15166), 0 is an identity, which LLaMA Pro (a
 starts its new blocks from, and leaves the base's own outputs.
 
 An averaged copy is what lies halfway between two layers: the mean of its source and the base's next
-layer, norms and biases too. So new layers were made for Emu3-Gen-12B, each between the two that it
-is the mean of (huggingface.co/lodrick-the-lafted/Emu3-Gen-12B, "lerp'd between the previous layer
-and the current and inserted between the two"). The base's last layer has no next; its copy is one.
+layer, norms and biases too. Most methods "copy or average weights from base layers" (arXiv:2508.08011,
+which makes its own layers of two neighbours as well); Emu3-Gen-12B was made so
+(huggingface.co/lodrick-the-lafted/Emu3-Gen-12B, "lerp'd between the previous layer and the current
+and inserted between the two"). The base's last layer has no next, and a copy of it stays a copy.
 """
 
 from __future__ import annotations
