@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from dus_edge.upscale.model import ChoosePlan
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one line of JSON instead."
@@ -51,28 +54,61 @@ def _plan_options(command: Callable[..., Any], default: str, *, always: bool) ->
             "plans",
             multiple=True,
             metavar="RANGES",
-            help="Source layers in place of --drop, such as 0:24,8:32. Given twice, the "
-            "second applies to the first's result.",
+            help="Source layers in place of --drop, such as 0:24,8:32, or a .toml or .json "
+            "file that says all of this. Given twice, the second applies to the first's result.",
+        ),
+        click.option(
+            "--block",
+            "blocks",
+            multiple=True,
+            metavar="I:J",
+            help="In place of --drop: run layers I to J - 1 twice. Repeats as --plan does.",
+        ),
+        click.option(
+            "--place",
+            metavar="PLACE",
+            help="Where copies stand: stacked, or interleaved, each behind its original. "
+            "[default: stacked]",
+        ),
+        click.option(
+            "--method",
+            metavar="METHOD",
+            help="How copies are made: copy, or averaged, the mean of a layer and the next. "
+            "[default: copy]",
+        ),
+        click.option(
+            "--branch-scale",
+            metavar="A",
+            help="Multiply o_proj and down_proj of the copies by A: 1 copies, 0 makes them "
+            "do nothing. [default: 1]",
         ),
     )
     for option in reversed(options):
         command = option(command)
 
     @functools.wraps(command)
-    def wrapped(
-        drop: int | None,
-        layers: int | None,
-        plans: tuple[str, ...],
-        no_upscale: bool = False,
-        **rest: Any,
-    ) -> Any:
-        from dus_edge.upscale.model import plan_chooser
-
-        asked = drop is not None or layers is not None or bool(plans)
-        upscale = not no_upscale and (always or asked)
-        return command(choose=plan_chooser(drop, layers, plans, upscale), **rest)
+    def wrapped(**given: Any) -> Any:
+        return command(choose=taken_plan(given, always=always), **given)
 
     return wrapped
+
+
+def taken_plan(given: dict[str, Any], *, always: bool) -> ChoosePlan:
+    """Take the options of a plan out of what a command was given, and make them one thing.
+
+    Args:
+        given: of the command; what is left is the rest.
+        always: whether to up-scale if none of them is there.
+    """
+    from dus_edge.upscale.model import plan_chooser
+
+    drop, layers, plans = given.pop("drop"), given.pop("layers"), given.pop("plans")
+    more = {name: given.pop(name) for name in ("blocks", "place", "method", "branch_scale")}
+    asked = any(
+        value is not None and value != () for value in (drop, layers, plans, *more.values())
+    )
+    upscale = not given.pop("no_upscale", False) and (always or asked)
+    return plan_chooser(drop, layers, plans, upscale, **more)
 
 
 adapter_option = click.option(

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from dus_edge.cli.options import taken_plan
 from dus_edge.errors import UsageError
 
 _OPTIONS = (
@@ -119,9 +120,6 @@ def _print_training(
     price_per_hour: float | None,
     *,
     model: str,
-    drop: int | None,
-    layers: int | None,
-    plans: tuple[str, ...],
     device: str | None,
     memory_gb: float | None,
     platform: str | None,
@@ -133,7 +131,6 @@ def _print_training(
     from dus_edge.predict.training import report
     from dus_edge.predict.training.verdict import judge_training, training_backend
     from dus_edge.predict.training.work import work_of_mode
-    from dus_edge.upscale.model import plan_chooser
 
     if device is None:
         raise UsageError("A training is planned for one device; name it with --device, or auto.")
@@ -141,9 +138,8 @@ def _print_training(
         raise UsageError(f"--price-per-hour is {price_per_hour:g}; a price is needed.")
     chosen = choose_device(device)
     backend = training_backend(chosen)
-    asked = drop is not None or layers is not None or bool(plans)
     quiet = functools.partial(click.echo, err=True)
-    found = find_trained(model, plan_chooser(drop, layers, plans, asked), quiet)
+    found = find_trained(model, taken_plan(others, always=False), quiet)
     work = work_of_mode(mode, found.plan, backend=backend, **fields)
     verdict = judge_training(
         found.name.stem,

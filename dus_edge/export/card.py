@@ -8,6 +8,7 @@ from dus_edge import __version__
 from dus_edge.checkpoint.card import CARD
 from dus_edge.data import read_text
 from dus_edge.upscale.model import Model
+from dus_edge.upscale.plan import DepthPlan
 
 
 def model_card(model: Model) -> str:
@@ -41,6 +42,7 @@ def model_card(model: Model) -> str:
         depth=plan.depth,
         spelled=plan.spelled,
         training=_training(model),
+        copies=copies_row(plan),
         drop=f" (m = {plan.drop})" if plan.drop is not None else "",
         seams=f"Seams: {seams}." if seams else "There is no seam.",
         parameters=f"{model.n_parameters:,}",
@@ -49,11 +51,21 @@ def model_card(model: Model) -> str:
     )
 
 
+def copies_row(plan: DepthPlan) -> str:
+    """A row of a card's table on how copies differ from their sources; empty if they do not."""
+    if plan.method.is_plain:
+        return ""
+    return f"| Copies | {len(plan.copies)} layers; {plan.method.sentence} |\n"
+
+
 def _training(model: Model) -> str:
     """What was done beside copying layers."""
     if model.adapter is None or not model.on_result:
+        changed = (
+            "nothing is changed in\nthem" if model.plan.method.is_plain else "the copies changed"
+        )
         return (
-            "layers are copied, nothing is changed in\nthem, and **nothing has been trained "
+            f"layers are copied, {changed}, and **nothing has been trained "
             "since**. Expect it to be worse than its base until it is\ntrained further."
         )
     return (

@@ -330,7 +330,8 @@ def _plan_entry(checkpoint: Checkpoint) -> dict[str, Any]:
             return {}
         checkpoint = below
     plan = checkpoint.plan
-    return {PLAN_KEY: {"n_base_layers": plan.n_base, "sources": list(plan.sources)}}
+    said = {"n_base_layers": plan.n_base, "sources": list(plan.sources)}
+    return {PLAN_KEY: {**said, **plan.method.as_json()}}
 
 
 def both_spellings(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -190,7 +190,8 @@ def _found(name: str, choose: ChoosePlan, out: Path | None, say: Say) -> Iterato
     with tempfile.TemporaryDirectory(prefix=".dus-edge-", dir=out) as folder:
         built = Path(folder) / "up-scaled"
         export_checkpoint(name, choose, built, say=say)
-        yield [info, inspect_source(built, f"{info.name}, {model.plan.depth} layers")]
+        how = "".join(f", {part}" for part in (model.plan.method.spelled,) if part)
+        yield [info, inspect_source(built, f"{info.name}, {model.plan.depth} layers{how}")]
 
 
 def _answers_folder(out: Path | None) -> Path:

@@ -62,6 +62,8 @@ def inspection(model: Model) -> str:
     if not plan.is_identity:
         drop = f", m = {plan.drop}" if plan.drop is not None else ""
         lines.append(_row("Plan", cut_end(plan.spelled, 52 - len(drop)) + drop))
+        if not plan.method.is_plain:
+            lines.append(_row("Copies", plan.method.spelled))
         for seam in plan.seams[:4]:
             lines.append(
                 _row(

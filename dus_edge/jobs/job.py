@@ -158,4 +158,6 @@ def model_json(model: Model) -> dict[str, Any]:
         "n_parameters": model.n_parameters,
         "plan": model.plan.spelled,
         "drop": model.plan.drop,
+        "method": model.plan.method.kind,
+        "branch_scale": model.plan.method.branch_scale,
     }

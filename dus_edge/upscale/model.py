@@ -18,8 +18,10 @@ from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint, check_embedding
 from dus_edge.checkpoint.spec import Checkpoint, Source
 from dus_edge.upscale import plan as plans
+from dus_edge.upscale.methods import parse_scale
 from dus_edge.upscale.naming import ModelName, name_model
 from dus_edge.upscale.plan import DepthPlan
+from dus_edge.upscale.planfile import PlanChoice, with_files
 from dus_edge.upscale.view import UpscaledCheckpoint
 from dus_edge.words import format_count
 
@@ -81,12 +83,25 @@ class Model:
 
 
 def plan_chooser(
-    drop: int | None, layers: int | None, spelled: Sequence[str], upscale: bool
+    drop: int | None,
+    layers: int | None,
+    spelled: Sequence[str],
+    upscale: bool,
+    *,
+    blocks: Sequence[str] = (),
+    place: str | None = None,
+    method: str | None = None,
+    branch_scale: str | float | None = None,
 ) -> ChoosePlan:
-    """The plan that options ask for, once the base's depth is known."""
-    return lambda n: plans.choose(
-        n, drop=drop, layers=layers, plans=tuple(spelled), upscale=upscale
-    )
+    """The plan that options ask for, once the base's depth is known.
+
+    Raises:
+        UsageError: a plan's file, or a value that fits no base.
+    """
+    scale = None if branch_scale is None else parse_scale(branch_scale)
+    asked = PlanChoice(drop, layers, tuple(spelled), tuple(blocks), place, method, scale)
+    asked = with_files(asked)
+    return lambda n: asked.depth_plan(n, upscale)
 
 
 def find_model(
@@ -145,5 +160,7 @@ def describe(model: Model) -> str:
         if plan.is_identity
         else f"{plan.n_base} → {plan.depth} layers ({plan.spelled})"
     )
+    if not plan.method.is_plain:
+        depth += f", copies: {plan.method.spelled}"
     merged = f", {model.adapter.name} merged" if model.adapter and model.on_result else ""
     return f"{model.source.name}: {depth}{merged}, {format_count(model.n_parameters)} parameters"

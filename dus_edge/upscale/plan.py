@@ -7,10 +7,11 @@ s = 2 (n − m) layers. SOLAR has n = 32, m = 8, s = 48.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from dus_edge.errors import UsageError
+from dus_edge.upscale.methods import AVERAGED, PLAIN, Method
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,12 @@ class DepthPlan:
     Attributes:
         n_base: layers of the base.
         sources: ``sources[i]`` is the base layer that the result's layer i is a copy of.
+        method: how `copies` are made.
     """
 
     n_base: int
     sources: tuple[int, ...]
+    method: Method = PLAIN
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -46,6 +49,11 @@ class DepthPlan:
         if bad := [i for i in self.sources if not 0 <= i < self.n_base]:
             raise UsageError(
                 f"The plan asks for layer {bad[0]}, but the base has layers 0–{self.n_base - 1}."
+            )
+        if not self.method.is_plain and not self.copies:
+            raise UsageError(
+                f"The copies shall be changed ({self.method.spelled}), and the plan {self.spelled} "
+                "has none; leave that out, or repeat layers, as --drop does."
             )
 
     @property
@@ -57,6 +65,17 @@ class DepthPlan:
     def is_identity(self) -> bool:
         """Whether the result is the base itself."""
         return self.sources == tuple(range(self.n_base))
+
+    @property
+    def copies(self) -> tuple[int, ...]:
+        """Layers of the result whose source stands at an earlier place already, in order.
+
+        In SOLAR's plan 0:24,8:32 the result's layers 24 to 39.
+        """
+        first: dict[int, int] = {}
+        for i, source in enumerate(self.sources):
+            first.setdefault(source, i)
+        return tuple(i for i, source in enumerate(self.sources) if first[source] != i)
 
     @property
     def seams(self) -> tuple[Seam, ...]:
@@ -80,7 +99,34 @@ class DepthPlan:
         """SOLAR's m if the plan is of that form, else None."""
         n = self.n_base
         m = n - self.depth // 2
-        return m if 0 <= m < n and self == from_ranges(n, [(0, n - m), (m, n)]) else None
+        if not 0 <= m < n:
+            return None
+        return m if self.sources == from_ranges(n, [(0, n - m), (m, n)]).sources else None
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """First and end of the layers that run twice, one copy behind the other, if that is all."""
+        if len(self.seams) != 1:
+            return None
+        end, start = self.seams[0].position, self.seams[0].right
+        made = from_ranges(self.n_base, [(0, end), (start, self.n_base)]) if start < end else None
+        return (start, end) if made and made.sources == self.sources else None
+
+    def parents(self, layer: int) -> tuple[int, ...]:
+        """Base layers that a layer of the result is the mean of: one, or of averaged copies two."""
+        source = self.sources[layer]
+        if self.method.kind != AVERAGED or layer not in self.copies or source + 1 == self.n_base:
+            return (source,)
+        return source, source + 1
+
+    def interleaved(self) -> DepthPlan:
+        """The same layers, each copy right behind its original."""
+        first = {source: i for i, source in reversed(tuple(enumerate(self.sources)))}
+        return replace(self, sources=tuple(sorted(self.sources, key=first.__getitem__)))
+
+    def with_method(self, method: Method) -> DepthPlan:
+        """The same layers, the copies among them made in another way."""
+        return replace(self, method=method)
 
     def then(self, following: DepthPlan) -> DepthPlan:
         """This plan with another one applied to its result."""
@@ -102,18 +148,35 @@ def check_pattern(plan: DepthPlan, period: int, name: str) -> None:
     Raises:
         UsageError: a layer would do another layer's part; the nearest m that is allowed is named.
     """
+    if period > 1 and plan.method.kind == AVERAGED:
+        raise UsageError(
+            f"The layers of {name} follow a pattern of {period}, and averaged copies would mix "
+            "layers that stand elsewhere in it; choose --method copy."
+        )
     bad = next((i for i, source in enumerate(plan.sources) if (source - i) % period), None)
     if bad is None:
         return
-    n, m, hint = plan.n_base, plan.drop, "choose ranges that keep the pattern."
+    raise UsageError(
+        f"The layers of {name} follow a pattern of {period}, and layer {bad} would be a copy of "
+        f"layer {plan.sources[bad]}, which stands elsewhere in it; {_fitting(plan, period)}"
+    )
+
+
+def _fitting(plan: DepthPlan, period: int) -> str:
+    """What to choose in place of a plan that breaks a pattern."""
+    n, m, keep = plan.n_base, plan.drop, "choose ranges that keep the pattern"
     if m is not None:
         fitting = [k for k in range(n // 2 + 1) if (n - 2 * k) % period == 0]
         if fitting:
-            hint = f"choose --drop {min(fitting, key=lambda k: (abs(k - m), -k))}."
-    raise UsageError(
-        f"The layers of {name} follow a pattern of {period}, and layer {bad} would be a copy of "
-        f"layer {plan.sources[bad]}, which stands elsewhere in it; {hint}"
-    )
+            return f"choose --drop {min(fitting, key=lambda k: (abs(k - m), -k))}."
+    elif plan.block is not None:
+        start, end = plan.block
+        ends = range(start + period, n + 1, period)
+        if ends:
+            return f"{keep}, such as --block {start}:{min(ends, key=lambda e: abs(e - end))}."
+    elif plan == plan.interleaved():
+        return f"{keep}; --place interleaved cannot."
+    return f"{keep}."
 
 
 def identity(n: int) -> DepthPlan:
@@ -124,6 +187,26 @@ def identity(n: int) -> DepthPlan:
 def from_ranges(n: int, ranges: list[tuple[int, int]]) -> DepthPlan:
     """Half-open ranges of source layers, one after the other."""
     return DepthPlan(n, tuple(i for a, b in ranges for i in range(a, b)))
+
+
+def from_block(n: int, text: str) -> DepthPlan:
+    """A base whose layers i to j - 1 run twice, one copy behind the other, from ``i:j``.
+
+    Raises:
+        UsageError: not of that form, an empty block, or layers that there are not.
+    """
+    first, _, last = text.partition(":")
+    try:
+        start, end = int(first), int(last)
+    except ValueError:
+        raise UsageError(
+            f"The block {text!r} is not of the form 8:22 (0-based layers, the end not included)."
+        ) from None
+    if not 0 <= start < end <= n:
+        raise UsageError(
+            f"The block {text} does not fit a model of {n} layers (0 ≤ start < end ≤ {n})."
+        )
+    return from_ranges(n, [(0, end), (start, n)])
 
 
 def from_drop(n: int, m: int | None = None) -> DepthPlan:
@@ -189,9 +272,10 @@ def choose(
     drop: int | None = None,
     layers: int | None = None,
     plans: tuple[str, ...] = (),
+    blocks: tuple[str, ...] = (),
     upscale: bool = True,
 ) -> DepthPlan:
-    """The plan that a command line asks for; several plans apply one after the other.
+    """The plan that a command line asks for; several plans or blocks apply one after the other.
 
     Raises:
         UsageError: more than one way of saying it, or a value that does not fit the base.
@@ -202,6 +286,7 @@ def choose(
             ("--drop", drop is not None),
             ("--layers", layers is not None),
             ("--plan", bool(plans)),
+            ("--block", bool(blocks)),
             ("--no-upscale", not upscale),
         )
         if there
@@ -212,9 +297,11 @@ def choose(
         return identity(n)
     if layers is not None:
         return from_layers(n, layers)
-    if not plans:
+    if not plans and not blocks:
         return from_drop(n, drop)
     plan = identity(n)
     for text in plans:
         plan = plan.then(parse(plan.depth, text))
+    for text in blocks:
+        plan = plan.then(from_block(plan.depth, text))
     return plan

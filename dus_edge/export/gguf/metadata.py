@@ -19,6 +19,7 @@ from dus_edge.export.gguf.format import KeyValue
 from dus_edge.export.vocab.vocab import Vocab, vocab_metadata
 from dus_edge.jsonfile import find_object
 from dus_edge.quant.recipe import Preset
+from dus_edge.upscale.methods import COPY
 from dus_edge.upscale.naming import ModelName
 from dus_edge.upscale.plan import DepthPlan
 
@@ -100,10 +101,12 @@ def _general(
     yield _text("general.basename", name.base)
     if not plan.is_identity:
         then = f"with the adapter {adapter} merged into it" if adapter else "not trained further"
+        changed = plan.method.sentence
+        copies = f" Of the copies, {changed}." if changed else ""
         yield _text(
             "general.description",
             f"{source.name} up-scaled in depth from {plan.n_base} to {plan.depth} layers "
-            f"({plan.spelled}), {then}.",
+            f"({plan.spelled}), {then}.{copies}",
         )
     yield _text("general.size_label", name.size)
     if source.licence:
@@ -180,6 +183,10 @@ def _plan(source: Source, plan: DepthPlan) -> Iterator[KeyValue]:
     if plan.drop is not None:
         yield _u32("dus.drop", plan.drop)
     yield KeyValue("dus.layer_sources", list(plan.sources), Kind.ARRAY, Kind.INT32)
+    if plan.method.kind != COPY:
+        yield _text("dus.method", plan.method.kind)
+    if plan.method.branch_scale != 1:
+        yield _f32("dus.branch_scale", plan.method.branch_scale)
     yield _text("dus.base", source.repo_id or source.name)
     if source.revision:
         yield _text("dus.base_revision", source.revision)

@@ -104,6 +104,7 @@ def kept_state(
         "version": __version__,
         "config": dict(model.config.raw),
         "plan": list(model.plan.sources),
+        **model.plan.method.as_json(),
         "weights": [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weights],
         "text": chunks.digest,
         "compute": asdict(compute),

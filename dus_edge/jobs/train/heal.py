@@ -25,6 +25,7 @@ from dus_edge.predict.training.work import TrainingWork, work_of_mode
 from dus_edge.progress import progress
 from dus_edge.train.heal.mode import LORA
 from dus_edge.train.recovery.options import HealOptions
+from dus_edge.upscale.methods import method_of_json
 from dus_edge.upscale.model import ChoosePlan, Model, Say, find_model
 from dus_edge.upscale.plan import DepthPlan
 from dus_edge.upscale.view import UpscaledCheckpoint
@@ -188,6 +189,7 @@ class HealJob(Job[TrainingMemory]):
             **options.identity(),
             "base": _base_identity(model),
             "plan": plan.spelled,
+            **plan.method.as_json(),
             "text": world.told(texts.digest if texts else ""),
         }
         if options.restart and world.first:
@@ -235,7 +237,8 @@ def healed_plan(model: Model) -> DepthPlan:
     if not model.plan.is_identity or not isinstance(said, dict):
         return model.plan
     try:
-        plan = DepthPlan(int(said["n_base_layers"]), tuple(map(int, said["sources"])))
+        sources = tuple(map(int, said["sources"]))
+        plan = DepthPlan(int(said["n_base_layers"]), sources, method_of_json(said))
     except (KeyError, TypeError, ValueError, UsageError):
         plan = None
     if plan is None or plan.depth != model.plan.depth:

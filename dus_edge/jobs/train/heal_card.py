@@ -9,6 +9,7 @@ from string import Template
 from dus_edge import __version__
 from dus_edge.checkpoint.names import RECOVERY_PLOT
 from dus_edge.data import read_text
+from dus_edge.export.card import copies_row
 from dus_edge.train.recovery.data import HealData
 from dus_edge.train.recovery.log import Curve
 from dus_edge.train.recovery.options import HealOptions
@@ -80,6 +81,7 @@ def healed_card(
         n_base=plan.n_base,
         depth=plan.depth,
         spelled=plan.spelled,
+        copies=copies_row(plan),
         version=__version__,
         architecture=model.config.architecture,
         parameters=f"{model.n_parameters:,}",

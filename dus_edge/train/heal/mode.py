@@ -45,9 +45,8 @@ def parse_mode(text: str) -> TrainMode:
 def learned_layers(mode: TrainMode, plan: DepthPlan) -> tuple[int, ...]:
     """Layers of the result whose weights change, in order.
 
-    ``copies`` are the layers whose source stands at an earlier place already: in SOLAR's plan
-    0:24,8:32 the result's layers 24 to 39. ``seam:K`` are the K layers around each seam, half on
-    either side, the odd one behind it.
+    ``copies`` are the plan's. ``seam:K`` are the K layers around each seam, half on either side,
+    the odd one behind it.
 
     Raises:
         UsageError: the plan has no copies, or no seam.
@@ -55,14 +54,12 @@ def learned_layers(mode: TrainMode, plan: DepthPlan) -> tuple[int, ...]:
     if mode.kind in (ALL, LORA):
         return tuple(range(plan.depth))
     if mode.kind == COPIES:
-        sources = plan.sources
-        found = [i for i, source in enumerate(sources) if source in sources[:i]]
-        if not found:
+        if not plan.copies:
             raise UsageError(
                 f"--train copies: no layer of the plan {plan.spelled} is a copy; "
                 "use --train all, or up-scale with --drop."
             )
-        return tuple(found)
+        return plan.copies
     if not plan.seams:
         raise UsageError(
             f"--train {mode.spelled}: the plan {plan.spelled} has no seam; use --train all."
