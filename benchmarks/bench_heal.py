@@ -11,8 +11,9 @@ First, for each variant, three short runs of one seed choose the learning rate: 
 lowest held-out loss at the end. Where that is the lowest or highest rate tried, the next one
 beyond is tried too. Then the variants that ended lowest, and the control (all of the base on the
 same tokens, with its own best rate), run with every seed. One seed also heals another plan of the
-same depth, and trains the copies with their branches scaled by 0, ½ and 1. Runs go two at a time, a thread each. A run that is on record in DIR is not run again.
-Results go to `results/heal.jsonl`, a line a run.
+same depth, and trains the copies with their branches scaled by 0, ½ and 1. Runs go two at a time,
+a thread each. A run that is on record in DIR is not run again. Results go to `results/heal.jsonl`,
+a line a run.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def run(
     name += "" if scale == 1 else f"-scale{scale:g}"
     record = work / f"{name}.json"
     if record.exists():
-        return json.loads(record.read_text())
+        return {"branch_scale": scale} | json.loads(record.read_text())
     out, steps = work / name, -(-tokens // (WINDOW * BATCH))
     shape = (
         ["--no-upscale"]
@@ -168,7 +169,12 @@ def main() -> None:
         ]
         runs.append(start(ranked[0], best[ranked[0]]["lr"], 0, False, OTHER_PLAN))
         rate = best["copies"]["lr"]
-        runs += [start("copies", rate, 0, False, SOLAR_PLAN, scale) for scale in SCALES]
+        done = {1.0} if "copies" in ranked[: args.best] else set()
+        runs += [
+            start("copies", rate, 0, False, SOLAR_PLAN, scale)
+            for scale in SCALES
+            if scale not in done
+        ]
         lines = [x.result() | {"purpose": "rate"} for found in tried.values() for x in found]
         lines += [x.result() | {"purpose": "recovery"} for x in runs]
     append(RESULTS / "heal.jsonl", [line | machine() for line in lines])
