@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ def add_adapters(network: Network, rank: int) -> None:
         DependencyError: peft is not installed.
     """
     require("train", "--train lora needs", "peft")
+    # peft imports bitsandbytes where it is there, which speaks of kernels that are not used here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import LoraConfig, inject_adapter_in_model
 
     linear = sorted(
