@@ -6,8 +6,8 @@ does: 1 is SOLAR's copy (arXiv:2312.15166), 0 is an identity, which LLaMA Pro (a
 starts its new blocks from, and leaves the base's own outputs.
 
 An averaged copy is what lies halfway between two layers: the mean of its source and the base's next
-layer, norms and biases too. Most methods "copy or average weights from base layers" (arXiv:2508.08011,
-which makes its own layers of two neighbours as well); Emu3-Gen-12B was made so
+layer, norms and biases too. Most methods "copy or average weights from base layers"
+(arXiv:2508.08011, which makes its own of two neighbours as well); Emu3-Gen-12B was made so
 (huggingface.co/lodrick-the-lafted/Emu3-Gen-12B, "lerp'd between the previous layer and the current
 and inserted between the two"). The base's last layer has no next, and a copy of it stays a copy.
 """
@@ -27,7 +27,7 @@ from dus_edge.errors import UsageError
 BRANCH_ROLES = ("o", "down")
 
 COPY, AVERAGED = "copy", "averaged"
-METHODS = (COPY, AVERAGED)
+COPY_METHODS = (COPY, AVERAGED)
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Method:
     branch_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in METHODS:
-            raise UsageError(f"--method {self.kind!r}: choose {' or '.join(METHODS)}.")
+        if self.kind not in COPY_METHODS:
+            raise UsageError(f"--method {self.kind!r}: choose {' or '.join(COPY_METHODS)}.")
         scale = self.branch_scale
         if not 0 <= scale <= float(np.finfo(np.float32).max):
             raise UsageError(_wanted(f"{scale:g}"))
@@ -52,7 +52,7 @@ class Method:
     @property
     def is_plain(self) -> bool:
         """Whether copies are copies, byte for byte."""
-        return self == PLAIN
+        return self == PLAIN_COPIES
 
     @property
     def spelled(self) -> str:
@@ -77,7 +77,7 @@ class Method:
 
 
 #: SOLAR's.
-PLAIN = Method()
+PLAIN_COPIES = Method()
 
 
 def method_of_json(said: Mapping[str, Any]) -> Method:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from dus_edge.errors import UsageError
-from dus_edge.upscale.methods import AVERAGED, PLAIN, Method
+from dus_edge.upscale.methods import AVERAGED, PLAIN_COPIES, Method
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class DepthPlan:
 
     n_base: int
     sources: tuple[int, ...]
-    method: Method = PLAIN
+    method: Method = PLAIN_COPIES
 
     def __post_init__(self) -> None:
         if not self.sources:

@@ -39,7 +39,7 @@ class PlanChoice:
         plan: ranges, applied one after the other.
         block: blocks that run twice, the same way.
         place: one of `PLACES`.
-        method: one of `methods.METHODS`.
+        method: one of `methods.COPY_METHODS`.
         branch_scale: what branches of copies are multiplied by.
     """
 
