@@ -218,8 +218,12 @@ def test_healing_reads_as_much_as_it_needs(hub: Hub, tmp_path: Path) -> None:  #
     # The dataset goes on to another commit: that is other data.
     hub.repos[NAME].commits[commit_id("2")] = FILES | {"new": b""}
     hub.repos[NAME].refs["main"] = commit_id("2")
-    [changed] = ask(HEALER, tmp_path, hub.url, [(NAME, cut, {"rate": 1e30, "steps": 6})])
+    same = {"rate": 1e30, "steps": 6}
+    at = f"{NAME}@{commit_id('1')}"
+    changed, named = ask(HEALER, tmp_path, hub.url, [(NAME, cut, same), (at, cut, same)])
     assert "another text" in changed["message"]
+    assert "is no number" in named["message"]
+    assert not any("documents" in line for line in named["said"])  # its tokens are there
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,9 @@ def find_texts(options: HealOptions, say: Say) -> HealTexts:
     for number, part in enumerate(_parts(options)):
         if part.dataset:
             found = datasets[number] = find_dataset(part.dataset, say, None)
-            what = [found.repo.commit, found.asked.spelled, options.field, _enough(part, options)]
+            # Not by which revision it was asked for: the commit may be named to go on.
+            which = (found.repo.id, found.repo.commit, part.dataset.config, part.dataset.split)
+            what = [*which, options.field, _enough(part, options)]
             digest.update(json.dumps(what).encode())
         else:
             for document in read_documents([part.path], options.field):
