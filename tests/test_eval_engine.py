@@ -276,3 +276,22 @@ def test_overlap_names_the_questions_that_a_text_has(rows: Path, run: Any, tmp_p
     assert not code and 2 in json.loads(said)["gsm8k"]["in_text"]
     code, said, _ = run("eval", *words)
     assert not code and "in the text" in said and max(map(len, said.splitlines())) <= 80
+
+
+def test_parts_and_empty_answers(
+    f32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that are too many for one tree, and a choice without a token."""
+    texts = [("The cat sat on", " the mat"), ("The cat sat on", ""), ("Two", " cats"), ("", "One")]
+    requests = [
+        lm_eval.api.instance.Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(texts)
+    ]
+    found = []
+    for most in (8192, 3):
+        monkeypatch.setattr(ours, "MOST_REQUESTS", most)
+        record = AnswerRecord(tmp_path / f"{most}.jsonl")
+        model = ours.LlamaLM(inspect_source(f32), record, "cpu", 1, "f32")
+        found.append(model.loglikelihood(requests))
+        model.close()
+    assert found[0][1] == (0.0, True) and all(value < 0 for value, _ in found[0][:1])
+    assert [v for v, _ in found[1]] == pytest.approx([v for v, _ in found[0]], abs=1e-5)

@@ -38,6 +38,9 @@ from dus_edge.run.tree import Limits, ScoredTokens, TreeStep, grow, tree_steps
 #: What the harness gives `_loglikelihood_tokens`: texts, tokens of context and continuation.
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]
 LogLikelihood = tuple[float, bool]
+#: Requests that are in memory at once: a token of a prompt takes some 40 bytes as Python's number,
+#: and HellaSwag has 35 million. What parts share beyond their own requests is computed again.
+MOST_REQUESTS = 8192
 
 
 class TreeEngine(Protocol):
@@ -69,7 +72,15 @@ class TreeLM(TemplateLM):
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[LogLikelihood]:
         """See `lm_eval.api.model.LM`."""
-        return super().loglikelihood(requests, disable_tqdm=True)
+        found: list[LogLikelihood] = []
+        title, n_parts = self.title, -(-len(requests) // MOST_REQUESTS)
+        for part in range(n_parts):
+            if n_parts > 1:
+                self.title = f"{title}, part {part + 1} of {n_parts}"
+            own = requests[part * MOST_REQUESTS : (part + 1) * MOST_REQUESTS]
+            found += super().loglikelihood(own, disable_tqdm=True)
+        self.title = title
+        return found
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
         """See `lm_eval.api.model.LM`."""
@@ -93,9 +104,9 @@ class TreeLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Encoded], disable_tqdm: bool = True, **_: Any
     ) -> list[LogLikelihood]:
-        asked = [self._scored(context, continuation) for _, context, continuation in requests]
-        keys = [scored_key(request) for request in asked]
-        new = {k: r for k, r in zip(keys, asked, strict=True) if k not in self.record}
+        asked = [self._scored(c, new) if new else None for _, c, new in requests]
+        keys = [None if request is None else scored_key(request) for request in asked]
+        new = {k: r for k, r in zip(keys, asked, strict=True) if k and r and k not in self.record}
         names, wanted = list(new), list(new.values())
         if wanted:
             steps = list(tree_steps(grow(wanted), self.limits))
@@ -106,7 +117,9 @@ class TreeLM(TemplateLM):
                 for group in score_tree(engine, steps, wanted, told):
                     self.record.add((names[i], answer) for i, answer in group)
             self.n_computed += sum(len(s.tree.tokens) for s in steps)
-        return [(float(a), bool(b)) for a, b in (self.record[key] for key in keys)]
+        # No tokens at all are certain.
+        answers = (self.record[key] if key else (0.0, True) for key in keys)
+        return [(float(a), bool(b)) for a, b in answers]
 
     def _scored(self, context: list[int], continuation: list[int]) -> ScoredTokens:
         tokens = (context + continuation)[-(self.max_length + 1) :]
