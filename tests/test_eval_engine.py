@@ -168,28 +168,24 @@ def test_another_file_of_the_same_name_is_asked_itself(tmp_path: Path) -> None:
     assert content_digest([path], "transformers") != first
 
 
-def test_a_killed_run_goes_on(f32: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on(f32: Path, rows: Path, run: Any, tmp_path: Path) -> None:
     """kill -9 while answers are being written, then the same command."""
-    command = [
-        sys.executable,
-        "-c",
-        "from dus_edge.cli.main import main; main()",
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    words = [
         *("eval", str(f32), "--suite", "gsm8k,winogrande,hellaswag,truthfulqa_mc2"),
         *("--data", str(rows), "--threads", "1", "--no-plots", "-o"),
     ]
-    whole = tmp_path / "whole"
-    subprocess.run([*command, str(whole)], check=True, capture_output=True)
-    n_answers = len(_answers(whole))
-    cut = tmp_path / "cut"
-    run = subprocess.Popen(
-        [*command, str(cut)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    assert run(*words, whole)[0] == 0
+    program = [sys.executable, "-c", "from dus_edge.cli.main import main; main()"]
+    process = subprocess.Popen(
+        [*program, *words, str(cut)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    _wait(lambda: len(_answers(cut)) >= 3, run)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    _wait(lambda: len(_answers(cut)) >= 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     kept = len(_answers(cut))
-    assert 3 <= kept < n_answers and not (cut / "eval.json").exists()
-    subprocess.run([*command, str(cut)], check=True, capture_output=True)
+    assert 3 <= kept < len(_answers(whole)) and not (cut / "eval.json").exists()
+    assert run(*words, cut)[0] == 0
     one, two = (json.loads((folder / "eval.json").read_text()) for folder in (whole, cut))
     for page in (one, two):
         for model in page["models"]:
