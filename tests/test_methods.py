@@ -29,6 +29,7 @@ from dus_edge.jobs.train.heal import healed_plan
 from dus_edge.quant.gptq_format import GPTQSettings
 from dus_edge.quant.imatrix import read_imatrix
 from dus_edge.quant.recipe import PRESETS
+from dus_edge.train.heal.network import empty_network, load_weights
 from dus_edge.upscale.methods import Method, made_rows, parse_scale
 from dus_edge.upscale.model import find_model, plan_chooser
 from dus_edge.upscale.plan import (
@@ -220,6 +221,18 @@ def test_products_are_rounded_once_as_torch_does(dtype):
         theirs = (wide.float() * torch.tensor(scale, dtype=torch.float32)).to(kind)
         bits = theirs.view(torch.int16).numpy().view(np.uint16) if dtype == "BF16" else theirs
         np.testing.assert_array_equal(ours, np.asarray(bits))
+
+
+def test_healing_starts_from_the_scaled_copies(make_checkpoint):
+    """Frozen layers share a tensor in memory with their copies, but for what is scaled."""
+    folder = make_checkpoint(dtype="F32")
+    view_ = view(folder, from_drop(4), branch_scale=0.0)
+    network = empty_network(view_.config)
+    load_weights(network, view_, [], torch.float32, torch.device("cpu"))
+    assert torch.equal(logits(network.model.eval()), logits(load(folder)))
+    layers = network.model.model.layers
+    assert layers[3].self_attn.q_proj.weight is layers[1].self_attn.q_proj.weight
+    assert layers[1].mlp.down_proj.weight.any() and not layers[3].mlp.down_proj.weight.any()
 
 
 def test_averaged_tensors_are_made_once(make_checkpoint):

@@ -102,7 +102,7 @@ def _general(
     if not plan.is_identity:
         then = f"with the adapter {adapter} merged into it" if adapter else "not trained further"
         changed = plan.method.sentence
-        copies = f" Of the copies, {changed}." if changed else ""
+        copies = f" Copies: {changed}." if changed else ""
         yield _text(
             "general.description",
             f"{source.name} up-scaled in depth from {plan.n_base} to {plan.depth} layers "
