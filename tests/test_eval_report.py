@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dus_edge.errors import DependencyError, OutputError
+from dus_edge.errors import DependencyError, OutputError, UsageError
 from dus_edge.eval.paired import summarize_models
 from dus_edge.eval.results import EvalResults, EvaluatedModel, TaskScores
 from dus_edge.eval.suites import load_suite
@@ -222,3 +222,24 @@ def test_pictures_of_few_and_odd_results():
     one = dataclasses.replace(made_up(), groups=("gsm8k",), suite="gsm8k")
     for results in (made_up(("one",)), made_up(n=1), made_up(worse=0), one):
         check(results)
+
+
+def test_the_tables_have_the_tasks_of_real_models(tmp_path: Path) -> None:
+    """Of what `eval -o` wrote: a section, rows for programs; another shape is one sentence."""
+    from dus_edge.tables.tasks import read_evaluation, task_rows, tasks_markdown
+    from dus_edge.tables.write import as_csv, as_json
+
+    write_evaluation(made_up(), tmp_path, plots=False)
+    found = read_evaluation(tmp_path / "eval.json")
+    page = tasks_markdown([found])
+    for model in found["models"]:
+        assert f"| {model['short_name']}" in page
+        assert f"{100 * model['average']['score']:.1f} ± " in page
+    rows = task_rows([found])
+    assert len(rows) == len(found["models"]) * (1 + len(found["groups"]))
+    assert as_csv(as_json([], [], [], [found])).count("\n") == 1 + len(rows)
+    del found["models"][0]["groups"]
+    (tmp_path / "eval.json").write_text(json.dumps(found))
+    with pytest.raises(UsageError, match="is not what `dus-edge eval -o` writes"):
+        read_evaluation(tmp_path / "eval.json")
+    assert "make eval" in tasks_markdown([])

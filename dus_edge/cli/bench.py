@@ -184,9 +184,22 @@ def bench_run_command(
     help="File that `dus-edge quality -o` wrote; repeat it for several. "
     "[default: DIR/results/quality.json, if there]",
 )
+@click.option(
+    "--evaluation",
+    "evaluations",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="JSON",
+    help="File that `dus-edge eval -o` wrote; repeat it for several. "
+    "[default: DIR/results/eval.json, if there]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 def bench_tables(
-    out: Path, measured: tuple[Path, ...], quality: tuple[Path, ...], overwrite: bool
+    out: Path,
+    measured: tuple[Path, ...],
+    quality: tuple[Path, ...],
+    evaluations: tuple[Path, ...],
+    overwrite: bool,
 ) -> None:
     """Predict SOLAR 10.7B on every known device; add what was measured.
 
@@ -194,7 +207,8 @@ def bench_tables(
     """
     from dus_edge.tables.page import write_bench_tables
 
-    for path in write_bench_tables(out, overwrite=overwrite, measured=measured, quality=quality):
+    sources = {"measured": measured, "quality": quality, "evaluations": evaluations}
+    for path in write_bench_tables(out, overwrite=overwrite, **sources):
         click.echo(path)
 
 

@@ -52,7 +52,6 @@ def _model(m: EvaluatedModel, s: ModelSummary, name: str) -> dict[str, Any]:
     return {
         "name": info.name,
         "short_name": name,
-        "path": str(info.path),
         "kind": info.kind,
         "file_bytes": info.n_bytes,
         "n_parameters": info.n_parameters,

@@ -92,7 +92,12 @@ def solar_choices() -> tuple[Choice, ...]:
 
 
 def write_bench_tables(
-    folder: Path, *, overwrite: bool, measured: Sequence[Path] = (), quality: Sequence[Path] = ()
+    folder: Path,
+    *,
+    overwrite: bool,
+    measured: Sequence[Path] = (),
+    quality: Sequence[Path] = (),
+    evaluations: Sequence[Path] = (),
 ) -> list[Path]:
     """Write the tables and the page, with progress; see `write_tables`."""
     n_rows = sum(len(d.memory_gb_options) for d in load_devices())
@@ -102,6 +107,7 @@ def write_bench_tables(
             overwrite=overwrite,
             measured=measured,
             quality=quality,
+            evaluations=evaluations,
             also={PAGE_FILE: functools.partial(render_page, advance=advance)},
             advance=advance,
         )

@@ -24,6 +24,7 @@ from dus_edge.tables.predicted import (
     solar_config,
     solar_parameters,
 )
+from dus_edge.tables.tasks import tasks_markdown
 from dus_edge.words import figure, format_bytes, markdown_table
 
 #: What public guides say of SOLAR 10.7B: file and VRAM in GB, and where Q4_K_M runs.
@@ -52,6 +53,7 @@ def tables_markdown(
     rows: Sequence[Row],
     lines: Sequence[Line] = (),
     results: Sequence[Mapping[str, Any]] = (),
+    evaluations: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The page: in short, a table per family, public guides beside ours, then what was measured."""
     here = {r.device.family for r in rows}
@@ -68,7 +70,8 @@ def tables_markdown(
         f"- [Predicted](#predicted), by family: {links}\n"
         "- [Beside public guides](#beside-public-guides)\n"
         f"- [Measured](#measured){machines}\n"
-        "- [Quality](#quality), measured\n",
+        "- [Quality](#quality), measured\n"
+        "- [Tasks](#tasks), measured\n",
         _in_short(settings, rows),
         "## Predicted\n",
         f"**None of this is measured.** Context {settings.context:,}, cache {settings.type_k}, "
@@ -88,6 +91,7 @@ def tables_markdown(
     parts.append(_guides(rows))
     parts.append(measured_markdown(lines, MODEL, solar_parameters()))
     parts.append(quality_markdown(results, MODEL, solar_parameters()))
+    parts.append(tasks_markdown(evaluations))
     return "\n".join(parts)
 
 

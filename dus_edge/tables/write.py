@@ -1,13 +1,13 @@
 """The tables of what fits and how fast: SOLAR's shape on every device, and what was measured.
 
-``TABLES.md`` is for people. ``tables.json`` is one object of three lists, so that nobody takes one
-kind for another: ``{"predicted": […], "measured": […], "quality": […]}``. Every row has
-``"source"``, ``"predicted"`` or ``"measured"``. Rows of ``predicted`` have the keys of `bench
+``TABLES.md`` is for people. ``tables.json`` is one object of four lists, so that nobody takes one
+kind for another: ``{"predicted": […], "measured": […], "quality": […], "tasks": […]}``. Every row
+has ``"source"``, ``"predicted"`` or ``"measured"``. Rows of ``predicted`` have the keys of `bench
 predict --json` and their ``preset``; of ``measured``, those of a line of `bench run -o`; of
-``quality``, those of `measured.quality_rows`. ``tables.csv`` has the rows of all three, told
-apart by its columns ``source`` and ``table`` (``predicted``, ``measured``, ``quality``). Every
-other column belongs to one of the three and is empty in the rest; those of the last two begin with
-``measured_`` and ``quality_``.
+``quality``, those of `measured.quality_rows`; of ``tasks``, those of `tasks.task_rows`.
+``tables.csv`` has the rows of all four, told apart by its columns ``source`` and ``table`` (the
+list's name). Every other column belongs to one of the four and is empty in the rest; those of the
+last three begin with ``measured_``, ``quality_`` and ``tasks_``.
 """
 
 from __future__ import annotations
@@ -36,10 +36,12 @@ from dus_edge.tables.predicted import (
     solar_config,
 )
 from dus_edge.tables.predicted_markdown import tables_markdown
+from dus_edge.tables.tasks import read_evaluation, task_rows
 
 #: Files below the tables' folder that are read where no others are named.
 MEASURED = Path("results") / "measured.jsonl"
 QUALITY = Path("results") / "quality.json"
+EVALUATION = Path("results") / "eval.json"
 
 
 def write_tables(
@@ -48,6 +50,7 @@ def write_tables(
     overwrite: bool,
     measured: Sequence[Path] = (),
     quality: Sequence[Path] = (),
+    evaluations: Sequence[Path] = (),
     also: Mapping[str, Callable[[], str]] | None = None,
     advance: Advance = lambda n: None,
 ) -> list[Path]:
@@ -58,6 +61,8 @@ def write_tables(
         overwrite: whether they may be replaced.
         measured: files of `bench run -o`; none means `MEASURED` of the folder, if it is there.
         quality: files of `dus-edge quality -o`; none means `QUALITY` of the folder, if it is there.
+        evaluations: files of `dus-edge eval -o`; none means `EVALUATION` of the folder, if it is
+            there.
         also: other files that are written with them, by name, and what makes their text.
         advance: is told of every device and size of memory that is done.
 
@@ -71,10 +76,11 @@ def write_tables(
     check_writable(folder)
     lines = [line for path in measured or _there(folder / MEASURED) for line in read_lines(path)]
     results = [read_quality(path) for path in quality or _there(folder / QUALITY)]
+    tasks = [read_evaluation(path) for path in evaluations or _there(folder / EVALUATION)]
     settings, rows = predict_all(solar_config(), MODEL.replace(" ", "-"), advance)
-    found = as_json(rows, lines, results)
+    found = as_json(rows, lines, results, tasks)
     texts = (
-        tables_markdown(settings, rows, lines, results),
+        tables_markdown(settings, rows, lines, results, tasks),
         as_csv(found),
         json.dumps(found) + "\n",
     )
@@ -95,7 +101,10 @@ def _there(path: Path) -> tuple[Path, ...]:
 
 
 def as_json(
-    rows: Sequence[Row], lines: Iterable[Line] = (), results: Iterable[Mapping[str, Any]] = ()
+    rows: Sequence[Row],
+    lines: Iterable[Line] = (),
+    results: Iterable[Mapping[str, Any]] = (),
+    evaluations: Iterable[Mapping[str, Any]] = (),
 ) -> dict[str, list[dict[str, Any]]]:
     """The object of tables.json; see the module."""
     predicted = [
@@ -107,6 +116,7 @@ def as_json(
         "predicted": predicted,
         "measured": measured_rows(lines),
         "quality": quality_rows(results),
+        "tasks": task_rows(evaluations),
     }
 
 
