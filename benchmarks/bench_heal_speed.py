@@ -3,11 +3,12 @@
     python benchmarks/bench_heal_speed.py [CHECKPOINT ...] [--rounds 3] [--steps 8]
 
 Each case runs in a process of its own, by turns, `--rounds` times, on one thread: `all` and
-`copies` of our trainer, and HF Trainer on all weights. All train the up-scaled base (pico, and each
+`copies` of our trainer, and HF Trainer on all weights. All train the up-scaled base (pico, or each
 CHECKPOINT) in float32 with AdamW on the same windows of 256 tokens, two a step, without checkpoints
 and held-out losses. The first step warms up and does not count. Tokens per CPU second are of the
 steps alone; peak RSS is the process's `VmHWM`. `full logits` is our trainer with the loss of the
-whole batch at once, to tell what chunks are worth. Results go to `results/heal_speed.jsonl`.
+whole batch at once, to tell what chunks are worth; `--long` compares that alone, with eight windows
+at once. Results go to `results/heal_speed.jsonl`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from common import HERE, RESULTS, append, machine
 
 WINDOW, BATCH = 256, 2
 CASES = ("all", "copies", "full logits", "HF Trainer")
+#: With `--long`: so many windows at once that the loss has several chunks.
+LONG_CASES, LONG_BATCH = ("all", "full logits"), 8
 TEXT = HERE.parent / "dus_edge" / "predict"
 
 
@@ -36,7 +39,7 @@ def open_base(base: str):  # type: ignore[no-untyped-def]
     return find_model(base, plan_chooser(None, None, (), True), weights=True, say=print)
 
 
-def windows(model, folder: Path):  # type: ignore[no-untyped-def]
+def windows(model, folder: Path, batch: int):  # type: ignore[no-untyped-def]
     from dus_edge.text.documents import read_documents
     from dus_edge.text.tokenizers import load_tokenizer
     from dus_edge.train.packing.batches import Batches
@@ -45,11 +48,11 @@ def windows(model, folder: Path):  # type: ignore[no-untyped-def]
     tokenizer = load_tokenizer(model.source.folder, model.config.vocab_size)
     write_tokens(read_documents([TEXT], None), tokenizer, None, folder)
     return Batches(
-        [s for s in read_streams(folder, "text") if s.language == "code"], [1], WINDOW, BATCH, 0
+        [s for s in read_streams(folder, "text") if s.language == "code"], [1], WINDOW, batch, 0
     )
 
 
-def ours(model, batches, mode: str, steps: int) -> tuple[float, float]:  # type: ignore[no-untyped-def]
+def ours(model, batches, mode: str, steps: int, batch: int) -> tuple[float, float]:  # type: ignore[no-untyped-def]
     """CPU seconds and wall seconds of the steps behind the first."""
     import torch
 
@@ -83,7 +86,7 @@ def ours(model, batches, mode: str, steps: int) -> tuple[float, float]:  # type:
             raise StopIteration
 
     # The last step is never reached, so nothing is measured or kept.
-    pace = loop.Pace(loop.Schedule(1e-5, 10**6), micro=BATCH, evaluate=10**9, save=10**9)
+    pace = loop.Pace(loop.Schedule(1e-5, 10**6), micro=batch, evaluate=10**9, save=10**9)
     with contextlib.suppress(StopIteration):
         loop.run_steps(network, learned, optimizer, batches, [], pace, world, Nothing(), told)
     return clock[-1][0] - clock[0][0], clock[-1][1] - clock[0][1]
@@ -135,23 +138,24 @@ def theirs(model, batches, steps: int) -> tuple[float, float]:  # type: ignore[n
     return clock[-1][0] - clock[0][0], clock[-1][1] - clock[0][1]
 
 
-def child(base: str, case: str, steps: int) -> dict[str, object]:
+def child(base: str, case: str, steps: int, batch: int) -> dict[str, object]:
     import torch
 
     torch.set_num_threads(1)
     model = open_base(base)
     with tempfile.TemporaryDirectory() as folder:
-        batches = windows(model, Path(folder))
+        batches = windows(model, Path(folder), batch)
         run = (
             theirs(model, batches, steps)
             if case == "HF Trainer"
-            else ours(model, batches, case, steps)
+            else ours(model, batches, case, steps, batch)
         )
     cpu_s, wall_s = run
-    tokens = steps * WINDOW * BATCH
+    tokens = steps * WINDOW * batch
     return {
         "base": Path(base).name,
         "case": case,
+        "batch_tokens": WINDOW * batch,
         "tokens": tokens,
         "tokens_per_cpu_s": round(tokens / cpu_s, 2),
         "tokens_per_s": round(tokens / wall_s, 2),
@@ -164,16 +168,19 @@ def main() -> None:
     parser.add_argument("bases", nargs="*")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--long", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(child(args.bases[0], args.child, args.steps)))
+        batch = LONG_BATCH if args.long else BATCH
+        print(json.dumps(child(args.bases[0], args.child, args.steps, batch)))
         return
     lines = []
-    for base in ("pico", *args.bases):
+    for base in args.bases or ("pico",):
         for number in range(args.rounds):
-            for case in CASES:
+            for case in LONG_CASES if args.long else CASES:
                 command = [sys.executable, __file__, base, "--child", case]
+                command += ["--long"] * args.long
                 done = subprocess.run(
                     [*command, "--steps", str(args.steps)],
                     env=os.environ | {"OMP_NUM_THREADS": "1"},
