@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.files import check_absent, check_writable, held_outputs, output_files, pwrite_all
@@ -22,6 +22,9 @@ from dus_edge.upscale.geometry import StreamGeometry, measure_streams
 from dus_edge.upscale.model import ChoosePlan, Model, Say, describe, find_model
 from dus_edge.upscale.plan import identity
 from dus_edge.words import format_bytes
+
+if TYPE_CHECKING:  # this imports torch
+    from dus_edge.calibrate.engine import ComputeSettings
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,16 @@ def find_seams(
     """
     require("hf", "running text through a model needs")
     outputs.check()
+    from dus_edge.calibrate.engine import choose_settings
+
+    compute = choose_settings(machine.device, machine.dtype)
     model = find_model(base, choose, weights=True, say=say)
     base_model = replace(model, plan=identity(model.plan.n_base))
     checkpoint = base_model.open()
     chunks = read_chunks(base_model, text)
     say(describe(model))
     with held_outputs(outputs.paths):
-        geometry = stream_geometry(checkpoint, chunks, machine, outputs.folder, say)
+        geometry = stream_geometry(checkpoint, chunks, compute, outputs.folder, say)
     period = model.base_config.family.period
     results = SeamResults(model.source.name, model.plan, period, geometry, chunks, text.label)
     found = seam_dict(model, results)
@@ -101,21 +107,24 @@ def find_seams(
 
 
 def stream_geometry(
-    checkpoint: Checkpoint, chunks: Chunks, machine: Machine, folder: Path | None, say: Say
+    checkpoint: Checkpoint,
+    chunks: Chunks,
+    compute: ComputeSettings,
+    folder: Path | None,
+    say: Say,
 ) -> StreamGeometry:
     """One pass of a base over text, and the geometry of its stream.
 
     Args:
         checkpoint: the base.
         chunks: of its tokens.
-        machine: where it runs.
+        compute: device and precision.
         folder: of the temporary file; None for the system's.
         say: takes lines for the user.
     """
-    from dus_edge.calibrate.engine import choose_settings, total_token_layers
+    from dus_edge.calibrate.engine import total_token_layers
     from dus_edge.calibrate.streams import kept_streams, streams_bytes
 
-    compute = choose_settings(machine.device, machine.dtype)
     folder = Path(tempfile.gettempdir()) if folder is None else folder
     n_chunks, n_ctx = chunks.tokens.shape
     size = format_bytes(streams_bytes(checkpoint.config, chunks.tokens, compute.dtype))

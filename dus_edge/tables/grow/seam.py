@@ -148,7 +148,7 @@ def _layers(results: SeamResults) -> str:
         ]
         for i, z in enumerate(g.z_scores)
     ]
-    head = ["layer", "RMS before it", "block influence", "z", "mark", "runs in the plan"]
+    head = ["layer", "RMS before", "block influence", "z", "mark", "in the plan"]
     return aligned_table(head, rows, left=(4,))
 
 

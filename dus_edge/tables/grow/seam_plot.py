@@ -127,7 +127,9 @@ def _bars(axes: Axes, results: SeamResults) -> None:
     layers = np.arange(g.n_layers)
     colours = [_STRONG if i in g.outliers else _PLAIN for i in layers]
     # A layer stands between its input and its output.
-    axes.bar(layers + 0.5, g.influence, width=0.7, color=colours)
+    hatches = ["///" if i in g.outliers else "" for i in layers]
+    edges = {"edgecolor": "white", "linewidth": 0}
+    axes.bar(layers + 0.5, g.influence, width=0.7, color=colours, hatch=hatches, **edges)
     shown = ", ".join(map(str, g.outliers[:_MOST_OUTLIERS]))
     if len(g.outliers) > _MOST_OUTLIERS:
         shown += ", …"
