@@ -346,6 +346,7 @@ def made(n: int, plan: DepthPlan, outliers=(), period: int = 1, name: str = "bas
     angles = np.minimum(np.abs(np.subtract.outer(away, away)), 1)
     g = StreamGeometry(np.geomspace(0.1, 900, n + 1), 1 - np.cos(np.pi * turns), angles, 100)
     assert g.outliers == tuple(outliers)
+    assert {i for i in range(n) if g.influence[i] > g.outlier_limit} == set(outliers)
     chunks = Chunks(np.zeros((2, 51), np.int32), ("en", "ko"), 0, "0" * 64)
     return SeamResults(name, plan, period, g, chunks, "a text")
 

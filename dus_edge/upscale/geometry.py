@@ -52,6 +52,12 @@ class StreamGeometry:
         """Layers that turn the stream far more than the others do, in order."""
         return tuple(int(i) for i in np.flatnonzero(self.z_scores > OUTLIER_Z))
 
+    @property
+    def outlier_limit(self) -> float:
+        """Block influence above which a layer is an outlier."""
+        median, spread = _robust_spread(self.influence)
+        return median + OUTLIER_Z * spread
+
 
 def measure_streams(blocks: Iterable[np.ndarray]) -> StreamGeometry:
     """Geometry of streams, in float64.
@@ -88,6 +94,12 @@ def modified_z(values: np.ndarray) -> np.ndarray:
     Args:
         values: ``(n,)`` floats, at least one.
     """
-    away = values - np.median(values)
-    spread = _MEDIAN_SCALE * np.median(np.abs(away)) or _MEAN_SCALE * np.abs(away).mean()
-    return away / spread if spread else np.zeros_like(away)
+    median, spread = _robust_spread(values)
+    return (values - median) / spread if spread else np.zeros(len(values))
+
+
+def _robust_spread(values: np.ndarray) -> tuple[float, float]:
+    """The median, and the unit of `modified_z`."""
+    median = np.median(values)
+    away = np.abs(values - median)
+    return float(median), float(_MEDIAN_SCALE * np.median(away) or _MEAN_SCALE * away.mean())

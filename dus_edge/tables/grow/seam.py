@@ -140,7 +140,7 @@ def _layers(results: SeamResults) -> str:
     rows = [
         [
             str(i),
-            _short(g.rms[i]),
+            three_digits(g.rms[i]),
             f"{g.influence[i]:.4f}",
             f"{z:+.1f}",
             "outlier" if i in g.outliers else "",
@@ -168,7 +168,7 @@ def _seams(results: SeamResults) -> Iterator[str]:
             f"{c.seam.left} → {c.seam.right}",
             f"{c.seam.position - 1}, {c.seam.position}",
             f"{c.angle:.3f}",
-            f"× {_short(c.rms_ratio)}",
+            f"× {three_digits(c.rms_ratio)}",
         ]
         for c in results.seams
     ]
@@ -225,7 +225,8 @@ def _why(b: BestBlock) -> str:
     return f"{said}; {start}:{end} is {b.smaller_angle:.3f}"
 
 
-def _short(x: float) -> str:
+def three_digits(x: float) -> str:
+    """``0.0123``, ``1.23``, ``123``: an RMS, or a ratio of two."""
     return f"{x:#.3g}".rstrip(".")
 
 

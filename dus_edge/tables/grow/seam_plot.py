@@ -1,4 +1,4 @@
-"""The angles of all streams as a heat map, the plan's seams drawn in; block influence below."""
+"""All angles as a heat map, the plan's seams drawn in; block influence of the layers below."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dus_edge.packages import require
-from dus_edge.tables.grow.seam import SeamResults
+from dus_edge.tables.grow.seam import SeamResults, three_digits
 from dus_edge.words import cut_end, cut_middle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_INK, _FAINT, _PLAIN, _STRONG = "#1a1a1a", "#d8d8d8", "#7f9fb5", "#b0522a"
+_INK, _FAINT, _PLAIN, _STRONG = "#1a1a1a", "#d8d8d8", "#20506e", "#b0522a"
 #: Seams that are told one by one; where there are more, only the first.
 _MOST_SEAMS = 5
 _MOST_OUTLIERS = 12
@@ -50,7 +50,7 @@ def render_seams(results: SeamResults, form: str) -> bytes:
 
 
 def draw_seams(results: SeamResults) -> Any:
-    """The figure: the map, the scale of its colours, and the bars, on a canvas of Agg."""
+    """The figure: the map, the scale of its colours, and the dots, on a canvas of Agg."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -61,7 +61,7 @@ def draw_seams(results: SeamResults) -> Any:
     below = figure.add_subplot(grid[1, 0], sharex=axes)
     image = _map(axes, results)
     _mark(axes, results)
-    _bars(below, results)
+    _influences(below, results)
     scale = figure.colorbar(image, cax=figure.add_subplot(grid[0, 1]))
     scale.set_label("angle, units of π", color=_INK, fontsize=9)
     scale.ax.tick_params(labelsize=8)
@@ -101,20 +101,22 @@ def _mark(axes: Axes, results: SeamResults) -> None:
             markeredgewidth=0.6,
             label="best block of each size (row: start, column: end)",
         )
+    shown = results.seams[:_MOST_SEAMS]
+    few = len(shown) == len(results.seams)
     style = {
         "linestyle": "none",
         "marker": "s",
-        "markersize": 8,
+        "markersize": 8 if few else 4,
         "markerfacecolor": "none",
         "markeredgecolor": _STRONG,
-        "markeredgewidth": 1.8,
+        "markeredgewidth": 1.8 if few else 0.8,
     }
-    shown = results.seams[:_MOST_SEAMS]
     for c in results.seams:
         sides = sorted((c.seam.left + 1, c.seam.right))
         axes.plot([sides[1]], [sides[0]], **style)
     for c in shown:
-        said = f"seam {c.seam.left} → {c.seam.right}: {c.angle:.2f}, RMS × {c.rms_ratio:.2f}"
+        ratio = three_digits(c.rms_ratio)
+        said = f"seam {c.seam.left} → {c.seam.right}: {c.angle:.3f}, RMS × {ratio}"
         axes.plot([], [], label=said, **style)
     if more := len(results.seams) - len(shown):
         axes.plot([], [], label=f"and {more} more seams", **style)
@@ -122,21 +124,23 @@ def _mark(axes: Axes, results: SeamResults) -> None:
         axes.legend(loc="lower left", fontsize=7.5, frameon=False, labelcolor=_INK)
 
 
-def _bars(axes: Axes, results: SeamResults) -> None:
+def _influences(axes: Axes, results: SeamResults) -> None:
     g = results.geometry
     layers = np.arange(g.n_layers)
-    colours = [_STRONG if i in g.outliers else _PLAIN for i in layers]
-    # A layer stands between its input and its output.
-    hatches = ["///" if i in g.outliers else "" for i in layers]
-    edges = {"edgecolor": "white", "linewidth": 0}
-    axes.bar(layers + 0.5, g.influence, width=0.7, color=colours, hatch=hatches, **edges)
+    outlier = np.isin(layers, g.outliers)
+    for chosen, marker, colour in ((~outlier, "o", _PLAIN), (outlier, "D", _STRONG)):
+        # A layer stands between its input and its output.
+        axes.plot(layers[chosen] + 0.5, g.influence[chosen], marker, color=colour, markersize=4.5)
+    axes.axhline(g.outlier_limit, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    if g.influence.min() > 0:
+        axes.set_yscale("log")
     shown = ", ".join(map(str, g.outliers[:_MOST_OUTLIERS]))
     if len(g.outliers) > _MOST_OUTLIERS:
         shown += ", …"
-    title = f"Block influence; outliers: {shown or 'none'}"
+    title = f"Block influence; outliers, above the dashed line: {shown or 'none'}"
     axes.set_title(title, loc="left", fontsize=9.5, color=_INK)
     axes.set_xlabel("layer, and input of layer", color=_INK, fontsize=9)
     axes.set_ylabel("1 − cosine", color=_INK, fontsize=9)
-    axes.set_ylim(bottom=0)
+    axes.margins(y=0.15)
     axes.grid(axis="y", color=_FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
