@@ -125,6 +125,8 @@ def _mark(axes: Axes, results: SeamResults) -> None:
 
 
 def _influences(axes: Axes, results: SeamResults) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     g = results.geometry
     layers = np.arange(g.n_layers)
     outlier = np.isin(layers, g.outliers)
@@ -134,6 +136,9 @@ def _influences(axes: Axes, results: SeamResults) -> None:
     axes.axhline(g.outlier_limit, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)))
     if g.influence.min() > 0:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     shown = ", ".join(map(str, g.outliers[:_MOST_OUTLIERS]))
     if len(g.outliers) > _MOST_OUTLIERS:
         shown += ", …"
