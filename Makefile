@@ -55,7 +55,7 @@ TALK_FILE := "$${FILE:-$$OUT/solar-dus-$${QUANT\#\#*,}.gguf}"
 .DEFAULT_GOAL := help
 # Two pips must not write one environment at the same time.
 .NOTPARALLEL:
-.PHONY: help gguf gptq imatrix heal sft dpo solar-instruct eval chat serve modelfiles upscale interop tables test fuzz torture lint bench bench-export clean
+.PHONY: help gguf gptq imatrix seam heal sft dpo solar-instruct eval chat serve modelfiles upscale interop tables test fuzz torture lint bench bench-export clean
 
 help: ## List the targets.
 	@echo "Targets:"
@@ -97,6 +97,9 @@ gptq: $(VENV)/hf.stamp ## Up-scale BASE to a GPTQ checkpoint of BITS, OUT/gptq.
 
 imatrix: $(VENV)/hf.stamp ## Collect BASE's importance matrix, OUT/imatrix.gguf.
 	@$(TEXTS); $(BIN)/dus-edge imatrix $(PLAN) "$$@" -o "$$OUT/imatrix.gguf" --overwrite -- "$$BASE"
+
+seam: $(VENV)/plots.stamp ## Measure BASE's layers, and the seams of DROP: OUT/seam.
+	@$(TEXTS); $(BIN)/dus-edge seam $(PLAN) "$$@" -o "$$OUT/seam" --overwrite -- "$$BASE"
 
 # Without TEXT the built-in base is healed on what it knows, Python: the program's own sources.
 heal: $(VENV)/hf.stamp ## Up-scale BASE and train it on TEXT for TOKENS, OUT/heal.
@@ -181,6 +184,11 @@ $(VENV)/run.stamp: pyproject.toml constraints.txt
 $(VENV)/hf.stamp: $(VENV)/run.stamp
 	@echo "Installing PyTorch and transformers"
 	@$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[hf]"
+	@touch $@
+
+$(VENV)/plots.stamp: $(VENV)/hf.stamp
+	@echo "Installing matplotlib"
+	@$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[hf,plots]"
 	@touch $@
 
 $(VENV)/train.stamp: $(VENV)/hf.stamp

@@ -29,7 +29,7 @@ def made(tmp_path):
     for name in ("dus-edge", "python"):
         (binaries / name).write_text(FAKE)
         (binaries / name).chmod(0o755)
-    for stamp in ("run", "hf", "train", "llama", "serve", "test"):
+    for stamp in ("run", "hf", "plots", "train", "llama", "serve", "test"):
         (tmp_path / ".venv" / f"{stamp}.stamp").touch()
 
     def make(*words: str, **environment: str) -> list[str]:
@@ -49,7 +49,7 @@ NASTY = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("target", ["gguf", "upscale", "gptq", "imatrix", "bench"])
+@pytest.mark.parametrize("target", ["gguf", "upscale", "gptq", "imatrix", "seam", "bench"])
 def test_a_base_of_any_name_is_one_word(made, tmp_path, target):
     for value in NASTY:
         for words in (made(target, f"BASE={value}"), made(target, BASE=value)):

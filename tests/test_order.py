@@ -69,7 +69,12 @@ HEAVY = {
     "trl": ("train.tune.run",),
     "llama_cpp": ("run.", "chat."),
     "lm_eval": ("eval.",),
-    "matplotlib": ("tables.evaluation_plot", "quality.plot", "train.recovery.plot"),
+    "matplotlib": (
+        "tables.evaluation_plot",
+        "tables.grow.seam_plot",
+        "quality.plot",
+        "train.recovery.plot",
+    ),
     "numba": ("quant.", "adapter.kernel"),
     "llvmlite": ("quant.",),
 }

@@ -114,6 +114,7 @@ def run_layers(
     settings: ComputeSettings,
     *,
     state: State | None = None,
+    between: Callable[[int, torch.Tensor], None] = lambda layer, h: None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> torch.Tensor:
     """Show a visitor all inputs of all linear layers.
@@ -124,6 +125,9 @@ def run_layers(
         visitor: see `Visitor`.
         settings: device and precision.
         state: where finished layers are kept; a run that was interrupted goes on from there.
+        between: shown the hidden states before the first layer that is run, and behind each:
+            the number of the layer that takes them in, and what the function returns at the end.
+            They change in place.
         advance: told of work done, out of `total_token_layers`.
 
     Returns:
@@ -138,6 +142,7 @@ def run_layers(
     start, h = state.resume(visitor) if state else (0, None)
     if h is None:
         h = _embedded(checkpoint, tokens, dtype)
+    between(start, h)
     advance(start * tokens.size)
     where = positions(config, n_ctx, settings.device, dtype)
     step = max(1, settings.batch_tokens // n_ctx)
@@ -154,6 +159,7 @@ def run_layers(
             pass_ = _Pass(index, layer, stored, visitor, h, batches, settings, advance)
             pass_.by_sites() if visitor.replaces else pass_.at_once()
             _check_finite(h, index)
+            between(index + 1, h)
             if state:
                 state.save(index, h, visitor)
     return h

@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "merge": ("export", "Merge a LoRA ADAPTER into BASE, a checkpoint like any other."),
     "modelfile": ("models", "Write the Modelfile of a GGUF file or a checkpoint."),
     "quality": ("scores.quality", "Measure how far each CANDIDATE is from REFERENCE on text."),
+    "seam": ("grow.seam", "Show what a plan's seams do to the stream of BASE's layers."),
     "serve": ("talk.serve", "Serve FILE by the OpenAI API."),
     "sft": ("train.tune", "Tune MODEL on dialogues."),
     "verify": ("verify", "Read finished models whole and say whether they are sound."),

@@ -223,8 +223,19 @@ def text_options(default: str, n_chunks: int | None) -> tuple[Callable[..., Any]
 
 def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Text and machine; the command gets `text` and `machine`, see `calibration`."""
+    return _calibration_options(command, None)
+
+
+def calibrating(n_chunks: int) -> Callable[..., Any]:
+    """The same, where part of the text is enough."""
+    return lambda command: _calibration_options(command, n_chunks)
+
+
+def _calibration_options(
+    command: Callable[..., Any], default_chunks: int | None
+) -> Callable[..., Any]:
     options = (
-        *text_options("the built-in mix of English, Korean and code", None),
+        *text_options("the built-in mix of English, Korean and code", default_chunks),
         click.option(
             "--device",
             default="auto",

@@ -166,7 +166,7 @@ def _fitting(plan: DepthPlan, period: int) -> str:
     """What to choose in place of a plan that breaks a pattern."""
     n, m, keep = plan.n_base, plan.drop, "choose ranges that keep the pattern"
     if m is not None:
-        fitting = [k for k in range(n // 2 + 1) if (n - 2 * k) % period == 0]
+        fitting = [k for k in range((n + 1) // 2) if (n - 2 * k) % period == 0]
         if fitting:
             return f"choose --drop {min(fitting, key=lambda k: (abs(k - m), -k))}."
     elif plan.block is not None:

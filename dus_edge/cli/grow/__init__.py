@@ -1,0 +1,1 @@
+"""The commands that say which layers to repeat."""
