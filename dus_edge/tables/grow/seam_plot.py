@@ -74,6 +74,8 @@ def draw_seams(results: SeamResults) -> Any:
 
 def _map(axes: Axes, results: SeamResults) -> Any:
     """Half of the matrix: the other half is the same, and has room for words."""
+    from matplotlib.ticker import MaxNLocator
+
     angles = results.geometry.angles
     lower = np.tril(np.ones(angles.shape, bool), -1)
     image = axes.imshow(
@@ -83,6 +85,8 @@ def _map(axes: Axes, results: SeamResults) -> Any:
     plan = cut_end(results.plan.spelled, 60)
     axes.set_title(f"{title}\nPlan {plan}", loc="left", fontsize=9.5, color=_INK, linespacing=1.4)
     axes.set_ylabel("input of layer", color=_INK, fontsize=9)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     return image
 
 
