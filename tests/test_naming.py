@@ -59,6 +59,6 @@ def test_printed_lines_can_be_pasted_into_a_shell(run, make_checkpoint, tmp_path
     folder = tmp_path / "it's a $(touch x) folder"
     code, out, _ = run("gguf", base, "-q", "q8_0", "-o", folder)
     assert code == 0
-    words = shlex.split(out.splitlines()[-1])
-    assert words[:2] == ["ollama", "create"]
-    assert words[-1] == str(next(folder.glob("*.Modelfile")))
+    for command, file in (("ollama create", "*.Modelfile"), ("dus-edge serve", "*.gguf")):
+        [line] = [line for line in out.splitlines() if line.startswith(f"  {command} ")]
+        assert shlex.split(line, comments=True)[-1] == str(next(folder.glob(file)))
