@@ -156,8 +156,8 @@ def test_what_was_answered_is_not_computed_again(
     third, _ = evaluate_model(inspect_source(f32), tasks, tmp_path, n_threads=1)
     assert 0 < third.tokens < first.tokens
     # In a batch of another shape products are summed in another order.
-    for ours, theirs in zip(third.tasks, first.tasks, strict=True):
-        assert ours.values == pytest.approx(theirs.values, abs=1e-4)
+    for mine, other in zip(third.tasks, first.tasks, strict=True):
+        assert mine.values == pytest.approx(other.values, abs=1e-4)
     assert all(json.loads(line) for line in record.read_text().splitlines()[-1:])
 
 
