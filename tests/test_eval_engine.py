@@ -91,7 +91,7 @@ def test_answers_are_the_harness_own(
         assert len(scores.values) == 4 and len(own) == len(other)
         for a, b in zip(own, other, strict=True):
             assert a["arguments"] == b["arguments"] and a["doc_hash"] == b["doc_hash"]
-            for [[x]], [[y]] in zip(_listed(a["resps"]), _listed(b["resps"]), strict=True):
+            for [x], [y] in zip(a["resps"], b["resps"], strict=True):
                 if isinstance(y, str):
                     assert x == y
                 else:
@@ -102,10 +102,6 @@ def test_answers_are_the_harness_own(
     assert {s.n_available for s in found.tasks} == {6}
     # ARC's 25 solved examples are more than pico's 512 tokens.
     assert found.tokens > 0 and found.n_cut >= 16
-
-
-def _listed(answers: Any) -> list[Any]:
-    return [[answer] for answer in answers]
 
 
 def _filter(tasks: tuple[LoadedTask, ...], name: str) -> str:

@@ -24,6 +24,20 @@ digest_option = click.option(
 )
 
 
+threads_option = click.option(
+    "--threads",
+    "n_threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Number of CPU threads. [default: all cores]",
+)
+
+
+device_option = click.option(
+    "--device", default="cpu", show_default=True, metavar="DEVICE", help="Run on cpu, cuda or mps."
+)
+
+
 def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Which layers; the command gets `choose`, see `jobs.plan_chooser`."""
     off = click.option("--no-upscale", is_flag=True, help="Leave the model's depth as it is.")
@@ -152,20 +166,8 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="N",
             help="Tokens of context. [default: the model's, up to 4096]",
         ),
-        click.option(
-            "--threads",
-            "n_threads",
-            type=click.IntRange(min=1),
-            metavar="N",
-            help="Number of CPU threads. [default: all cores]",
-        ),
-        click.option(
-            "--device",
-            default="cpu",
-            show_default=True,
-            metavar="DEVICE",
-            help="Run on cpu, cuda or mps.",
-        ),
+        threads_option,
+        device_option,
     )
     for option in reversed(options):
         command = option(command)

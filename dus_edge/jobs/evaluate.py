@@ -90,14 +90,15 @@ def evaluate(
     if options.out is not None:
         check_evaluation_outputs(options.out, plots=options.plots, overwrite=options.overwrite)
     suite = find_suite(options.suite)
+    asked = {name: inspect_source(*locate_model(name)) for name in names}
+    check_runnable(list(asked.values()), options.device)
+    tasks = load_tasks(suite, options.data, options.n_docs, options.seed)
     with contextlib.ExitStack() as stack:
         infos = [
             info
-            for name in dict.fromkeys(names)
-            for info in stack.enter_context(_found(name, choose, options.out, say))
+            for name, given in asked.items()
+            for info in stack.enter_context(_depths(name, given, choose, options.out, say))
         ]
-        check_runnable(infos, options.device)
-        tasks = load_tasks(suite, options.data, options.n_docs, options.seed)
         answers = _answers_folder(options.out)
         check_writable(answers)
         found: list[tuple[EvaluatedModel, dict[str, Any]]] = []
@@ -174,10 +175,10 @@ def _questions(task: LoadedTask) -> list[str]:
 
 
 @contextlib.contextmanager
-def _found(name: str, choose: ChoosePlan, out: Path | None, say: Say) -> Iterator[list[SourceInfo]]:
+def _depths(
+    name: str, info: SourceInfo, choose: ChoosePlan, out: Path | None, say: Say
+) -> Iterator[list[SourceInfo]]:
     """A model; a base that a plan is for as it is and, for as long as it is needed, up-scaled."""
-    path, called = locate_model(name)
-    info = inspect_source(path, called)
     if info.kind != "hf":
         yield [info]
         return
@@ -190,8 +191,8 @@ def _found(name: str, choose: ChoosePlan, out: Path | None, say: Say) -> Iterato
     with tempfile.TemporaryDirectory(prefix=".dus-edge-", dir=out) as folder:
         built = Path(folder) / "up-scaled"
         export_checkpoint(name, choose, built, say=say)
-        how = "".join(f", {part}" for part in (model.plan.method.spelled,) if part)
-        yield [info, inspect_source(built, f"{info.name}, {model.plan.depth} layers{how}")]
+        parts = (info.name, f"{model.plan.depth} layers", model.plan.method.spelled)
+        yield [info, inspect_source(built, ", ".join(filter(None, parts)))]
 
 
 def _answers_folder(out: Path | None) -> Path:

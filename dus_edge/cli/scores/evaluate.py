@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from dus_edge.cli.options import asked_plan_options, json_option
+from dus_edge.cli.options import asked_plan_options, device_option, json_option, threads_option
 from dus_edge.cli.say import say_to
 from dus_edge.errors import UsageError
 
@@ -66,13 +66,7 @@ class _Count(click.ParamType):
     "several.",
 )
 @click.option("--field", metavar="NAME", help="Field of its .jsonl rows. [default: text]")
-@click.option(
-    "--device",
-    default="cpu",
-    show_default=True,
-    metavar="DEVICE",
-    help="Run on cpu, cuda or mps.",
-)
+@device_option
 @click.option(
     "--cache",
     type=click.Choice(["f32", "f16"]),
@@ -80,13 +74,7 @@ class _Count(click.ParamType):
     show_default=True,
     help="Type of keys and values of GGUF files.",
 )
-@click.option(
-    "--threads",
-    "n_threads",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Number of CPU threads. [default: all cores]",
-)
+@threads_option
 @click.option(
     "-o",
     "--out",

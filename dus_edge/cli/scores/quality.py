@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from dus_edge.cli.options import json_option, text_options
+from dus_edge.cli.options import json_option, text_options, threads_option
 
 
 def _quality_text(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,13 +30,7 @@ def _quality_text(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="DEVICE",
     help="Run folders on cpu, cuda or mps.",
 )
-@click.option(
-    "--threads",
-    "n_threads",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Number of CPU threads. [default: all cores]",
-)
+@threads_option
 @click.option(
     "-o",
     "--out",
