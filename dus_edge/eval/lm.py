@@ -26,9 +26,9 @@ from dus_edge.errors import UnsupportedError
 from dus_edge.eval.record import AnswerRecord, scored_key, written_key
 from dus_edge.machine import default_threads
 from dus_edge.progress import Advance, progress
-from dus_edge.run.llama import load_model
+from dus_edge.run.llama import CacheType, load_model
 from dus_edge.run.llama_text import LlamaText
-from dus_edge.run.llama_tree import CacheType, LlamaTree
+from dus_edge.run.llama_tree import LlamaTree
 from dus_edge.run.llama_writer import write_greedily
 from dus_edge.run.source import SourceInfo
 from dus_edge.run.torch_logits import load_network

@@ -14,7 +14,7 @@ from dus_edge.eval.record import AnswerRecord, content_digest
 from dus_edge.eval.results import EvaluatedModel, TaskScores
 from dus_edge.eval.tasks import EXAMPLES_SEED, LoadedTask, quiet_harness
 from dus_edge.run.ggml import Ggml
-from dus_edge.run.llama_tree import CacheType
+from dus_edge.run.llama import CacheType
 from dus_edge.run.source import SourceInfo, split_files, weight_files
 
 #: Files of a folder that its answers depend on, beside the weights.

@@ -22,7 +22,7 @@ from dus_edge.machine import user_cache
 from dus_edge.packages import require
 from dus_edge.progress import progress
 from dus_edge.quality.compare import check_runnable, locate_model
-from dus_edge.run.llama_tree import CacheType
+from dus_edge.run.llama import CacheType
 from dus_edge.run.open import inspect_source
 from dus_edge.run.source import SourceInfo
 from dus_edge.tables.evaluation import check_evaluation_outputs, model_names, write_evaluation

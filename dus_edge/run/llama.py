@@ -9,12 +9,17 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
-from dus_edge.errors import CheckpointError
+from dus_edge.errors import CheckpointError, DusEdgeError
 from dus_edge.packages import cannot_import
 
 _LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+
+CacheType = Literal["f32", "f16"]
+_GGML_TYPES = {"f32": 0, "f16": 1}
+#: Tokens that llama.cpp computes at once; its own default, and what bounds its buffers.
+UBATCH_TOKENS = 512
 
 #: What llama.cpp said was wrong; emptied before each call whose failure is to be explained.
 errors: list[str] = []
@@ -36,6 +41,35 @@ def load_model(path: Path, *, vocab_only: bool = False, n_gpu_layers: int = 0) -
         yield model
     finally:
         lib.llama_model_free(model)
+
+
+def new_context(
+    model: Any, path: Path, *, n_threads: int, cache: CacheType = "f32", **sizes: Any
+) -> Any:
+    """A `llama_context *` without flash attention, to be freed by `llama_free`.
+
+    Args:
+        model: of `load_model`.
+        path: of its file, for messages.
+        n_threads: of the CPU.
+        cache: type of keys and values.
+        sizes: further fields of `llama_context_params`, ``n_ctx`` among them.
+
+    Raises:
+        DusEdgeError: llama.cpp makes none of that size.
+    """
+    lib = llama_library()
+    params = lib.llama_context_default_params()
+    params.n_threads = params.n_threads_batch = n_threads
+    params.type_k = params.type_v = _GGML_TYPES[cache]
+    params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    for name, value in sizes.items():
+        setattr(params, name, value)
+    errors.clear()
+    context = lib.llama_init_from_model(model, params)
+    if not context:
+        raise DusEdgeError(f"{path}: llama.cpp makes no context of {params.n_ctx} tokens{why()}.")
+    return context
 
 
 def why(status: int | None = None) -> str:

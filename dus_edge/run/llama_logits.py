@@ -16,12 +16,9 @@ import numpy as np
 
 from dus_edge.errors import DusEdgeError, UsageError
 from dus_edge.machine import default_threads
-from dus_edge.run.llama import errors, llama_library, load_model, why
+from dus_edge.run.llama import UBATCH_TOKENS, llama_library, load_model, new_context, why
 from dus_edge.run.source import SourceInfo, log_softmax
 
-_GGML_TYPE_F32 = 0
-#: Tokens that llama.cpp computes at once; its own default, and what bounds its buffers.
-_UBATCH = 512
 _ALL_LAYERS = -1
 
 
@@ -118,18 +115,14 @@ class GGUFSource:
     def _make_context(self, n: int) -> None:
         lib = llama_library()
         self._free_context()
-        params = lib.llama_context_default_params()
-        params.n_ctx = params.n_batch = n
-        params.n_ubatch = min(n, _UBATCH)
-        params.n_threads = params.n_threads_batch = self._n_threads
-        params.type_k = params.type_v = _GGML_TYPE_F32
-        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        errors.clear()
-        self._context = lib.llama_init_from_model(self._model, params)
-        if not self._context:
-            raise DusEdgeError(
-                f"{self.info.path}: llama.cpp makes no context of {n} tokens{why()}."
-            )
+        self._context = new_context(
+            self._model,
+            self.info.path,
+            n_threads=self._n_threads,
+            n_ctx=n,
+            n_batch=n,
+            n_ubatch=min(n, UBATCH_TOKENS),
+        )
         self._batch = lib.llama_batch_init(n, 0, 1)
         self._n_ctx = n
 

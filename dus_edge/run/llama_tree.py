@@ -13,18 +13,20 @@ import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 
 from dus_edge.errors import DusEdgeError
-from dus_edge.run.llama import errors, llama_library, why
+from dus_edge.run.llama import (
+    UBATCH_TOKENS,
+    CacheType,
+    errors,
+    llama_library,
+    new_context,
+    why,
+)
 from dus_edge.run.tree import TreeStep
-
-CacheType = Literal["f32", "f16"]
-GGML_TYPES = {"f32": 0, "f16": 1}
-#: Tokens that llama.cpp computes at once; its own default, and what bounds its buffers.
-UBATCH_TOKENS = 512
 
 
 class LlamaTree:
@@ -53,22 +55,19 @@ class LlamaTree:
         lib = llama_library()
         self._path = path
         n_sequences = 1 + max(step.tree.n_leaves for step in steps)
-        params = lib.llama_context_default_params()
-        params.n_ctx = max(step.base + len(step.tree.tokens) for step in steps)
         # llama.cpp reserves an output for each sequence, and a batch must hold them.
-        params.n_batch = max(n_sequences, *(len(step.tree.tokens) for step in steps))
-        params.n_ubatch = max(n_sequences, min(params.n_batch, UBATCH_TOKENS))
-        params.n_seq_max = n_sequences
-        params.kv_unified = True
-        params.n_threads = params.n_threads_batch = n_threads
-        params.type_k = params.type_v = GGML_TYPES[cache]
-        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        errors.clear()
-        self._context = lib.llama_init_from_model(model, params)
-        if not self._context:
-            raise DusEdgeError(
-                f"{path}: llama.cpp makes no context of {params.n_ctx} tokens{why()}."
-            )
+        n_batch = max(n_sequences, *(len(step.tree.tokens) for step in steps))
+        self._context = new_context(
+            model,
+            path,
+            n_threads=n_threads,
+            cache=cache,
+            n_ctx=max(step.base + len(step.tree.tokens) for step in steps),
+            n_batch=n_batch,
+            n_ubatch=max(n_sequences, min(n_batch, UBATCH_TOKENS)),
+            n_seq_max=n_sequences,
+            kv_unified=True,
+        )
         self._stack = contextlib.ExitStack()
         self._stack.callback(lib.llama_free, self._context)
         self._memory = lib.llama_get_memory(self._context)

@@ -10,8 +10,14 @@ from typing import Any
 import numpy as np
 
 from dus_edge.errors import DusEdgeError
-from dus_edge.run.llama import errors, llama_library, why
-from dus_edge.run.llama_tree import GGML_TYPES, UBATCH_TOKENS, CacheType
+from dus_edge.run.llama import (
+    UBATCH_TOKENS,
+    CacheType,
+    errors,
+    llama_library,
+    new_context,
+    why,
+)
 
 #: Prompts at once: each step reads all weights once, whatever the number.
 N_SLOTS = 4
@@ -56,23 +62,22 @@ def write_greedily(
     lib = llama_library()
     n_slots = min(N_SLOTS, len(prompts))
     length = max(len(p) for p in prompts) + n_new
-    params = lib.llama_context_default_params()
-    # Cells come in blocks of 256 (llama_kv_cache's padding), for each sequence of its own.
-    params.n_ctx = n_slots * -(-length // 256) * 256
-    params.n_batch = max(max(len(p) for p in prompts), n_slots)
-    params.n_ubatch = min(params.n_batch, UBATCH_TOKENS)
-    params.n_seq_max = n_slots
-    params.n_threads = params.n_threads_batch = n_threads
-    params.type_k = params.type_v = GGML_TYPES[cache]
-    params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    errors.clear()
-    context = lib.llama_init_from_model(model, params)
-    if not context:
-        raise DusEdgeError(f"{path}: llama.cpp makes no context of {params.n_ctx} tokens{why()}.")
+    n_batch = max(max(len(p) for p in prompts), n_slots)
+    context = new_context(
+        model,
+        path,
+        n_threads=n_threads,
+        cache=cache,
+        # Cells come in blocks of 256 (llama_kv_cache's padding), for each sequence of its own.
+        n_ctx=n_slots * -(-length // 256) * 256,
+        n_batch=n_batch,
+        n_ubatch=min(n_batch, UBATCH_TOKENS),
+        n_seq_max=n_slots,
+    )
     vocab = lib.llama_model_get_vocab(model)
     with contextlib.ExitStack() as stack:
         stack.callback(lib.llama_free, context)
-        batch = lib.llama_batch_init(params.n_batch, 0, 1)
+        batch = lib.llama_batch_init(n_batch, 0, 1)
         stack.callback(lib.llama_batch_free, batch)
         width = lib.llama_vocab_n_tokens(vocab)
 
