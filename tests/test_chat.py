@@ -470,7 +470,12 @@ def test_a_conversation_in_a_terminal(files):
         os.write(main, b"def add(a, b):\n")
         until("tokens")
         until(">>> ")
-        process.send_signal(signal.SIGINT)  # at the prompt: nothing ends
+        # At the prompt nothing ends. CPython's readline overlooks a signal that comes between
+        # drawing the prompt and waiting for a key, until the next one; so does a person press again.
+        for _ in range(30):
+            process.send_signal(signal.SIGINT)
+            if select.select([main], [], [], 2)[0]:
+                break
         until(">>> ")
         os.write(main, b"/exit\n")
         assert process.wait(60) == 0
