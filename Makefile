@@ -55,7 +55,7 @@ TALK_FILE := "$${FILE:-$$OUT/solar-dus-$${QUANT\#\#*,}.gguf}"
 .DEFAULT_GOAL := help
 # Two pips must not write one environment at the same time.
 .NOTPARALLEL:
-.PHONY: help gguf gptq imatrix seam heal sft dpo solar-instruct eval chat serve modelfiles upscale interop tables test fuzz torture lint bench bench-export clean
+.PHONY: help gguf gptq imatrix seam sweep heal sft dpo solar-instruct eval chat serve modelfiles upscale interop tables test fuzz torture lint bench bench-export clean
 
 help: ## List the targets.
 	@echo "Targets:"
@@ -100,6 +100,9 @@ imatrix: $(VENV)/hf.stamp ## Collect BASE's importance matrix, OUT/imatrix.gguf.
 
 seam: $(VENV)/plots.stamp ## Measure BASE's layers, and the seams of DROP: OUT/seam.
 	@$(TEXTS); $(BIN)/dus-edge seam $(PLAN) "$$@" -o "$$OUT/seam" --overwrite -- "$$BASE"
+
+sweep: $(VENV)/plots.stamp ## Compare all plans of SOLAR's form for BASE, OUT/sweep.
+	@$(TEXTS); $(BIN)/dus-edge sweep "$$@" -o "$$OUT/sweep" --overwrite -- "$$BASE"
 
 # Without TEXT the built-in base is healed on what it knows, Python: the program's own sources.
 heal: $(VENV)/hf.stamp ## Up-scale BASE and train it on TEXT for TOKENS, OUT/heal.

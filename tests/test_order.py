@@ -72,6 +72,7 @@ HEAVY = {
     "matplotlib": (
         "tables.evaluation_plot",
         "tables.grow.seam_plot",
+        "tables.grow.sweep_plot",
         "quality.plot",
         "train.recovery.plot",
     ),

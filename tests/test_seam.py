@@ -16,7 +16,8 @@ from dus_edge.calibrate import engine, streams
 from dus_edge.families.family import load_families
 from dus_edge.jobs.export.calibration import Machine, TextChoice, read_chunks
 from dus_edge.jobs.export.checkpoint import export_checkpoint
-from dus_edge.jobs.grow.seam import SeamOutputs, find_seams
+from dus_edge.jobs.grow.outputs import GrowOutputs
+from dus_edge.jobs.grow.seam import find_seams
 from dus_edge.tables.grow.seam import SeamResults, seam_page
 from dus_edge.tables.grow.seam_plot import draw_seams, render_seams
 from dus_edge.text.chunks import Chunks
@@ -46,7 +47,7 @@ def short(path, n_chunks: int = 3) -> TextChoice:
 
 
 def measured(base, text, choose=AS_IT_IS, dtype=None) -> SeamResults:
-    return find_seams(str(base), choose, text, Machine("cpu", dtype), SeamOutputs())[0]
+    return find_seams(str(base), choose, text, Machine("cpu", dtype), GrowOutputs("seam"))[0]
 
 
 # Numbers
@@ -129,20 +130,28 @@ def test_what_is_kept_is_what_was_computed(make_checkpoint, text, tmp_path, dtyp
             for c in range(3):
                 np.testing.assert_array_equal(kept.read(i, c), expected[c])
         assert not list(folder.iterdir()), "the file has no name"
-        pieces = list(kept.blocks(told.append))
+        chunks = [list(blocks) for blocks in kept.by_chunk(range(5), told.append)]
+        some = kept.load(2, slice(1, 3))
+        np.testing.assert_array_equal(some.float().numpy(), shown[2][1:3])
+    pieces = [piece for blocks in chunks for piece in blocks]
     assert len(pieces) == 3 * 4 and sum(told) == 3 * 23
     whole = np.stack(list(shown.values()))[:, :, 1:].reshape(5, -1, 64)
     np.testing.assert_array_equal(np.concatenate(pieces, axis=1), whole)
     # How tokens are cut into pieces does not matter.
-    together, cut = measure_streams([whole]), measure_streams(pieces)
+    together, cut = measure_streams([[whole]]), measure_streams(chunks)
     np.testing.assert_allclose(cut.angles, together.angles, atol=1e-12)
     np.testing.assert_allclose(cut.rms, together.rms, rtol=1e-12)
+    # The error is that of the mean of three chunks.
+    each = [measure_streams([blocks]) for blocks in chunks]
+    assert together.angle_errors is None and each[0].angle_errors is None
+    expected = np.std([g.angles for g in each], axis=0, ddof=1) / np.sqrt(3)
+    np.testing.assert_allclose(cut.angle_errors, expected, atol=1e-12)
 
 
 def test_angles_of_streams_that_are_known():
     east, north = np.array([2.0, 0, 0]), np.array([0, 3.0, 0])
     rows = [east, north, east + 2 / 3 * north, -east, 0 * east]
-    g = measure_streams([np.stack(rows)[:, None]])
+    g = measure_streams([[np.stack(rows)[:, None]]])
     assert g.angles[0].tolist() == pytest.approx([0, 0.5, 0.25, 1, 0.5])
     assert g.influence.tolist() == pytest.approx([1, 1 - 2**-0.5, 1 + 2**-0.5, 1])
     assert g.rms.tolist() == pytest.approx(np.sqrt([4 / 3, 3, 8 / 3, 4 / 3, 0]).tolist())

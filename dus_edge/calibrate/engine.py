@@ -141,7 +141,7 @@ def run_layers(
     n_chunks, n_ctx = tokens.shape
     start, h = state.resume(visitor) if state else (0, None)
     if h is None:
-        h = _embedded(checkpoint, tokens, dtype)
+        h = embedded(checkpoint, tokens, dtype)
     between(start, h)
     advance(start * tokens.size)
     where = positions(config, n_ctx, settings.device, dtype)
@@ -158,7 +158,7 @@ def run_layers(
             layer = DecoderLayer(config, weights, where)
             pass_ = _Pass(index, layer, stored, visitor, h, batches, settings, advance)
             pass_.by_sites() if visitor.replaces else pass_.at_once()
-            _check_finite(h, index)
+            check_finite(h, index)
             between(index + 1, h)
             if state:
                 state.save(index, h, visitor)
@@ -262,13 +262,19 @@ class _Shares:
             self.told = whole
 
 
-def _embedded(checkpoint: Checkpoint, tokens: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+def embedded(checkpoint: Checkpoint, tokens: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """What the first layer takes in, ``(n_chunks, n_ctx, hidden)``, on the CPU."""
     table = as_tensor(checkpoint.read(checkpoint.config.family.name("embedding")))
     return table[torch.from_numpy(tokens.astype(np.int64))].to(dtype)
 
 
-def _check_finite(h: torch.Tensor, index: int) -> None:
-    for i, chunk in enumerate(h):
+def check_finite(h: torch.Tensor, index: int, first: int = 0) -> None:
+    """See that states behind layer `index`, of chunks from `first` on, are numbers.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    for i, chunk in enumerate(h, start=first):
         if not bool(torch.isfinite(chunk).all()):
             raise CheckpointError(
                 f"activations behind layer {index} are not finite (text chunk {i}); the weights "

@@ -50,6 +50,11 @@ class DecoderLayer:
         """Go on with another matrix, e.g. ``up``; same shape and dtype."""
         self.weights[f"{role}.weight"] = weight
 
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """Hidden states ``(batch, n_ctx, hidden)`` before the layer → behind it."""
+        h = h + self.linear(self.attention(self.attention_input(h)), "o")
+        return h + self.linear(self.ffn(self.ffn_input(h)), "down")
+
     def attention_input(self, h: torch.Tensor) -> torch.Tensor:
         """Hidden states ``(batch, n_ctx, hidden)`` → input of q, k and v."""
         return self._norm(h, "attn_norm")

@@ -1,4 +1,4 @@
-"""The inputs of all layers, of the same tokens at once: kept in a temporary file.
+"""Hidden states of the same tokens at many places of a model: kept in a file.
 
 The engine goes layer by layer over all tokens; what compares layers needs all layers of a token.
 The file has no name, so that it is gone however a run ends. What it holds is what the engine
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,68 +30,100 @@ _BLOCK_BYTES = 64 << 20
 _STORED = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}
 
 
-class KeptStreams:
-    """Streams 0 … n of a base of n layers: stream i is the input of layer i.
+class KeptStates:
+    """Hidden states of all tokens, many times, in the slots of a file.
 
     Attributes:
-        n_streams: n + 1.
         n_chunks: of the text.
         n_ctx: tokens of a chunk.
         hidden: width.
     """
 
     def __init__(self, fd: int, config: ModelConfig, tokens: np.ndarray, dtype: str) -> None:
-        self.n_streams, self.hidden = config.n_layers + 1, config.hidden_size
+        """
+        Args:
+            fd: of a file that can be read and written.
+            config: of the base.
+            tokens: ``(n_chunks, n_ctx)``.
+            dtype: one of the engine's.
+        """
+        self.hidden = config.hidden_size
         self.n_chunks, self.n_ctx = tokens.shape
-        self._fd, self._dtype = fd, _STORED[dtype]
+        self._fd, self._dtype, self._torch = fd, _STORED[dtype], DTYPES[dtype]
 
-    def put(self, stream: int, h: torch.Tensor) -> None:
-        """Keep a stream ``(n_chunks, n_ctx, hidden)``, in the dtype that was announced.
+    def put(self, slot: int, h: torch.Tensor, first: int = 0) -> None:
+        """Keep states ``(n_chunks, n_ctx, hidden)``, in the dtype that was announced.
+
+        Args:
+            slot: where.
+            h: states of all chunks, or of some.
+            first: chunk that they begin with.
 
         Raises:
             OutputError: the disk is full.
         """
         data = h.contiguous().view(torch.uint8).numpy()
         try:
-            pwrite_all(self._fd, data.data.cast("B"), stream * h.nbytes)
+            pwrite_all(self._fd, data.data.cast("B"), self._offset(slot, first))
         except OSError as e:
             raise OutputError(
                 f"the temporary file of layer inputs cannot be written ({e.strerror or e}); make "
                 "room, or take fewer --chunks."
             ) from None
 
-    def read(self, stream: int, chunk: int, tokens: slice = slice(None)) -> np.ndarray:
-        """Tokens of a chunk in one stream ``(n_tokens, hidden)``, as float32."""
+    def load(self, slot: int, chunks: slice) -> torch.Tensor:
+        """States of some chunks ``(n, n_ctx, hidden)``, in their dtype, on the CPU."""
+        first, end, _ = chunks.indices(self.n_chunks)
+        shape = (end - first, self.n_ctx, self.hidden)
+        data = self._bytes(self._offset(slot, first), math.prod(shape))
+        return torch.frombuffer(bytearray(data), dtype=self._torch).reshape(shape)
+
+    def read(self, slot: int, chunk: int, tokens: slice = slice(None)) -> np.ndarray:
+        """Tokens of a chunk in one slot ``(n_tokens, hidden)``, as float32."""
         first, end, _ = tokens.indices(self.n_ctx)
-        row = (stream * self.n_chunks + chunk) * self.n_ctx + first
-        n_bytes = (end - first) * self.hidden * self._dtype.itemsize
-        data = os.pread(self._fd, n_bytes, row * self.hidden * self._dtype.itemsize)
-        if len(data) != n_bytes:
-            raise OutputError("the temporary file of layer inputs was cut short; run it again.")
+        skipped = first * self.hidden * self._dtype.itemsize
+        data = self._bytes(self._offset(slot, chunk) + skipped, (end - first) * self.hidden)
         return as_floats(np.frombuffer(data, self._dtype).reshape(-1, self.hidden))
 
-    def blocks(self, advance: Callable[[int], None] = lambda n: None) -> Iterator[np.ndarray]:
-        """All streams together, without the first token of each chunk.
+    def by_chunk(
+        self, slots: Sequence[int], advance: Callable[[int], None] = lambda n: None
+    ) -> Iterator[Iterator[np.ndarray]]:
+        """Several slots together, without the first token of each chunk.
 
         That token sees nothing before it, and in most models its stream is unlike all others.
 
         Args:
+            slots: which, such as all streams of a base.
             advance: told of tokens that were read, `n_chunks` × (`n_ctx` - 1) in all.
 
         Yields:
-            ``(n_streams, n_tokens, hidden)`` float32, a few tokens at a time.
+            for each chunk its tokens, ``(n_slots, n_tokens, hidden)`` float32, a few at a time.
         """
-        step = max(1, _BLOCK_BYTES // (8 * self.n_streams * self.hidden))
-        for chunk in range(self.n_chunks):
+        step = max(1, _BLOCK_BYTES // (8 * len(slots) * self.hidden))
+
+        def blocks(chunk: int) -> Iterator[np.ndarray]:
             for first in range(1, self.n_ctx, step):
                 some = slice(first, min(first + step, self.n_ctx))
-                yield np.stack([self.read(i, chunk, some) for i in range(self.n_streams)])
+                yield np.stack([self.read(i, chunk, some) for i in slots])
                 advance(some.stop - some.start)
 
+        return map(blocks, range(self.n_chunks))
 
-def streams_bytes(config: ModelConfig, tokens: np.ndarray, dtype: str) -> int:
-    """Size of the temporary file: streams × tokens × width, in the engine's dtype."""
-    return math.prod((config.n_layers + 1, tokens.size, config.hidden_size, DTYPES[dtype].itemsize))
+    def _offset(self, slot: int, chunk: int) -> int:
+        row = (slot * self.n_chunks + chunk) * self.n_ctx
+        return row * self.hidden * self._dtype.itemsize
+
+    def _bytes(self, offset: int, n: int) -> bytes:
+        """`n` numbers from `offset` on."""
+        data = os.pread(self._fd, n * self._dtype.itemsize, offset)
+        if len(data) != n * self._dtype.itemsize:
+            raise OutputError("the temporary file of layer inputs was cut short; run it again.")
+        return data
+
+
+def states_bytes(config: ModelConfig, tokens: np.ndarray, dtype: str, n_slots: int) -> int:
+    """Size of the file: slots × tokens × width, in the engine's dtype."""
+    return math.prod((n_slots, tokens.size, config.hidden_size, DTYPES[dtype].itemsize))
 
 
 @contextmanager
@@ -101,14 +133,16 @@ def kept_streams(
     settings: ComputeSettings,
     folder: Path,
     advance: Callable[[int], None] = lambda n: None,
-) -> Iterator[KeptStreams]:
+) -> Iterator[KeptStates]:
     """Run text through a base, and keep the inputs of all its layers while the block runs.
+
+    Slot i has stream i, the input of layer i; slot n what the last layer gives.
 
     Args:
         checkpoint: the base.
         tokens: ``(n_chunks, n_ctx)`` int32 token ids.
         settings: device and precision.
-        folder: of the temporary file, `streams_bytes` large; it is made if need be.
+        folder: of the temporary file, `states_bytes` large; it is made if need be.
         advance: told of work done, out of `engine.total_token_layers`.
 
     Raises:
@@ -116,10 +150,12 @@ def kept_streams(
         CheckpointError: activations became NaN or infinite (the layer is named).
     """
     check_writable(folder)
-    check_free_space(folder, streams_bytes(checkpoint.config, tokens, settings.dtype))
+    config = checkpoint.config
+    n_bytes = states_bytes(config, tokens, settings.dtype, config.n_layers + 1)
+    check_free_space(folder, n_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder, prefix=".dus-edge-") as file:
-        kept = KeptStreams(file.fileno(), checkpoint.config, tokens, settings.dtype)
+        kept = KeptStates(file.fileno(), config, tokens, settings.dtype)
         run_layers(checkpoint, tokens, _Nobody(), settings, between=kept.put, advance=advance)
         yield kept
 

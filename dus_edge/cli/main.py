@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "seam": ("grow.seam", "Show what a plan's seams do to the stream of BASE's layers."),
     "serve": ("talk.serve", "Serve FILE by the OpenAI API."),
     "sft": ("train.tune", "Tune MODEL on dialogues."),
+    "sweep": ("grow.sweep", "Compare plans for BASE before any training."),
     "verify": ("verify", "Read finished models whole and say whether they are sound."),
     "upscale": ("export", "Up-scale BASE into a checkpoint that transformers loads."),
 }

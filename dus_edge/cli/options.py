@@ -228,18 +228,19 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return _calibration_options(command, None)
 
 
-def calibrating(n_chunks: int) -> Callable[..., Any]:
-    """The same, where part of the text is enough."""
-    return lambda command: _calibration_options(command, n_chunks)
+def calibrating(n_chunks: int, device: str = "--device") -> Callable[..., Any]:
+    """The same, where part of the text is enough, and with another name for the device's option."""
+    return lambda command: _calibration_options(command, n_chunks, device)
 
 
 def _calibration_options(
-    command: Callable[..., Any], default_chunks: int | None
+    command: Callable[..., Any], default_chunks: int | None, device: str = "--device"
 ) -> Callable[..., Any]:
     options = (
         *text_options("the built-in mix of English, Korean and code", default_chunks),
         click.option(
-            "--device",
+            device,
+            "run_on",
             default="auto",
             show_default=True,
             metavar="DEVICE",
@@ -261,13 +262,13 @@ def _calibration_options(
         n_ctx: int | None,
         n_chunks: int | None,
         seed: int,
-        device: str,
+        run_on: str,
         dtype: str | None,
         **rest: Any,
     ) -> Any:
         from dus_edge.jobs.export.calibration import Machine, TextChoice
 
         text = TextChoice(paths, field, n_ctx, n_chunks, seed)
-        return command(text=text, machine=Machine(device, dtype), **rest)
+        return command(text=text, machine=Machine(run_on, dtype), **rest)
 
     return wrapped

@@ -24,12 +24,14 @@ class Crossing:
         angle: between the two, in units of π.
         rms_ratio: RMS of what arrives by that of what the layer had.
         aligned: whether the layer behind stands where it stood in the family's pattern.
+        angle_error: standard error of the angle over chunks of text; None for a single chunk.
     """
 
     seam: Seam
     angle: float
     rms_ratio: float
     aligned: bool
+    angle_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,14 @@ def measure_seams(plan: DepthPlan, geometry: StreamGeometry, period: int) -> tup
         geometry: of its stream.
         period: layers after which the family's pattern repeats; 1 for none.
     """
+    errors = geometry.angle_errors
     return tuple(
         Crossing(
             seam,
             float(geometry.angles[seam.left + 1, seam.right]),
             float(geometry.rms[seam.left + 1] / geometry.rms[seam.right]),
             (seam.right - seam.position) % period == 0,
+            None if errors is None else float(errors[seam.left + 1, seam.right]),
         )
         for seam in plan.seams
     )

@@ -30,12 +30,15 @@ class StreamGeometry:
         influence: ``(n,)`` float64: block influence of each layer, 0 to 2.
         angles: ``(n + 1, n + 1)`` float64: of every two streams, in units of π, 0 to 1.
         n_tokens: that were shown.
+        angle_errors: ``(n + 1, n + 1)`` float64: standard errors of the angles over chunks of
+            text, for tokens of one chunk lean on each other; None for a single chunk.
     """
 
     rms: np.ndarray
     influence: np.ndarray
     angles: np.ndarray
     n_tokens: int
+    angle_errors: np.ndarray | None = None
 
     @property
     def n_layers(self) -> int:
@@ -59,15 +62,29 @@ class StreamGeometry:
         return median + OUTLIER_Z * spread
 
 
-def measure_streams(blocks: Iterable[np.ndarray]) -> StreamGeometry:
+def measure_streams(chunks: Iterable[Iterable[np.ndarray]]) -> StreamGeometry:
     """Geometry of streams, in float64.
 
     A stream that is zero at a token has no direction there: its cosines count as 0.
 
     Args:
-        blocks: arrays ``(n + 1, n_tokens, hidden)``, the same tokens of all streams in each; at
-            least one token in all.
+        chunks: of text, equally long; each is arrays ``(n + 1, n_tokens, hidden)``, the same tokens
+            of all streams in each; at least one token in all.
     """
+    sums = [_sums(blocks) for blocks in chunks]
+    n_tokens = sum(n for n, *_ in sums)
+    rms, cosines, angles = (sum(found) / n_tokens for found in list(zip(*sums, strict=True))[1:])
+    np.fill_diagonal(angles, 0)
+    errors = None
+    if len(sums) > 1:
+        means = np.stack([turns / n for n, _, _, turns in sums]) / np.pi
+        errors = means.std(axis=0, ddof=1) / np.sqrt(len(sums))
+        np.fill_diagonal(errors, 0)
+    return StreamGeometry(rms, 1 - np.diagonal(cosines, 1), angles / np.pi, n_tokens, errors)
+
+
+def _sums(blocks: Iterable[np.ndarray]) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, and over them the sums of RMS, cosines and arccosines."""
     n_tokens = 0
     rms = cosines = angles = np.zeros(())
     for block in blocks:
@@ -79,10 +96,7 @@ def measure_streams(blocks: Iterable[np.ndarray]) -> StreamGeometry:
         cosines = cosines + cosine.sum(0)
         angles = angles + np.arccos(cosine).sum(0)
         n_tokens += len(x)
-    angles = angles / (np.pi * n_tokens)
-    np.fill_diagonal(angles, 0)
-    influence = 1 - np.diagonal(cosines, 1) / n_tokens
-    return StreamGeometry(rms / n_tokens, influence, angles, n_tokens)
+    return n_tokens, rms, cosines, angles
 
 
 def modified_z(values: np.ndarray) -> np.ndarray:

@@ -42,10 +42,11 @@ def seam_command(
     each layer does to the stream and which are outliers, the angle across each
     seam, and the best block to repeat for each size.
     """
-    from dus_edge.jobs.grow.seam import SeamOutputs, find_seams
+    from dus_edge.jobs.grow.outputs import GrowOutputs
+    from dus_edge.jobs.grow.seam import find_seams
     from dus_edge.tables.grow.seam import seam_page
 
-    outputs = SeamOutputs(out, plots, overwrite)
+    outputs = GrowOutputs("seam", out, plots, overwrite)
     results, found, written = find_seams(base, choose, text, machine, outputs, say_to(as_json))
     if as_json:
         click.echo(json.dumps(found))

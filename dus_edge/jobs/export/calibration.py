@@ -92,15 +92,10 @@ def run_collector(
         engine.run_layers(checkpoint, chunks.tokens, collector, compute, state=state, advance=tick)
 
 
-@contextmanager
-def kept_state(
-    output: Path, model: Model, chunks: Chunks, compute: Compute, more: str, say: Say
-) -> Iterator[State]:
-    """Where finished layers are kept while `output` is made; it stays when the run is cut short."""
-    from dus_edge.calibrate.engine import State
-
+def run_identity(model: Model, chunks: Chunks, compute: Compute, more: object) -> dict[str, Any]:
+    """All that a run of text through a model depends on, as JSON takes it."""
     weights = sorted(model.source.weights_folder.glob("*.safetensors"))
-    identity = {
+    return {
         "version": __version__,
         "config": dict(model.config.raw),
         "plan": list(model.plan.sources),
@@ -111,6 +106,16 @@ def kept_state(
         "adapter": model.adapter.identity if model.adapter else None,
         "more": more,
     }
+
+
+@contextmanager
+def kept_state(
+    output: Path, model: Model, chunks: Chunks, compute: Compute, more: str, say: Say
+) -> Iterator[State]:
+    """Where finished layers are kept while `output` is made; it stays when the run is cut short."""
+    from dus_edge.calibrate.engine import State
+
+    identity = run_identity(model, chunks, compute, more)
     state = State(_state_folder(output), identity)
     if done := state.n_done():
         say(f"Going on behind layer {done - 1}: an earlier run of the same was cut short")

@@ -94,6 +94,7 @@ def seam_json(results: SeamResults) -> dict[str, Any]:
                 "left": c.seam.left,
                 "right": c.seam.right,
                 "angle": _rounded(c.angle),
+                "angle_error": None if c.angle_error is None else _rounded(c.angle_error),
                 "rms_ratio": _rounded(c.rms_ratio),
                 "aligned": c.aligned,
             }
@@ -110,6 +111,9 @@ def seam_json(results: SeamResults) -> dict[str, Any]:
             for b in results.best
         ],
         "angles": [[_rounded(a) for a in row] for row in g.angles],
+        "angle_errors": None
+        if g.angle_errors is None
+        else [[_rounded(a) for a in row] for row in g.angle_errors],
     }
 
 
@@ -167,15 +171,15 @@ def _seams(results: SeamResults) -> Iterator[str]:
         [
             f"{c.seam.left} → {c.seam.right}",
             f"{c.seam.position - 1}, {c.seam.position}",
-            f"{c.angle:.3f}",
+            f"{c.angle:.3f}" + (f" ± {c.angle_error:.3f}" if c.angle_error else ""),
             f"× {three_digits(c.rms_ratio)}",
         ]
         for c in results.seams
     ]
     yield aligned_table(["base's layers", "places", "angle", "RMS"], rows)
     yield wrap(
-        "Angle and RMS: of what arrives at the layer behind the seam, against what it had in the "
-        f"base. {_about_pattern(results)}"
+        "Angle, ± its standard error over chunks, and RMS: of what arrives at the layer behind the "
+        f"seam, against what it had in the base. {_about_pattern(results)}"
     )
     if results.repeated:
         layers = ", ".join(map(str, results.repeated))

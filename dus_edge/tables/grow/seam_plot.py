@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dus_edge.packages import require
+from dus_edge.quality.plot import FAINT, INK
 from dus_edge.tables.grow.seam import SeamResults, three_digits
 from dus_edge.words import cut_end, cut_middle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_INK, _FAINT, _PLAIN, _STRONG = "#1a1a1a", "#d8d8d8", "#20506e", "#b0522a"
+_PLAIN, _STRONG = "#20506e", "#b0522a"
 #: Seams that are told one by one; where there are more, only the first.
 _MOST_SEAMS = 5
 _MOST_OUTLIERS = 12
@@ -63,10 +64,10 @@ def draw_seams(results: SeamResults) -> Any:
     _mark(axes, results)
     _influences(below, results)
     scale = figure.colorbar(image, cax=figure.add_subplot(grid[0, 1]))
-    scale.set_label("angle, units of π", color=_INK, fontsize=9)
+    scale.set_label("angle, units of π", color=INK, fontsize=9)
     scale.ax.tick_params(labelsize=8)
     for part in (axes, below):
-        part.tick_params(colors=_INK, labelsize=8)
+        part.tick_params(colors=INK, labelsize=8)
         for side in ("top", "right"):
             part.spines[side].set_visible(False)
     return figure
@@ -83,8 +84,8 @@ def _map(axes: Axes, results: SeamResults) -> Any:
     )
     title = f"{cut_middle(results.name, 40)}: angles between the inputs of its layers"
     plan = cut_end(results.plan.spelled, 60)
-    axes.set_title(f"{title}\nPlan {plan}", loc="left", fontsize=9.5, color=_INK, linespacing=1.4)
-    axes.set_ylabel("input of layer", color=_INK, fontsize=9)
+    axes.set_title(f"{title}\nPlan {plan}", loc="left", fontsize=9.5, color=INK, linespacing=1.4)
+    axes.set_ylabel("input of layer", color=INK, fontsize=9)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     return image
@@ -101,7 +102,7 @@ def _mark(axes: Axes, results: SeamResults) -> None:
             marker="o",
             markersize=3.2,
             markerfacecolor="white",
-            markeredgecolor=_INK,
+            markeredgecolor=INK,
             markeredgewidth=0.6,
             label="best block of each size (row: start, column: end)",
         )
@@ -125,7 +126,7 @@ def _mark(axes: Axes, results: SeamResults) -> None:
     if more := len(results.seams) - len(shown):
         axes.plot([], [], label=f"and {more} more seams", **style)
     if best or results.seams:
-        axes.legend(loc="lower left", fontsize=7.5, frameon=False, labelcolor=_INK)
+        axes.legend(loc="lower left", fontsize=7.5, frameon=False, labelcolor=INK)
 
 
 def _influences(axes: Axes, results: SeamResults) -> None:
@@ -137,7 +138,7 @@ def _influences(axes: Axes, results: SeamResults) -> None:
     for chosen, marker, colour in ((~outlier, "o", _PLAIN), (outlier, "D", _STRONG)):
         # A layer stands between its input and its output.
         axes.plot(layers[chosen] + 0.5, g.influence[chosen], marker, color=colour, markersize=4.5)
-    axes.axhline(g.outlier_limit, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.axhline(g.outlier_limit, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
     if g.influence.min() > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
@@ -147,9 +148,9 @@ def _influences(axes: Axes, results: SeamResults) -> None:
     if len(g.outliers) > _MOST_OUTLIERS:
         shown += ", …"
     title = f"Block influence; outliers, above the dashed line: {shown or 'none'}"
-    axes.set_title(title, loc="left", fontsize=9.5, color=_INK)
-    axes.set_xlabel("layer, and input of layer", color=_INK, fontsize=9)
-    axes.set_ylabel("1 − cosine", color=_INK, fontsize=9)
+    axes.set_title(title, loc="left", fontsize=9.5, color=INK)
+    axes.set_xlabel("layer, and input of layer", color=INK, fontsize=9)
+    axes.set_ylabel("1 − cosine", color=INK, fontsize=9)
     axes.margins(y=0.15)
-    axes.grid(axis="y", color=_FAINT, linewidth=0.6)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
