@@ -276,6 +276,7 @@ def test_json(run, text):
     assert [x["layer"] for x in layers if x["outlier"]] == found["outliers"]
     assert found["repeated_outliers"] == [i for i in found["outliers"] if 2 <= i < 6]
     (seam,) = found["seams"]
+    assert 0 < seam.pop("angle_error") < 0.1
     ratio = layers[6]["rms"] / layers[2]["rms"]
     assert seam.pop("rms_ratio") == pytest.approx(ratio, rel=1e-5)
     angle = found["angles"][6][2]

@@ -1,4 +1,4 @@
-"""`sweep`: its losses against up-scaled models that were really built, and how plans share layers."""
+"""`sweep`: its losses against up-scaled models that were really built, and how plans share runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from dus_edge.jobs.export.calibration import Machine, TextChoice, read_chunks
 from dus_edge.jobs.export.checkpoint import export_checkpoint
 from dus_edge.jobs.grow.outputs import GrowOutputs
 from dus_edge.jobs.grow.sweep import PlannedUse, sweep_plans
-from dus_edge.tables.grow.sweep import brief_sweep_page, sweep_csv, sweep_page
+from dus_edge.tables.grow.sweep import brief_sweep_page, sweep_page
+from dus_edge.tables.grow.sweep_json import sweep_csv
 from dus_edge.upscale.candidates import SweepChoice, parse_numbers, sweep_candidates
 from dus_edge.upscale.methods import PLAIN_COPIES, Method
 from dus_edge.upscale.model import find_model
@@ -139,7 +140,7 @@ def ways(n: int):
 def played(n: int, plan: DepthPlan) -> tuple:
     """What a plan's final states are made by, one layer behind the other."""
     found: list[tuple] = []
-    for i, source in enumerate(plan.sources):
+    for i in range(plan.depth):
         scale = plan.method.branch_scale if i in plan.copies else 1.0
         if scale:
             found.append((*plan.parents(i), scale))

@@ -10,6 +10,7 @@ import click
 
 from dus_edge.cli.options import calibrating, json_option
 from dus_edge.cli.say import say_to
+from dus_edge.errors import UsageError
 
 
 @click.command("sweep")
@@ -75,6 +76,40 @@ from dus_edge.cli.say import say_to
 @click.option(
     "--at", "context", type=int, metavar="N", help="Context of the prediction. [default: 4096]"
 )
+@click.option(
+    "--heal",
+    "n_steps",
+    type=click.IntRange(min=1),
+    metavar="STEPS",
+    help="Then train each plan so many steps as `dus-edge heal` does, and compare again.",
+)
+@click.option(
+    "--heal-text",
+    "heal_texts",
+    multiple=True,
+    metavar="TEXT",
+    help="What is trained and measured on: as heal's --text. [default: that of --text]",
+)
+@click.option(
+    "--train", "mode", default="all", show_default=True, metavar="MODE", help="As heal's --train."
+)
+@click.option("--lr", "rate", type=float, metavar="X", help="As heal's --lr. [default: by mode]")
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Windows of --ctx tokens in a step of --heal.",
+)
+@click.option(
+    "--seeds",
+    "n_seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Train each plan with N draws of the text.",
+)
 @calibrating(16, "--compute")
 @click.option(
     "-o",
@@ -100,6 +135,12 @@ def sweep_command(
     quant: str,
     device: str | None,
     context: int | None,
+    n_steps: int | None,
+    heal_texts: tuple[str, ...],
+    mode: str,
+    rate: float | None,
+    batch: int,
+    n_seeds: int,
     text: Any,
     machine: Any,
     out: Path | None,
@@ -132,10 +173,53 @@ def sweep_command(
     )
     outputs = GrowOutputs("sweep", out, plots, overwrite, ("md", "json", "csv"))
     use = PlannedUse(quant, device, context)
-    results, found, written = sweep_plans(base, asked, text, machine, use, outputs, say_to(as_json))
+    healing = None
+    if n_steps is not None:
+        healing = _healing(n_steps, heal_texts, mode, rate, batch, n_seeds, text, machine)
+    results, found, written = sweep_plans(
+        base, asked, text, machine, use, outputs, say_to(as_json), healing
+    )
     if as_json:
         click.echo(json.dumps(found))
         return
     click.echo(f"\n{brief_sweep_page(results)}")
     for path in written:
         click.echo(path)
+
+
+def _healing(
+    n_steps: int,
+    heal_texts: tuple[str, ...],
+    mode: str,
+    rate: float | None,
+    batch: int,
+    n_seeds: int,
+    text: Any,
+    machine: Any,
+) -> Any:
+    from dus_edge.jobs.grow.healing import ShortHealing
+    from dus_edge.text.chunks import DEFAULT_N_CTX
+    from dus_edge.train.heal.mode import parse_mode
+    from dus_edge.train.recovery.options import HealOptions, text_part
+
+    named = heal_texts or tuple(map(str, text.paths))
+    if not named:
+        raise UsageError("--heal trains on text of yours: name it by --heal-text, or --text.")
+    from dus_edge.train.heal.parallel import pick_device
+
+    device = pick_device(machine.device)
+    options = HealOptions(
+        texts=tuple(map(text_part, named)),
+        field=text.field,
+        mode=parse_mode(mode),
+        steps=n_steps,
+        rate=rate,
+        length=text.n_ctx or DEFAULT_N_CTX,
+        batch=batch,
+        seed=text.seed,
+        evaluate=n_steps,
+        device=device,
+        dtype=machine.dtype or ("bfloat16" if device == "cuda" else "float32"),
+        checkpointing=device == "cuda",
+    )
+    return ShortHealing(options, n_seeds)

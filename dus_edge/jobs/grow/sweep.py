@@ -15,9 +15,10 @@ import numpy as np
 
 from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.checkpoint.spec import Checkpoint
-from dus_edge.errors import CheckpointError
+from dus_edge.errors import CheckpointError, UsageError
 from dus_edge.files import check_free_space, held_outputs
 from dus_edge.jobs.export.calibration import Machine, TextChoice, read_chunks, run_identity
+from dus_edge.jobs.grow.healing import ShortHealing, heal_plans
 from dus_edge.jobs.grow.outputs import GrowOutputs
 from dus_edge.jobs.job import model_json, quiet
 from dus_edge.packages import require
@@ -32,8 +33,10 @@ from dus_edge.predict.prediction import (
 from dus_edge.progress import progress
 from dus_edge.quality.scores import PerToken, summarize
 from dus_edge.quant.recipe import Preset, find_preset
-from dus_edge.tables.grow.sweep import SweepResults, SweptPlan, sweep_csv, sweep_json, sweep_page
+from dus_edge.tables.grow.sweep import sweep_page
+from dus_edge.tables.grow.sweep_json import sweep_csv, sweep_json
 from dus_edge.tables.grow.sweep_plot import render_sweep
+from dus_edge.tables.grow.swept import SweepResults, SweptPlan
 from dus_edge.text.chunks import Chunks
 from dus_edge.upscale.blocks import measure_seams
 from dus_edge.upscale.candidates import Candidate, SweepChoice, sweep_candidates
@@ -72,6 +75,7 @@ def sweep_plans(
     use: PlannedUse,
     outputs: GrowOutputs,
     say: Say = quiet,
+    healing: ShortHealing | None = None,
 ) -> tuple[SweepResults, dict[str, Any], Sequence[Path]]:
     """Run all plans of a base over text, and compare each with the base.
 
@@ -83,6 +87,7 @@ def sweep_plans(
         use: how results would be stored and run.
         outputs: what is written; with a folder the run can be taken up again.
         say: takes lines for the user.
+        healing: a short training of each plan, after that; it needs a folder.
 
     Returns:
         the results, the same as JSON, and the files that were written.
@@ -92,6 +97,10 @@ def sweep_plans(
     """
     require("hf", "running text through a model needs")
     outputs.check()
+    if healing is not None:
+        healing.options.check()
+        if outputs.folder is None:
+            raise UsageError("--heal takes long and needs -o DIR, to go on after an interruption.")
     preset = find_preset(use.preset)
     device = choose_device(use.device) if use.device else None
     from dus_edge.calibrate.engine import choose_settings
@@ -115,6 +124,11 @@ def sweep_plans(
         results = _results(model, candidates, chunks, text.label, geometry, scores, preset)
         if device is not None:
             results = with_predictions(results, model, preset, device, use.context)
+        if healing is not None and outputs.folder is not None:
+            work = outputs.folder / "sweep.healing"
+            healed = heal_plans(model, candidates, healing, work, say)
+            pairs = zip(results.plans, healed, strict=True)
+            results = replace(results, plans=tuple(replace(p, healed=h) for p, h in pairs))
         json_found = {**model_json(model), **sweep_json(results)}
         if outputs.folder is not None:
             outputs.write(_files(results, json_found, outputs))

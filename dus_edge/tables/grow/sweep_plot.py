@@ -9,7 +9,7 @@ import numpy as np
 
 from dus_edge.quality.plot import FAINT, INK
 from dus_edge.tables.grow.seam_plot import check_seam_plot
-from dus_edge.tables.grow.sweep import SweepResults, SweptPlan
+from dus_edge.tables.grow.swept import SweepResults, SweptPlan
 from dus_edge.upscale.blocks import repeated_outliers
 from dus_edge.words import cut_middle
 
