@@ -6,6 +6,9 @@ GGUF is FOLDER's model in F16. Each task is asked three times, by turns, in a pr
 one thread: by HFLM in float32 (batches of 4), by our folder model and by our GGUF model. CPU
 seconds are of asking alone: reading tasks and weights is left out.
 
+Last, a few documents of one task go through the harness' own `gguf` model too, over HTTP to
+llama-cpp-python's server of the same file; its CPU seconds are those of both processes.
+
 Prompts must be equal to the letter. Compared are all log-likelihoods (nats, the largest and the
 root-mean-square difference) and the greedy flags; of GSM8K the texts. HFLM's answers are kept in
 WORK, without the questions, and are not computed again. Results go to `results/eval.jsonl`, a line
@@ -18,10 +21,12 @@ import argparse
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +41,8 @@ DOCS = {
     "gsm8k": 20,
 }
 CASES = ("HFLM", "folder", "gguf")
+#: Documents that the server is asked: it sorts the whole vocabulary for every token it echoes.
+SERVED = ("winogrande", 20)
 
 
 def load(group: str, data: Path, n: int):  # type: ignore[no-untyped-def]
@@ -46,13 +53,14 @@ def load(group: str, data: Path, n: int):  # type: ignore[no-untyped-def]
     whole = find_suite("h6")
     own = [task for task in whole.tasks if task.group == group]
     if len(own) > 1:
-        # MMLU: five questions of each of some subjects, which share their solved examples.
+        # MMLU: some subjects, so that several questions share their solved examples.
         own = own[:: max(1, len(own) * 5 // n)][: n // 5]
-        n = 5
     return load_tasks(Suite(whole.name, whole.title, tuple(own), whole.titles), data, n, 0)
 
 
-def child(case: str, model: Path, group: str, data: Path, n: int) -> dict[str, Any]:
+def child(
+    case: str, model: Path, group: str, data: Path, n: int, base_url: str = ""
+) -> dict[str, Any]:
     """Ask one task; CPU seconds, tokens, and every answer under the digest of its prompt."""
     import lm_eval
     import torch
@@ -71,6 +79,10 @@ def child(case: str, model: Path, group: str, data: Path, n: int) -> dict[str, A
             from lm_eval.models.huggingface import HFLM
 
             lm: Any = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=4)
+        elif case == "server":
+            from lm_eval.models.gguf import GGUFLM
+
+            lm = GGUFLM(base_url=base_url)
         elif case == "folder":
             lm = FolderLM(inspect_source(model), record, "cpu", 1)
         else:
@@ -103,6 +115,45 @@ def child(case: str, model: Path, group: str, data: Path, n: int) -> dict[str, A
     }
 
 
+def served(model: Path, group: str, data: Path, n: int) -> dict[str, Any]:
+    """The same through a server of our own, whose CPU seconds count too."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {"model": model, "n_ctx": 2048, "n_threads": 1, "n_threads_batch": 1, "port": port}
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "llama_cpp.server", *words, "--logits_all", "true"]
+    url = f"http://127.0.0.1:{port}"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **quiet) as server:  # type: ignore[call-overload]
+        try:
+            end = time.monotonic() + 120
+            while not _answers(url):
+                if server.poll() is not None or time.monotonic() > end:
+                    sys.exit("llama_cpp.server does not answer")
+                time.sleep(0.2)
+            before = _cpu_s(server.pid)
+            found = child("server", model, group, data, n, url)
+            found["cpu_s"] = round(found["cpu_s"] + _cpu_s(server.pid) - before, 2)
+        finally:
+            server.kill()
+    return found
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def _cpu_s(pid: int) -> float:
+    """User and system seconds of a process and its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """How far answers are apart; the prompts' digests must be equal."""
     pairs = list(zip(ours["answers"], theirs["answers"], strict=True))
@@ -130,15 +181,19 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         case, group, n = args.child
+        if case == "server":
+            print(json.dumps(served(args.gguf, group, args.data, int(n))))
+            return
         model = args.gguf if case == "gguf" else args.folder
         print(json.dumps(child(case, model, group, args.data, int(n))))
         return
     docs = DOCS | {k: int(v) for k, v in (x.split("=") for x in args.docs.split(",") if x)}
     args.work.mkdir(parents=True, exist_ok=True)
     lines = []
-    for group, n in docs.items():
+    rounds = [(group, n, CASES) for group, n in docs.items()]
+    for group, n, cases in [*rounds, (*SERVED, ("server", "gguf"))]:
         found = {}
-        for case in CASES:
+        for case in cases:
             kept = args.work / f"{group}-{n}-{case}.json"
             if not kept.exists():
                 command = [sys.executable, __file__, args.gguf, args.folder, "--data", args.data]
@@ -153,12 +208,13 @@ def main() -> None:
                     sys.exit(done.stderr[-3000:])
                 kept.write_text(done.stdout.strip().splitlines()[-1])
             found[case] = json.loads(kept.read_text())
-        for case in CASES:
+        reference = cases[0]
+        for case in cases:
             line = {k: v for k, v in found[case].items() if k != "answers"}
             line |= {"task": group, "case": case, "model": args.folder.name}
-            if case != "HFLM":
-                line |= compare(found[case], found["HFLM"])
-                line["cpu_ratio"] = round(found["HFLM"]["cpu_s"] / found[case]["cpu_s"], 2)
+            if case != reference:
+                line |= compare(found[case], found[reference]) | {"beside": reference}
+                line["cpu_ratio"] = round(found[reference]["cpu_s"] / found[case]["cpu_s"], 2)
             lines.append(line)
             print(json.dumps(line), flush=True)
     append(RESULTS / "eval.jsonl", [line | machine() for line in lines])

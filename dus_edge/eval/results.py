@@ -64,7 +64,7 @@ class EvalResults:
         suite: ``h6``, ``ko``, or the tasks' names as they were given.
         groups: names of the suite's rows in order, such as ``arc_challenge``, ``mmlu``.
         models: the first is the reference.
-        n_docs: of each task, drawn by `seed`; None for all.
+        n_docs: of each group of tasks, drawn by `seed`; None for all.
         seed: of that draw.
         harness: package and version, such as ``lm-eval 0.4.13``.
         published: columns of others' figures, per cent: name of the column → group → score.

@@ -7,8 +7,8 @@ import functools
 import logging
 import random
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dus_edge.errors import CheckpointError, DusEdgeError, UnsupportedError, Usa
 from dus_edge.eval.data_files import TaskFiles, find_task_files, read_rows
 from dus_edge.eval.suites import Suite, SuiteTask, TaskData, harness_folder
 from dus_edge.progress import progress
+from dus_edge.text.chunks import shares
 
 #: Of the examples, as the harness's command line has it.
 EXAMPLES_SEED = 1234
@@ -52,7 +53,7 @@ def load_tasks(
     Args:
         suite: of `find_suite`.
         data: a folder of JSONL; None for the hub's data sets or their cache.
-        n_docs: documents of each task; None for all.
+        n_docs: documents of each group, see `draw_documents`; None for all.
         seed: of their draw, which is the same for all models.
 
     Raises:
@@ -69,9 +70,37 @@ def load_tasks(
         manager = TaskManager(include_path=folders, include_defaults=False)
         with progress("Reading tasks", len(suite.tasks), unit="tasks") as told:
             for spec in suite.tasks:
-                loaded.append(_load(manager, spec, files.get(spec.task), n_docs, seed))
+                loaded.append(_load(manager, spec, files.get(spec.task)))
                 told(1)
-    return tuple(loaded)
+    return tuple(loaded) if n_docs is None else draw_documents(loaded, n_docs, seed)
+
+
+def draw_documents(tasks: Sequence[LoadedTask], n_docs: int, seed: int) -> tuple[LoadedTask, ...]:
+    """The same tasks with part of their documents.
+
+    A group's documents are spread over its tasks by what they have, such as MMLU's over its
+    subjects, at least one of each. Fewer documents are part of more.
+
+    Args:
+        tasks: with all of their documents.
+        n_docs: of each group at most.
+        seed: of the draw.
+    """
+    wanted: dict[str, int] = {}
+    for group in dict.fromkeys(task.spec.group for task in tasks):
+        own = [task for task in tasks if task.spec.group == group]
+        sizes = [task.n_documents for task in own]
+        most = min(max(n_docs, len(own)), sum(sizes))
+        given = shares(sizes, most)
+        wanted |= {task.spec.task: n for task, n in zip(own, given, strict=True)}
+
+    def some(task: LoadedTask) -> tuple[int, ...]:
+        order = random.Random(f"{seed} {task.spec.task}").sample(
+            range(task.n_documents), task.n_documents
+        )
+        return tuple(sorted(order[: wanted[task.spec.task]]))
+
+    return tuple(replace(task, asked=some(task)) for task in tasks)
 
 
 @contextlib.contextmanager
@@ -99,9 +128,7 @@ def quiet_harness() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _load(
-    manager: Any, spec: SuiteTask, files: TaskFiles | None, n_docs: int | None, seed: int
-) -> LoadedTask:
+def _load(manager: Any, spec: SuiteTask, files: TaskFiles | None) -> LoadedTask:
     entry = manager.task_index.get(spec.task)
     if entry is not None and (entry.cfg or {}).get("unsafe_code"):
         raise UnsupportedError(
@@ -126,12 +153,10 @@ def _load(
     if getattr(task, "MULTIMODAL", False):
         raise UnsupportedError(f"the task {spec.task} shows pictures or sound; leave it out.")
     n = len(task.eval_docs)
-    rnd = random.Random(f"{seed} {spec.task}")
-    asked = range(n) if n_docs is None or n_docs >= n else rnd.sample(range(n), n_docs)
     shots = task.get_config("num_fewshot") or 0
     metric = spec.metric or next(iter(task.aggregation()))
     return LoadedTask(
-        spec, task, tuple(sorted(asked)), n, metric, spec.filter or _first_filter(task), shots
+        spec, task, tuple(range(n)), n, metric, spec.filter or _first_filter(task), shots
     )
 
 

@@ -39,7 +39,7 @@ class EvalOptions:
 
     Attributes:
         suite: ``h6``, ``ko``, or names of the harness's tasks.
-        n_docs: documents of each task; None for all.
+        n_docs: documents of each group of tasks; None for all.
         seed: of their draw.
         data: a folder of JSONL; None for the hub or its cache.
         device: see `dus_edge.run.open.open_source`.

@@ -184,7 +184,11 @@ def _asked(results: EvalResults, titles: Mapping[str, str]) -> str:
 def _drawn(results: EvalResults) -> str:
     if results.n_docs is None:
         return "All documents of each task."
-    counts = {len(t.values) for m in results.models for t in m.tasks}
+    counts = {
+        sum(len(t.values) for t in m.tasks if t.group == group)
+        for m in results.models
+        for group in results.groups
+    }
     most = "" if counts == {results.n_docs} else "At most "
     n = "1 document" if results.n_docs == 1 else f"{results.n_docs:,} documents"
     return f"{most}{n} of each task, drawn with seed {results.seed}."
