@@ -52,18 +52,17 @@ def contaminated(
 ) -> dict[str, TaskOverlap]:
     """Look for test documents in a training text.
 
-    Memory is that of the test documents and of one piece of the training text. What looks the same
+    Memory is that of the test documents and of one training document. What looks the same
     by its hash is compared word by word, so nothing is called dirty by chance.
 
     Args:
         documents: texts of each task's documents, as they are asked.
-        training: the text in pieces, in order; a piece begins with a new word. Words in a row go on
-            from one piece to the next.
+        training: documents; words in a row are in one of them.
     """
     index = _Index(documents)
-    before = np.empty(0, np.int64)
-    for piece in training:
-        for text in _slices(piece):
+    for document in training:
+        before = np.empty(0, np.int64)
+        for text in _slices(document):
             ids = np.concatenate([before, index.known_ids(text)])
             index.mark(ids)
             before = ids[max(len(ids) - N_WORDS + 1, 0) :]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from dus_edge.eval.results import EvalResults, EvaluatedModel
 from dus_edge.eval.run import evaluate_model, harness_version
 from dus_edge.eval.suites import Suite, find_suite
 from dus_edge.eval.tasks import LoadedTask, load_tasks, quiet_harness
-from dus_edge.files import check_writable, write_text
+from dus_edge.files import check_writable, held_outputs, write_text
 from dus_edge.jobs.export.checkpoint import export_checkpoint
 from dus_edge.machine import user_cache
 from dus_edge.packages import require
@@ -186,13 +187,26 @@ def _depths(
     if model.plan.is_identity:
         yield [info]
         return
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".dus-edge-", dir=out) as folder:
-        built = Path(folder) / "up-scaled"
+    with _built_folder(info, out) as built:
         export_checkpoint(name, choose, built, say=say)
         parts = (info.name, f"{model.plan.depth} layers", model.plan.method.spelled)
         yield [info, inspect_source(built, ", ".join(filter(None, parts)))]
+
+
+@contextlib.contextmanager
+def _built_folder(info: SourceInfo, out: Path | None) -> Iterator[Path]:
+    """Where a base is up-scaled to. What a killed run left there goes when the next one comes."""
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="dus-edge-") as folder:
+            yield Path(folder) / "up-scaled"
+        return
+    built = out / f".dus-edge-{safe_name(info.name)}"
+    with held_outputs([built]):
+        shutil.rmtree(built, ignore_errors=True)
+        try:
+            yield built
+        finally:
+            shutil.rmtree(built, ignore_errors=True)
 
 
 def _answers_folder(out: Path | None) -> Path:
@@ -216,7 +230,7 @@ def _results(suite: Suite, options: EvalOptions, models: Sequence[EvaluatedModel
 
 def _write_raw(out: Path, name: str, raw: dict[str, Any]) -> list[Path]:
     """The harness's own results of a model, and its samples, a file a task."""
-    safe = re.sub(r"[^\w.-]", "_", name)
+    safe = safe_name(name)
     path = out / f"results_{safe}.json"
     samples = raw.pop("samples")
     write_text(path, _json(raw, indent=2) + "\n")
@@ -225,6 +239,11 @@ def _write_raw(out: Path, name: str, raw: dict[str, Any]) -> list[Path]:
     for task, rows in samples.items():
         write_text(folder / f"{task}.jsonl", "".join(_json(row) + "\n" for row in rows))
     return [path]
+
+
+def safe_name(name: str) -> str:
+    """A model's name as part of a file's."""
+    return re.sub(r"[^\w.-]", "_", name)
 
 
 def _json(value: Any, indent: int | None = None) -> str:

@@ -14,9 +14,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from dus_edge.errors import DusEdgeError, UsageError
+from dus_edge.errors import DusEdgeError
 from dus_edge.machine import default_threads
 from dus_edge.run.llama import UBATCH_TOKENS, llama_library, load_model, new_context, why
+from dus_edge.run.llama_text import LlamaText
 from dus_edge.run.source import SourceInfo, log_softmax
 
 _ALL_LAYERS = -1
@@ -54,21 +55,13 @@ class GGUFTokenizer:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stack = contextlib.ExitStack()
-        self._model = self._stack.enter_context(load_model(path, vocab_only=True))
-        lib = llama_library()
-        self._vocab = lib.llama_model_get_vocab(self._model)
-        added = lib.llama_vocab_get_add_bos(self._vocab)
-        self.bos_id: int | None = lib.llama_vocab_bos(self._vocab) if added else None
+        model = self._stack.enter_context(load_model(path, vocab_only=True))
+        self._text = LlamaText(model, path)
+        self.bos_id = self._text.bos_id if self._text.adds_bos else None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; special tokens that are spelled out in it are text."""
-        lib, data = llama_library(), text.encode()
-        # A token is at least a byte, but for the space that some tokenizers put in front.
-        out = (lib.llama_token * (len(data) + 8))()
-        n = lib.llama_tokenize(self._vocab, data, len(data), out, len(out), False, False)
-        if n < 0:
-            raise UsageError(f"{self.path}: its tokenizer cannot read the text ({n}).")
-        return list(out[:n])
+        return self._text.encode(text, special=False, spelled=False)
 
     def __enter__(self) -> Self:
         return self

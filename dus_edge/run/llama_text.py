@@ -33,12 +33,13 @@ class LlamaText:
         self.eos_id = _token(lib.llama_vocab_eos(self._vocab))
         self.adds_bos = bool(lib.llama_vocab_get_add_bos(self._vocab))
 
-    def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of `text`; special tokens that are spelled out in it are tokens.
+    def encode(self, text: str, *, special: bool, spelled: bool = True) -> list[int]:
+        """Token ids of `text`.
 
         Args:
             text: to encode.
             special: add what the tokenizer puts around a text.
+            spelled: whether special tokens that are spelled out in it are tokens, or text.
 
         Raises:
             UsageError: llama.cpp cannot.
@@ -46,7 +47,7 @@ class LlamaText:
         lib, data = llama_library(), text.encode()
         # A token is at least a byte, but for a space in front and the ends.
         out = (lib.llama_token * (len(data) + 8))()
-        n = lib.llama_tokenize(self._vocab, data, len(data), out, len(out), special, True)
+        n = lib.llama_tokenize(self._vocab, data, len(data), out, len(out), special, spelled)
         if n < 0:
             raise UsageError(f"{self._path}: its tokenizer cannot read the text ({n}).")
         return list(out[:n])
