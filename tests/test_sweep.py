@@ -338,6 +338,38 @@ def test_a_run_that_was_killed_goes_on(make_checkpoint, text, tmp_path, monkeypa
     assert sweep_csv(again) == sweep_csv(whole) and not index.parent.exists()
 
 
+def test_plans_that_are_trained_a_little(run, make_checkpoint, tmp_path):
+    base = make_checkpoint(num_hidden_layers=5, dtype="F32")
+    text = tmp_path / "text.jsonl"
+    rows = [{"text": f"Text number {i} is about {i % 7} things, not {i % 5}."} for i in range(80)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["sweep", base, "--m", "1:3", "--sizes", "1", "--text", text, "--ctx", "24"]
+    command += ["--chunks", "4", "--heal", "3", "--batch", "2", "--seeds", "2", "--lr", "1e-2"]
+    command += ["--heldout-tokens", "200", "--compute", "cpu", "-o", tmp_path / "out"]
+    code, shown, err = run(*command)
+    assert code == 0, err
+    assert "After 144 tokens" in shown and "loss before training" in shown
+    found = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    for p in found["plans"]:
+        healed = p["healed"]
+        assert len(healed["after"]) == 2 and healed["n_tokens"] == 144
+        assert all(a < b for a, b in zip(healed["after"], healed["before"], strict=True))
+    assert len({tuple(p["healed"]["base"]) for p in found["plans"]}) == 1
+    # `heal` itself, of the same budget, ends at the same loss.
+    plan = found["plans"][0]
+    alone = ["heal", base, "--plan", plan["plan"], "--text", text, "--ctx", "24", "--steps", "3"]
+    alone += ["--batch", "2", "--lr", "1e-2", "--heldout-tokens", "200", "--eval-every", "3"]
+    code, shown, err = run(*alone, "--device", "cpu", "-o", tmp_path / "healed", "--json")
+    assert code == 0, err
+    same = json.loads(shown)
+    assert same["healed_loss"] == pytest.approx(plan["healed"]["after"][0], abs=1e-6)
+    # What is known is not trained again.
+    code, again, err = run(*command, "--overwrite", "--json")
+    assert code == 0 and json.loads(again)["plans"] == found["plans"], err
+    code, _, err = run("sweep", base, "--heal", "3", "--text", text, "--ctx", "24")
+    assert code != 0 and "-o DIR" in err
+
+
 def check_refused(case):
     run, arguments, words = case
     code, shown, err = run("sweep", *arguments)

@@ -110,6 +110,14 @@ from dus_edge.errors import UsageError
     metavar="N",
     help="Train each plan with N draws of the text.",
 )
+@click.option(
+    "--heldout-tokens",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
+    metavar="N",
+    help="Tokens of the text of --heal that are measured on and not trained on.",
+)
 @calibrating(16, "--compute")
 @click.option(
     "-o",
@@ -141,6 +149,7 @@ def sweep_command(
     rate: float | None,
     batch: int,
     n_seeds: int,
+    heldout_tokens: int,
     text: Any,
     machine: Any,
     out: Path | None,
@@ -175,7 +184,20 @@ def sweep_command(
     use = PlannedUse(quant, device, context)
     healing = None
     if n_steps is not None:
-        healing = _healing(n_steps, heal_texts, mode, rate, batch, n_seeds, text, machine)
+        healing = _healing(
+            heal_texts,
+            n_seeds,
+            text,
+            machine,
+            {
+                "mode": mode,
+                "steps": n_steps,
+                "rate": rate,
+                "batch": batch,
+                "heldout_tokens": heldout_tokens,
+                "evaluate": n_steps,
+            },
+        )
     results, found, written = sweep_plans(
         base, asked, text, machine, use, outputs, say_to(as_json), healing
     )
@@ -188,14 +210,7 @@ def sweep_command(
 
 
 def _healing(
-    n_steps: int,
-    heal_texts: tuple[str, ...],
-    mode: str,
-    rate: float | None,
-    batch: int,
-    n_seeds: int,
-    text: Any,
-    machine: Any,
+    heal_texts: tuple[str, ...], n_seeds: int, text: Any, machine: Any, given: dict[str, Any]
 ) -> Any:
     from dus_edge.jobs.grow.healing import ShortHealing
     from dus_edge.text.chunks import DEFAULT_N_CTX
@@ -211,15 +226,11 @@ def _healing(
     options = HealOptions(
         texts=tuple(map(text_part, named)),
         field=text.field,
-        mode=parse_mode(mode),
-        steps=n_steps,
-        rate=rate,
         length=text.n_ctx or DEFAULT_N_CTX,
-        batch=batch,
         seed=text.seed,
-        evaluate=n_steps,
         device=device,
         dtype=machine.dtype or ("bfloat16" if device == "cuda" else "float32"),
         checkpointing=device == "cuda",
+        **(given | {"mode": parse_mode(given["mode"])}),
     )
     return ShortHealing(options, n_seeds)
