@@ -156,7 +156,7 @@ class NextTokenHead:
         """Of states ``(n, hidden)`` float32, as float32 ``(n, vocab)``."""
         shift = self._config.family.norm_shift
         weight = self._norm + shift if shift else self._norm
-        x = torch.from_numpy(h).to(self._settings.device, self._head.dtype)
+        x = torch.tensor(h).to(self._settings.device, self._head.dtype)
         return (rms_norm(x, weight, self._config.rms_norm_eps) @ self._head.T).float()
 
 
