@@ -136,6 +136,7 @@ class Case:
         stored: dtype of the base.
         dtype: what is asked for with `--dtype`.
         runs: whether its logits are computed too.
+        converts: whether mlx-lm can read the checkpoint itself.
     """
 
     name: str
@@ -144,6 +145,7 @@ class Case:
     stored: str = "BF16"
     dtype: str | None = None
     runs: bool = False
+    converts: bool = True
 
 
 CASES = (
@@ -160,15 +162,17 @@ CASES = (
         WIDE | {"attention_bias": True, "mlp_bias": True, "head_dim": 64},
         runs=True,
     ),
-    # The spelling of transformers 5, with all left out that may be.
+    # The spelling of transformers 5, with all left out that may be: mlx-lm does not find
+    # rms_norm_eps, and would take other defaults than transformers for the rest.
     Case(
         "spelled",
         MLXSettings(),
         WIDE
         | {"tie_word_embeddings": ..., "rope_theta": ..., "rms_norm_eps": ..., "hidden_act": ...}
-        | {"num_key_value_heads": ..., "dtype": "bfloat16"}
+        | {"num_key_value_heads": ...}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
         runs=True,
+        converts=False,
     ),
     Case(
         "llama3",
@@ -201,6 +205,7 @@ CASES = (
     ),
 )
 RUNNING = tuple(case for case in CASES if case.runs)
+CONVERTED = tuple(case for case in CASES if case.converts)
 
 
 @pytest.fixture(scope="module")
@@ -220,16 +225,20 @@ def made(tmp_path_factory) -> Iterator[Path]:
         base = "pico"
         if case.base is not None:
             base = str(make(f"{case.name}-base", dtype=case.stored, **case.base))
+        if case.name == "spelled":
+            config = load_json(Path(base) / "config.json") | {"dtype": "bfloat16"}
+            (Path(base) / "config.json").write_text(json.dumps(config))
         plain, ours = folder / f"{case.name}-plain", folder / f"{case.name}-ours"
         export_checkpoint(base, UP_SCALED, plain)
         export_mlx(base, UP_SCALED, ours, case.settings, dtype=case.dtype, n_threads=2)
         job: dict[str, Any] = {
             "plain": str(plain),
             "ours": str(ours),
-            "theirs": str(folder / f"{case.name}-theirs"),
             "bits": case.settings.bits,
             "group_size": case.settings.group_size,
         }
+        if case.converts:
+            job["theirs"] = str(folder / f"{case.name}-theirs")
         if case.dtype:
             job["dtype"] = case.dtype
         if base == "pico":
@@ -265,7 +274,7 @@ def test_every_tensor_is_theirs_to_the_byte(made):
             assert (ours[name].dtype, ours[name].shape) == (expected.dtype, expected.shape), name
             assert torch.equal(ours[name].view(torch.uint8), expected.view(torch.uint8)), name
 
-    check_each(check, CASES)
+    check_each(check, CONVERTED)
 
 
 def test_config_and_index_are_theirs(made):
@@ -286,7 +295,16 @@ def test_config_and_index_are_theirs(made):
         with safe_open(ours / SINGLE, "np") as a, safe_open(theirs / SINGLE, "np") as b:
             assert a.metadata() == b.metadata() == {"format": "mlx"}
 
-    check_each(check, CASES)
+    check_each(check, CONVERTED)
+
+
+def codes_of(words: np.ndarray, bits: int) -> np.ndarray:
+    """The codes of rows of words, as float32: each from the two words that it may lie in."""
+    first = np.arange(32 * words.shape[1] // bits) * bits
+    padded = np.pad(words, ((0, 0), (0, 1))).astype(np.uint64)
+    pairs = padded[:, first // 32] | padded[:, first // 32 + 1] << np.uint64(32)
+    codes = pairs >> (first % 32).astype(np.uint64) & np.uint64(2**bits - 1)
+    return codes.astype(np.float32)
 
 
 def dequantized_model(folder: Path) -> Any:
@@ -299,8 +317,7 @@ def dequantized_model(folder: Path) -> Any:
             weights[name] = tensor.float()
         elif name.endswith(".weight"):
             scales, biases = (stored[f"{stem}.{p}"].float() for p in ("scales", "biases"))
-            codes = torch.tensor([bit_string(row, bits) for row in tensor.numpy().view(np.uint32)])
-            codes = codes.view(*scales.shape, -1).float()
+            codes = torch.from_numpy(codes_of(tensor.numpy(), bits)).view(*scales.shape, -1)
             weights[name] = (codes * scales[..., None] + biases[..., None]).flatten(1)
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config

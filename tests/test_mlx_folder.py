@@ -99,11 +99,7 @@ def test_damage_is_named(run, folder, change, message):
     ("settings", "kind", "message"),
     [
         ({"bits": 4, "group_size": 32}, CheckpointError, "weight is U32 .*, but config.json means"),
-        (
-            {"bits": 3, "group_size": 64},
-            CheckpointError,
-            "groups of 64 do not divide the 96 inputs",
-        ),
+        ({"bits": 3, "group_size": 128}, CheckpointError, "groups of 128 do not divide the 64"),
         ({"bits": 7, "group_size": 32}, CheckpointError, "MLX has no 7-bit codes"),
         ({"bits": "3"}, CheckpointError, "bits and group_size of quantization are '3' and None"),
         ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, UnsupportedError, "MLX's mode 'mxfp4'"),
@@ -124,7 +120,8 @@ def test_what_others_say_of_it(run, folder, tmp_path):
         (("quality", folder, folder), "quantized by 'MLX'; plain, gptq and bitsandbytes"),
     ):
         code, _, err = run(*words)
-        assert code in (2, 3) and err.count("\n") == 1 and message in err, words
+        said = [line for line in err.splitlines() if not line.startswith("Quantizing")]
+        assert code in (2, 3) and len(said) == 1 and message in said[0], words
     assert not (tmp_path / "out").exists()
     # Old folders say it by one key only.
     config = json.loads((folder / CONFIG).read_text())
