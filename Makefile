@@ -10,7 +10,7 @@ OUT       ?= build
 QUANTIZER ?= native
 IMATRIX   ?=
 BITS      ?= 4
-GROUP     ?= 128
+GROUP     ?=
 TEXT      ?=
 MINUTES   ?= 5
 TRAIN     ?= all
@@ -29,6 +29,7 @@ BIN    := $(VENV)/bin
 # Environments of loaders that cannot share ours; see interop/README.md.
 AUTOGPTQ  := .venv-autogptq
 GPTQMODEL := .venv-gptqmodel
+MLX       := .venv-mlx
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # llama-cpp-python is compiled on the spot: leave out what is not used here, use every core.
@@ -40,6 +41,7 @@ SET := QUANT BASE DROP OUT QUANTIZER IMATRIX BITS GROUP TEXT MINUTES TRAIN TOKEN
 $(foreach v,$(SET),$(eval override $(v) := $$(value $(v))))
 export $(SET)
 PLAN  := $${DROP:+--drop "$$DROP"}
+GROUPED := $${GROUP:+--group-size "$$GROUP"}
 # The words --text PATH for each path of TEXT, or for TEXT itself if that is one, as "$$@".
 TEXTS := set -f; if [ -e "$$TEXT" ]; then set -- --text "$$TEXT"; \
   else set --; for t in $$TEXT; do set -- "$$@" --text "$$t"; done; fi
@@ -55,7 +57,7 @@ TALK_FILE := "$${FILE:-$$OUT/solar-dus-$${QUANT\#\#*,}.gguf}"
 .DEFAULT_GOAL := help
 # Two pips must not write one environment at the same time.
 .NOTPARALLEL:
-.PHONY: help gguf gptq imatrix seam sweep heal sft dpo solar-instruct eval chat serve modelfiles upscale interop tables test fuzz torture lint bench bench-export clean
+.PHONY: help gguf gptq mlx imatrix seam sweep heal sft dpo solar-instruct eval chat serve modelfiles upscale interop tables test fuzz torture lint bench bench-export clean
 
 help: ## List the targets.
 	@echo "Targets:"
@@ -69,8 +71,8 @@ help: ## List the targets.
 	  "OUT=$$OUT" "Folder to write results to." \
 	  "QUANTIZER=$$QUANTIZER" "Quantize with native, or llama.cpp's ggml, compiled once." \
 	  "IMATRIX=$$IMATRIX" "Importance matrix of gguf: a file, or auto to collect it." \
-	  "BITS=$$BITS" "Bits of gptq: 2, 3, 4 or 8; empty: bench without gptq." \
-	  "GROUP=$$GROUP" "Columns of gptq that share a scale; -1: the whole row." \
+	  "BITS=$$BITS" "Bits of gptq and mlx; empty: bench without gptq." \
+	  "GROUP=$$GROUP" "Columns that share a scale; empty: gptq 128, mlx 64." \
 	  "TEXT=$$TEXT" "Calibration text, files or folders; empty: built in." \
 	  "TRAIN=$$TRAIN" "What learns in heal: all, copies, seam:8 or lora." \
 	  "TOKENS=$$TOKENS" "Tokens that heal trains on." \
@@ -92,8 +94,11 @@ upscale: $(VENV)/run.stamp ## Up-scale BASE to a checkpoint folder, OUT/checkpoi
 	@$(BIN)/dus-edge upscale $(PLAN) -o "$$OUT/checkpoint" --overwrite -- "$$BASE"
 
 gptq: $(VENV)/hf.stamp ## Up-scale BASE to a GPTQ checkpoint of BITS, OUT/gptq.
-	@$(TEXTS); $(BIN)/dus-edge gptq $(PLAN) --bits "$$BITS" --group-size "$$GROUP" "$$@" \
+	@$(TEXTS); $(BIN)/dus-edge gptq $(PLAN) --bits "$$BITS" $(GROUPED) "$$@" \
 	  -o "$$OUT/gptq" --overwrite -- "$$BASE"
+
+mlx: $(VENV)/run.stamp ## Up-scale BASE to a folder for MLX on Macs, OUT/mlx.
+	@$(BIN)/dus-edge mlx $(PLAN) --bits "$$BITS" $(GROUPED) -o "$$OUT/mlx" --overwrite -- "$$BASE"
 
 imatrix: $(VENV)/hf.stamp ## Collect BASE's importance matrix, OUT/imatrix.gguf.
 	@$(TEXTS); $(BIN)/dus-edge imatrix $(PLAN) "$$@" -o "$$OUT/imatrix.gguf" --overwrite -- "$$BASE"
@@ -147,6 +152,10 @@ $(GPTQMODEL)/done.stamp: interop/gptqmodel.txt interop/setup.sh
 	@echo "Setting up GPTQModel (minutes, 6 GB)"
 	@PYTHON="$(PYTHON)" interop/setup.sh gptqmodel $(GPTQMODEL) && touch $@
 
+$(MLX)/done.stamp: interop/mlx.txt interop/setup.sh | $(VENV)/hf.stamp
+	@echo "Setting up mlx-lm"
+	@mkdir -p $(MLX) && PYTHON="$(BIN)/python" interop/setup.sh mlx $(MLX) && touch $@
+
 modelfiles: $(VENV)/run.stamp ## Write modelfiles/ anew.
 	@$(BIN)/dus-edge modelfile --tracked modelfiles
 
@@ -154,7 +163,7 @@ tables: $(VENV)/run.stamp ## Predict SOLAR on every device; write benchmarks/TAB
 	@$(BIN)/dus-edge bench tables -o benchmarks --overwrite
 
 # Files in order: sorted by their number of tests, the longest would start last.
-test: $(VENV)/test.stamp ## Run the tests; they draw the same cases every time.
+test: $(VENV)/test.stamp $(MLX)/done.stamp ## Run the tests; they draw the same cases every time.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $$TESTS
 
 fuzz: $(VENV)/test.stamp ## Damaged files and new draws of properties, for MINUTES.
@@ -167,7 +176,7 @@ lint: $(VENV)/test.stamp ## Check style.
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 bench: $(VENV)/llama.stamp $(if $(BITS),$(VENV)/hf.stamp) ## Measure BASE's files here; write benchmarks/TABLES.md.
-	@$(TEXTS); $(BIN)/dus-edge bench all $(PLAN) --bits "$$BITS" --group-size "$$GROUP" "$$@" \
+	@$(TEXTS); $(BIN)/dus-edge bench all $(PLAN) --bits "$$BITS" $(GROUPED) "$$@" \
 	  -o "$$OUT/bench" --overwrite -- "$$BASE"
 
 bench-export: $(VENV)/test.stamp ## Measure the export itself (minutes, 20 GB of disk).

@@ -33,6 +33,7 @@ COMMANDS = {
     "imatrix": ["imatrix", "pico", *CALIBRATION, "-o", "OUT/imatrix.gguf"],
     "gptq": ["gptq", "pico", "--group-size", "64", *CALIBRATION, "-o", "OUT/gptq"],
     "bnb": ["bnb", "pico", "-o", "OUT/bnb"],
+    "mlx": ["mlx", "pico", "-o", "OUT/mlx"],
     "tables": ["bench", "tables", "-o", "OUT"],
 }
 

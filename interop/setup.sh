@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make one of the two environments: setup.sh auto-gptq|gptqmodel FOLDER
+# Make one of the environments: setup.sh auto-gptq|gptqmodel|mlx FOLDER
 # Versions are those of the pin file of that name beside this script.
 set -eu
 
@@ -11,7 +11,20 @@ pins=$here/$name.txt
 case $name in
     auto-gptq) first="torch transformers peft accelerate datasets numpy sentencepiece" ;;
     gptqmodel) first="torch transformers numpy" ;;
-    *) echo "setup.sh: no environment '$name'; auto-gptq or gptqmodel" >&2; exit 2 ;;
+    mlx)
+        # Wheels only; what mlx-lm needs beside MLX stands in the environment of PYTHON.
+        case $(uname -sm) in
+            "Linux x86_64" | "Linux aarch64") backend=mlx-cpu ;;
+            "Darwin arm64") backend=mlx-metal ;;
+            *) echo "MLX has no wheels for $(uname -sm): its tests are skipped"; exit 0 ;;
+        esac
+        "$PYTHON" -m venv "$venv"
+        site='import sysconfig; print(sysconfig.get_path("purelib"))'
+        "$PYTHON" -c "$site" >"$("$venv/bin/python" -c "$site")/project.pth"
+        "$venv/bin/pip" install -q -c "$pins" --no-deps --only-binary :all: mlx "$backend" mlx-lm
+        exit 0
+        ;;
+    *) echo "setup.sh: no environment '$name'; auto-gptq, gptqmodel or mlx" >&2; exit 2 ;;
 esac
 
 test -x "$venv/bin/python" || "${PYTHON:-python3}" -m venv "$venv"

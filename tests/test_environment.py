@@ -98,7 +98,7 @@ UPSCALE = """
 import sys
 from dus_edge.export import hf
 plan_shards = hf.plan_shards
-hf.plan_shards = lambda specs: plan_shards(specs, 100_000)
+hf.plan_shards = lambda specs, **more: plan_shards(specs, 100_000, **more)
 from dus_edge.cli.main import main
 main()
 """

@@ -102,9 +102,7 @@ def load_config(path: Path) -> ModelConfig:
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     """Turn the JSON of a `config.json` into a `ModelConfig`; see `load_config` for errors."""
     family = _family(raw, where)
-    if raw.get("quantization_config"):
-        details = raw["quantization_config"]
-        method = details.get("quant_method") if isinstance(details, dict) else details
+    if method := quantized_by(raw):
         raise UnsupportedError(
             f"{where}: the weights are already quantized ({method}); "
             "start from the bf16, f16 or f32 checkpoint instead."
@@ -134,6 +132,19 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         dtype=_DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")),
         raw=dict(raw),
     )
+
+
+def quantized_by(raw: Mapping[str, Any]) -> str | None:
+    """What a `config.json` says its weights are quantized by, such as ``gptq``; None: by nothing.
+
+    mlx-lm names itself nowhere, but its settings stand under a key of their own.
+    """
+    if isinstance(raw.get("quantization"), dict):
+        return "MLX"
+    details = raw.get("quantization_config")
+    if not details:
+        return None
+    return str(details.get("quant_method") if isinstance(details, dict) else details)
 
 
 def config_of_shape(shape: Shape, *, family: str = "llama", tied_head: bool = False) -> ModelConfig:

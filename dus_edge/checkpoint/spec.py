@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 #: Bytes per weight of the safetensors dtypes we read (names as the format spells them).
 DTYPE_BYTES: Mapping[str, int] = {"BF16": 2, "F16": 2, "F32": 4}
 #: Bytes per item of the dtypes that we only write: codes and indices of quantized checkpoints.
-INTEGER_BYTES: Mapping[str, int] = {"U8": 1, "I8": 1, "I32": 4, "I64": 8}
+INTEGER_BYTES: Mapping[str, int] = {"U8": 1, "I8": 1, "I32": 4, "U32": 4, "I64": 8}
 _ITEM_BYTES = {**DTYPE_BYTES, **INTEGER_BYTES}
 
 

@@ -1,4 +1,4 @@
-"""The commands that write models: gguf, upscale, merge, imatrix, gptq, bnb."""
+"""The commands that write models: gguf, upscale, merge, imatrix, gptq, bnb, mlx."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dus_edge.cli.say import (
     print_notes,
     say_to,
 )
-from dus_edge.cli.talk.next import after_gguf, can_chat
+from dus_edge.cli.talk.next import after_gguf, after_mlx, can_chat
 from dus_edge.quant.choose import DEFAULT, QUANTIZERS
 from dus_edge.words import counts_text, duration, format_bytes
 
@@ -383,3 +383,57 @@ def bnb_command(
     )
     keep_digests(result, digest)
     print_folder(result, out, as_json, verbose, plain=False)
+
+
+@click.command("mlx")
+@click.argument("base")
+@plan_options
+@adapter_option
+@click.option(
+    "--bits",
+    type=int,
+    default=4,
+    show_default=True,
+    metavar="B",
+    help="Bits of a weight: 2, 3, 4, 5, 6 or 8.",
+)
+@click.option(
+    "--group-size",
+    type=int,
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Columns that share a scale and a bias: 32, 64 or 128.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(("bfloat16", "float16", "float32")),
+    help="Type of scales, biases and norms, and of what is computed. [default: the base's]",
+)
+@folder_option
+@output_options
+@digest_option
+def mlx_command(
+    base: str,
+    choose: Any,
+    bits: int,
+    group_size: int,
+    dtype: str | None,
+    out: Path,
+    as_json: bool,
+    verbose: bool,
+    digest: bool,
+    **writing: Any,
+) -> None:
+    """Up-scale BASE into a quantized folder for MLX, on Macs.
+
+    mlx-lm and LM Studio load it; the bytes are those of mlx_lm.convert on a CPU.
+    Weights stream through: the model need not fit into memory.
+    """
+    from dus_edge.jobs.export.mlx import export_mlx
+    from dus_edge.quant.mlx.format import MLXSettings
+
+    settings = MLXSettings(bits=bits, group_size=group_size)
+    result = export_mlx(base, choose, out, settings, dtype=dtype, say=say_to(as_json), **writing)
+    keep_digests(result, digest)
+    print_folder(result, out, as_json, verbose, commands=after_mlx(out))

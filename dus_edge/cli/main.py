@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "imatrix": ("export", "Collect the importance matrix of BASE, up-scaled, from text."),
     "inspect": ("models", "Show MODEL's shape, plan and the size of every preset."),
     "merge": ("export", "Merge a LoRA ADAPTER into BASE, a checkpoint like any other."),
+    "mlx": ("export", "Up-scale BASE into a quantized folder for MLX, on Macs."),
     "modelfile": ("models", "Write the Modelfile of a GGUF file or a checkpoint."),
     "quality": ("scores.quality", "Measure how far each CANDIDATE is from REFERENCE on text."),
     "seam": ("grow.seam", "Show what a plan's seams do to the stream of BASE's layers."),

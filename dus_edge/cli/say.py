@@ -46,9 +46,24 @@ def print_next(result: Any, commands: Sequence[str]) -> None:
 
 
 def print_folder(
-    result: Any, out: Path, as_json: bool, verbose: bool = False, *, plain: bool = True
+    result: Any,
+    out: Path,
+    as_json: bool,
+    verbose: bool = False,
+    *,
+    plain: bool = True,
+    commands: Sequence[str] = (),
 ) -> None:
-    """Say what a job that wrote a checkpoint folder did; `plain` if nothing is quantized in it."""
+    """Say what a job that wrote a checkpoint folder did.
+
+    Args:
+        result: of the job.
+        out: the folder.
+        as_json: print JSON instead.
+        verbose: say which types the tensors have.
+        plain: whether nothing is quantized in it.
+        commands: where it goes next; none: the usual ones.
+    """
     if as_json:
         print_json(result)
         return
@@ -58,4 +73,4 @@ def print_folder(
     if verbose:
         click.echo(f"  tensors: {counts_text(output.types)}")
     print_notes(result)
-    print_next(result, after_folder(out, plain=plain))
+    print_next(result, commands or after_folder(out, plain=plain))

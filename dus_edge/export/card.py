@@ -11,8 +11,13 @@ from dus_edge.upscale.model import Model
 from dus_edge.upscale.plan import DepthPlan
 
 
-def model_card(model: Model) -> str:
+def model_card(model: Model, library: str = "transformers", stored: str = "") -> str:
     """Markdown with the hub's front matter.
+
+    Args:
+        model: what is written.
+        library: what loads it: ``transformers`` or ``mlx``.
+        stored: how its weights are stored, for the table, where that is worth a line.
 
     The licence is the base's own: copying layers gives no new rights. One that is not known is
     said to be unknown. A base with an adapter and no more layers than before has the card that came
@@ -29,6 +34,11 @@ def model_card(model: Model) -> str:
     )
     return Template(read_text("model_card.md")).substitute(
         front_licence=licence or "unknown",
+        library=library,
+        # mlx-lm writes this tag; the hub finds models of MLX by it.
+        library_tag="" if library == "transformers" else f"- {library}\n",
+        use=read_text(f"card_use_{library}.md"),
+        stored=f"| Weights | {stored} |\n" if stored else "",
         front_base=f"base_model: {source.repo_id}\n" if source.repo_id else "",
         title=model.name.title,
         base=base + (f" at revision `{source.revision}`" if source.revision else ""),

@@ -80,8 +80,12 @@ class Shard:
     nbytes: int
 
 
-def plan_shards(specs: Sequence[TensorSpec], limit: int = SHARD_BYTES) -> list[Shard]:
+def plan_shards(
+    specs: Sequence[TensorSpec], limit: int = SHARD_BYTES, *, framework: str = "pt"
+) -> list[Shard]:
     """Distribute tensors over files of at most `limit` bytes of weights, in order.
+
+    `framework` is what the files say they were made by: ``pt`` or ``mlx``.
 
     Within a file the widest dtypes come first, as the safetensors library has them: every tensor
     begins at a multiple of its item's size, which readers that map the file rely on.
@@ -96,11 +100,11 @@ def plan_shards(specs: Sequence[TensorSpec], limit: int = SHARD_BYTES) -> list[S
         size += spec.nbytes
     n = len(groups)
     names = [SINGLE] if n == 1 else [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
-    return [_shard(name, group) for name, group in zip(names, groups, strict=True)]
+    return [_shard(name, group, framework) for name, group in zip(names, groups, strict=True)]
 
 
-def _shard(name: str, specs: Sequence[TensorSpec]) -> Shard:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _shard(name: str, specs: Sequence[TensorSpec], framework: str) -> Shard:
+    entries: dict[str, object] = {"__metadata__": {"format": framework}}
     position = 0
     for s in sorted(specs, key=lambda s: -s.item_bytes):
         entries[s.name] = {
@@ -233,6 +237,7 @@ def checkpoint_folder(
     overwrite: bool = False,
     config_extra: Mapping[str, Any] | None = None,
     extra_files: Mapping[str, str] | None = None,
+    framework: str = "pt",
 ) -> Iterator[TensorWriter]:
     """Lay out a checkpoint folder and open its tensors for writing.
 
@@ -246,17 +251,18 @@ def checkpoint_folder(
         overwrite: replace an older checkpoint folder of that name.
         config_extra: keys of `config.json` that are added or replaced.
         extra_files: more text files by name; `REPLACEABLE` must know the names.
+        framework: see `plan_shards`; MLX has an index even of one file.
 
     Raises:
         OutputError: the folder cannot be written. Nothing half-written stays.
     """
-    shards = plan_shards(specs)
+    shards = plan_shards(specs, framework=framework)
     with output_folder(folder, overwrite, REPLACEABLE) as partial:
         _write_small_files(checkpoint, partial, card, config_extra or {})
         for name, text in (extra_files or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
-        if len(shards) > 1:
-            _write_json(partial / INDEX, _index(shards, specs))
+        if len(shards) > 1 or framework == "mlx":
+            _write_json(partial / INDEX, _index(shards, specs, checkpoint))
         with new_files([(partial / s.name, s.nbytes) for s in shards]) as writes:
             for write, shard in zip(writes, shards, strict=True):
                 write(shard.header, 0)
@@ -353,10 +359,13 @@ def both_spellings(raw: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _index(shards: Sequence[Shard], specs: Sequence[TensorSpec]) -> dict[str, object]:
+def _index(
+    shards: Sequence[Shard], specs: Sequence[TensorSpec], checkpoint: Checkpoint
+) -> dict[str, object]:
     return {
         "metadata": {
-            "total_parameters": sum(s.n_elements for s in specs),
+            # Of the model: what is stored of a quantized one has another number of elements.
+            "total_parameters": sum(s.n_elements for s in checkpoint.specs().values()),
             "total_size": sum(s.nbytes for s in specs),
         },
         "weight_map": {name: shard.name for shard in shards for name in shard.offsets},

@@ -6,8 +6,6 @@ it is stored. They need Numba and no compiler; the first use on a machine compil
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -22,8 +20,6 @@ NAME = "native"
 #: Types that take no importance weights, as in ggml.
 _UNWEIGHTED = (t.F32, t.F16, t.BF16, t.Q8_0)
 _NONE = np.empty(0, np.float32)
-#: Seconds of silence before compiling is spoken of: loading cached code takes less.
-_PATIENCE_S = 0.5
 
 
 def as_input(rows: np.ndarray) -> np.ndarray:
@@ -105,24 +101,10 @@ def prepare(
         todo[name, dtype] = kind.name
     if not todo:
         return
-    start = time.monotonic()
-    spoken = threading.Event()
-    names = ", ".join(dict.fromkeys(todo.values()))
-
-    def speak() -> None:
-        spoken.set()
-        say(f"Compiling for this CPU, only once: {names}")
-
-    timer = threading.Timer(_PATIENCE_S, speak)
-    timer.start()
-    try:
+    with kernels.announced(", ".join(dict.fromkeys(todo.values())), say):
         for name, dtype in todo:
             # An empty call compiles what a real one will use.
             kernels.load(name)(np.empty(0, dtype), _NONE, _NONE, np.empty(0, np.uint8))
-    finally:
-        timer.cancel()
-    if spoken.is_set():
-        say(f"  compiled in {time.monotonic() - start:.1f} s")
 
 
 def _source_dtype(dtype: np.dtype, kind: QuantType, weighted: bool) -> np.dtype:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dus_edge.checkpoint.config import parse_config, tensor_shapes
+from dus_edge.checkpoint.config import parse_config, quantized_by, tensor_shapes
 from dus_edge.checkpoint.contained import check_small_files
 from dus_edge.checkpoint.gguf_header import GGUF_MAGIC
 from dus_edge.checkpoint.names import CONFIG
@@ -90,10 +90,9 @@ def _inspect_folder(folder: Path, name: str) -> SourceInfo:
 
 
 def _kind(raw: Mapping[str, Any], where: Path) -> Kind:
-    details = raw.get("quantization_config")
-    if not details:
+    method = quantized_by(raw)
+    if method is None:
         return "hf"
-    method = details.get("quant_method") if isinstance(details, dict) else details
     if method not in ("gptq", "bitsandbytes"):
         raise UnsupportedError(
             f"{where}: the weights are quantized by {method!r}; plain, gptq and bitsandbytes "

@@ -46,6 +46,10 @@ _GPTQ = (
     "of it goes to the CPU: *no* where it does not fit whole. Macs have no kernel for it: *slow*, "
     "no speed is predicted.\n"
 )
+_MLX = (
+    "MLX, which runs on Macs beside llama.cpp, is **not predicted**: no run of it is among the "
+    "published measurements.\n"
+)
 
 
 def tables_markdown(
@@ -83,6 +87,7 @@ def tables_markdown(
         f"{_layers()} layers do, the rest running on the CPU; *?* that the verdict is within "
         "3 % of the usable memory.\n",
         _GPTQ,
+        _MLX,
         f"Files: {', '.join(_file_size(c) for c in PRESET_COLUMNS)}.\n",
     ]
     for family, title in families.items():

@@ -1,4 +1,4 @@
-"""A checkpoint folder read whole: plain, GPTQ or bitsandbytes."""
+"""A checkpoint folder read whole: plain, GPTQ, bitsandbytes or MLX."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from dus_edge.checkpoint.config import quantized_by
+from dus_edge.checkpoint.names import CONFIG
 from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.checkpoint.safetensors import (
     SafetensorsCheckpoint,
@@ -17,9 +19,11 @@ from dus_edge.checkpoint.safetensors import (
 )
 from dus_edge.checkpoint.spec import DTYPE_BYTES
 from dus_edge.errors import CheckpointError
+from dus_edge.jsonfile import find_object
 from dus_edge.machine import default_threads
 from dus_edge.predict.memory.folder import is_quantized_folder, read_folder
 from dus_edge.stream import run_tasks
+from dus_edge.verify.mlx import check_mlx_tensors
 
 _PIECE = 1 << 23
 _EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00}
@@ -39,7 +43,10 @@ def verify_folder(folder: Path, advance: Callable[[int], None] = lambda n: None)
         CheckpointError: what is wrong, with the tensor's name.
         UnsupportedError: no family that is known.
     """
-    if is_quantized_folder(folder):
+    raw = find_object(folder / CONFIG) or {}
+    if quantized_by(raw) == "MLX":
+        kind, files = "MLX", shard_files(folder)[0]
+    elif is_quantized_folder(folder):
         kind = (read_folder(folder).torch).method  # type: ignore[union-attr]
         files = sorted(folder.glob("*.safetensors"))
         if not files:
@@ -49,6 +56,8 @@ def verify_folder(folder: Path, advance: Callable[[int], None] = lambda n: None)
         SafetensorsCheckpoint(resolve_base(str(folder), weights=True)).specs()
         files = shard_files(folder)[0]
     stored = {name: t for file in files for name, t in read_header(file).items()}
+    if kind == "MLX":
+        check_mlx_tensors(folder, raw, stored)
     tasks = (task for name, t in stored.items() for task in _tasks(name, t, stored))
     run_tasks(tasks, n_threads=default_threads(), advance=advance)
     return {

@@ -54,6 +54,18 @@ def after_folder(folder: Path, *, plain: bool) -> list[str]:
     ]
 
 
+def after_mlx(folder: Path) -> list[str]:
+    """What can be done with an MLX folder, on a Mac."""
+    place = shlex.quote(str(folder))
+    name = shlex.quote(folder.absolute().name)
+    return [
+        _with_remark(f"mlx_lm.chat --model {place}", "pip install mlx-lm"),
+        _with_remark(f"mlx_lm.server --model {place}", "the OpenAI API"),
+        _with_remark(f"cp -r {place} ~/.lmstudio/models/YOU/", "into LM Studio"),
+        _with_remark(f"hf upload YOU/{name} {place}", "to the hub"),
+    ]
+
+
 def can_chat(folder: Path) -> bool:
     """Whether a folder has a chat template."""
     told = find_object(folder / "tokenizer_config.json") or {}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dus_edge.checkpoint.config import ModelConfig, parse_config, tensor_shapes
+from dus_edge.checkpoint.config import ModelConfig, parse_config, quantized_by, tensor_shapes
 from dus_edge.checkpoint.names import CONFIG, QUANTIZE_CONFIG
 from dus_edge.checkpoint.safetensors import StoredTensor, read_header
 from dus_edge.checkpoint.spec import TensorSpec
@@ -37,6 +37,11 @@ _4BIT_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _QUANT_STATE = re.compile(r"\.quant_state\.bitsandbytes__\w+$")
 #: Buffers that old checkpoints carry, and what loaders read and drop.
 _DROPPED = (".rotary_emb.inv_freq", ".weight_format")
+
+_NO_MLX = (
+    "memory and speed of MLX models are not predicted, for no run of one is among the published "
+    "measurements; ask for a GGUF of the same base, such as -q q4_0."
+)
 
 Header = Mapping[str, TensorSpec | StoredTensor]
 
@@ -77,16 +82,18 @@ _PRESET = re.compile(r"(gptq-int\d+)-g(\d+|row)")
 
 def is_torch_preset(name: str) -> bool:
     """Whether a name is meant as one of these, and not as a GGUF preset."""
-    return _spelled(name).startswith(("gptq", "bnb"))
+    return _spelled(name).startswith(("gptq", "bnb", "mlx"))
 
 
 def find_torch_preset(name: str) -> TorchPreset:
     """The preset of that name, in any case.
 
     Raises:
-        UsageError: no such preset; the nearest one is suggested.
+        UsageError: no such preset, the nearest one is suggested; or one of MLX.
     """
     key = _spelled(name)
+    if key.startswith("mlx"):
+        raise UsageError(f"{name}: {_NO_MLX}")
     if key in TORCH_PRESETS:
         return TORCH_PRESETS[key]
     match = _PRESET.fullmatch(key)
@@ -173,7 +180,7 @@ def is_quantized_folder(folder: Path) -> bool:
     """Whether a folder's config says that its weights are quantized; False if there is none."""
     try:
         return (folder / QUANTIZE_CONFIG).is_file() or bool(
-            (folder / CONFIG).is_file() and read_config(folder).get("quantization_config")
+            (folder / CONFIG).is_file() and quantized_by(read_config(folder))
         )
     except (OSError, ValueError):  # a name that no file can have
         return False
@@ -194,6 +201,8 @@ def read_folder(folder: Path, name: str | None = None) -> StoredModel:
         UsageError: there is no `config.json`.
     """
     raw, where = read_config(folder), str(folder / CONFIG)
+    if quantized_by(raw) == "MLX":
+        raise UnsupportedError(f"{where}: {_NO_MLX}")
     plain = {k: v for k, v in raw.items() if k != "quantization_config"}
     config = parse_config(plain, where)
     name = name or folder.absolute().name

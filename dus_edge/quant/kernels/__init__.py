@@ -9,7 +9,8 @@ Every kernel has the same form, ``kernel(source, importance, sigma2, out) -> ove
 - out: uint8, exactly the bytes of the blocks; always filled with finite scales;
 - overflow: whether a scale was too large for float16 and is the largest one instead.
 
-They release the GIL. `load` gives one of them; compiled code is cached on disk.
+The two of `mlx` have a form of their own. All release the GIL. `load` gives one of them; compiled
+code is cached on disk.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,10 @@ _MODULES = {
     **dict.fromkeys(("q8_0", "q4_0", "q4_1", "q5_0", "q5_1"), "blocks"),
     **dict.fromkeys(("q2_k", "q4_k", "q5_k"), "affine_k"),
     **dict.fromkeys(("q3_k", "q6_k"), "symmetric_k"),
+    **dict.fromkeys(("mlx_affine", "mlx_affine_bf16"), "mlx"),
 }
+#: Seconds of silence before compiling is spoken of: loading cached code takes less.
+_PATIENCE_S = 0.5
 
 
 @functools.cache
@@ -43,6 +49,26 @@ def load(name: str) -> Any:
     module = _MODULES[name.removesuffix("_weighted")]
     with cached_code():
         return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+
+
+@contextlib.contextmanager
+def announced(names: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Kernels are compiled within, or loaded; said, once, if that takes longer than a moment."""
+    start = time.monotonic()
+    spoken = threading.Event()
+
+    def speak() -> None:
+        spoken.set()
+        say(f"Compiling for this CPU, only once: {names}")
+
+    timer = threading.Timer(_PATIENCE_S, speak)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if spoken.is_set():
+        say(f"  compiled in {time.monotonic() - start:.1f} s")
 
 
 @contextlib.contextmanager

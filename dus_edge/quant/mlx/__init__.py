@@ -1,0 +1,1 @@
+"""MLX's affine quantization: the stored form, and the codes that `mlx_lm.convert` writes."""
