@@ -291,3 +291,13 @@ def test_parts_and_empty_answers(
         model.close()
     assert found[0][1] == (0.0, True) and all(value < 0 for value, _ in found[0][:1])
     assert [v for v, _ in found[1]] == pytest.approx([v for v, _ in found[0]], abs=1e-5)
+
+
+def test_git_is_not_asked_for_the_commit_of_the_folder_one_is_in(tmp_path, monkeypatch, capfd):
+    from lm_eval import evaluator
+
+    monkeypatch.chdir(tmp_path)
+    before = evaluator.get_git_commit_hash
+    with quiet_harness():
+        assert evaluator.get_git_commit_hash() is None
+    assert evaluator.get_git_commit_hash is before and not capfd.readouterr().err

@@ -105,23 +105,31 @@ def draw_documents(tasks: Sequence[LoadedTask], n_docs: int, seed: int) -> tuple
 
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
-    """No bars, notes and warnings of the harness and of `datasets` while the block runs."""
+    """No bars, notes and warnings of the harness and of `datasets` while the block runs.
+
+    Nor does the harness ask git for the commit of the folder that a person happens to be in, which
+    says nothing of the results, and has git complain where there is no repository.
+    """
     import datasets
+    from lm_eval import evaluator
     from lm_eval.api import task
 
     names = ("lm_eval", "datasets", "huggingface_hub", "httpx")
     levels = {name: logging.getLogger(name).level for name in names}
     bars, bar = datasets.are_progress_bars_disabled(), task.tqdm
+    commit = evaluator.get_git_commit_hash
     for name in names:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
     task.tqdm = functools.partial(bar, disable=True)
+    evaluator.get_git_commit_hash = lambda: None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         task.tqdm = bar
+        evaluator.get_git_commit_hash = commit
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
         if not bars:
