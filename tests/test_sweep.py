@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -97,9 +96,12 @@ def test_losses_are_those_of_models_that_were_built(make_checkpoint, text, tmp_p
     def check(found):
         check_against_built(base, found.plan, found, text, tmp_path / "up")
 
-    some = random.Random(0).sample(results.plans, 14)
+    # Each plan has twelve ways, so that every fifth one is of every plan and in every way.
+    some = results.plans[::5]
     check_each(check, some)
-    assert len({p.plan.method for p in some}) == 6
+    assert len({p.plan.method for p in some}) == 6 and any(
+        "place" in p.candidate.label for p in some
+    )
     assert {"0:5,4:5,4:5", "2:5,0:3,1:5"} <= {p.candidate.label.split(" ")[0] for p in some}
 
 
@@ -276,7 +278,9 @@ def test_pages_and_files(run, make_checkpoint, text, tmp_path):
     command = ["sweep", base, "--blocks", "--branch-scale", "0.5,1", "--device", "rtx-3060-12gb"]
     command += ["--text", text, "--ctx", "24", "--chunks", "4", "-o", out]
     code, shown, _ = run(*command)
-    assert code == 0 and all(len(line) <= 80 for line in shown.splitlines())
+    # Paths may be longer.
+    lines = [line for line in shown.splitlines() if str(tmp_path) not in line]
+    assert code == 0 and max(map(len, lines)) <= 80
     names = sorted(p.name for p in out.iterdir())
     assert names == [f"sweep.{e}" for e in ("csv", "json", "md", "png", "svg")]
     found = json.loads((out / "sweep.json").read_text())
@@ -344,7 +348,7 @@ def test_plans_that_are_trained_a_little(run, make_checkpoint, tmp_path):
     text = tmp_path / "text.jsonl"
     rows = [{"text": f"Text number {i} is about {i % 7} things, not {i % 5}."} for i in range(80)]
     text.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ["sweep", base, "--m", "1:3", "--sizes", "1", "--text", text, "--ctx", "24"]
+    command = ["sweep", base, "--m", "1:3", "--sizes", "3,4", "--text", text, "--ctx", "24"]
     command += ["--chunks", "4", "--heal", "3", "--batch", "2", "--seeds", "2", "--lr", "1e-2"]
     command += ["--heldout-tokens", "200", "--compute", "cpu", "-o", tmp_path / "out"]
     code, shown, err = run(*command)
