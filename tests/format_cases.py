@@ -258,6 +258,17 @@ FORMATS = (
     ),
     FormatCase("Mistral Small", "mistral-small", ("</s>",), SMALL, MISTRAL, ("</s>",), (), (_TWO,)),
     FormatCase(
+        "Mistral Small, dated, without tools",
+        "mistral-small",
+        ("</s>",),
+        SMALL_DATED.replace(_TOOLS, ""),
+        MISTRAL,
+        ("</s>",),
+        edges=(_TWO,),
+        dated=True,
+        left=True,
+    ),
+    FormatCase(
         "Mistral Small, dated",
         "mistral-small",
         ("</s>",),

@@ -24,7 +24,6 @@ from .cases import check_each
 from .format_cases import FORMATS, QWEN, YI, FormatCase
 from .test_chat_templates import DATA, LLAMA, ROLE_TAGS, TALKS, USER_ASSISTANT, jinja, talk
 
-
 _FOUND = {}
 
 
@@ -90,7 +89,7 @@ def check_modelfile(case: FormatCase) -> None:
     found = found_in(case)
     text = written(found)
     assert ("TEMPLATE" in text.partition("FROM")[2]) is not case.left
-    assert ("Ollama runs" in text) is bool(case.has)
+    assert ("Ollama runs" in text) is bool(case.has or case.left)
     for name in case.has:
         assert name in text
     assert ("the day's date" in text) is case.dated
@@ -180,6 +179,12 @@ def test_a_begin_of_text_token_is_left_out_where_it_is_spelled_at_the_front() ->
     assert render_conversation(family.template, talk("U")) == "[user]U[assistant]"
 
 
+def test_system_messages_that_a_template_leaves_out_stay_out() -> None:
+    turns = turns_of(USER_ASSISTANT)
+    assert turns.drops
+    assert "Be kind" not in render_conversation(go_template(turns), talk("U", system="Be kind."))
+
+
 def test_a_form_is_found_by_the_end_of_text_token_of_the_checkpoint() -> None:
     olmo = next(case for case in FORMATS if case.form == "olmo-2")
     turns = turns_of(olmo.template, olmo.tokens)
@@ -240,20 +245,28 @@ def test_triples_are_of_characters_not_bytes() -> None:
     assert count_triples("ab") == [0] * 256
 
 
-#: A template without tools whose text is near to one of Ollama's that renders something else.
-NEAR = {"zephyr": USER_ASSISTANT, "chatml": ROLE_TAGS}
+#: Templates without tools whose text is near to one of Ollama's that renders something else, and
+#: whether a Go template can be made of them.
+NEAR = {
+    "User: and Assistant:": ("zephyr", USER_ASSISTANT, True),
+    "roles as tags": ("chatml", ROLE_TAGS, True),
+    "all in capitals": (
+        "zephyr",
+        jinja("zephyr").replace("message['content']", "message['content'] | upper"),
+        False,
+    ),
+}
 
 
 def check_near(name: str) -> None:
-    near = near_template(NEAR[name])
+    name, template, made = NEAR[name]
+    near = near_template(template)
     assert near.name == name and 0 < near.edits < FAR
-    found = recognise_format(NEAR[name], LLAMA, ("</s>",))
+    found = recognise_format(template, LLAMA, ("</s>",))
     text = written(found)
-    assert f"its own {name}" in text
-    if found.family is None:
-        assert "OLLAMA_GO_TEMPLATE=0" in text and "PARAMETER stop" in text
-    else:
-        assert "Without this TEMPLATE" in text and 'TEMPLATE """' in text
+    assert f"its own {name}" in text and "PARAMETER stop" in text
+    assert (found.family is not None, "Without this TEMPLATE" in text) == (made, made)
+    assert ('TEMPLATE """' in text, "OLLAMA_GO_TEMPLATE=0" in text) == (made, not made)
 
 
 def test_a_wrong_template_of_ollamas_is_prevented() -> None:

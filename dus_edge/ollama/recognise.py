@@ -48,9 +48,10 @@ class ChatFormat:
 
     @property
     def left(self) -> bool:
-        """Whether the GGUF's own template is left to run on purpose: Ollama runs it in any case,
-        and the date would stand still in a Go template."""
-        return self.family is not None and not self.known and self.dated and bool(self.has)
+        """Whether the GGUF's own template is left to run on purpose: Ollama runs it without a
+        TEMPLATE, and the date would stand still in one."""
+        runs = bool(self.has) or self.near is None
+        return self.family is not None and not self.known and self.dated and runs
 
 
 def recognise_format(

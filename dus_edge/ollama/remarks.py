@@ -17,10 +17,10 @@ def format_remarks(found: ChatFormat) -> tuple[str, ...]:
         return (_unknown(found),)
     family = found.family
     if found.left:
+        why = f"it has {_has(found)}" if found.has else "its text is near to none of Ollama's own"
         return (
             f"Chat format: {family.title}, left to the GGUF's own chat template, which Ollama runs,"
-            f" for it has {_has(found)}. It writes the day's date, which would stand still in a"
-            " TEMPLATE.",
+            f" for {why}. It writes the day's date, which would stand still in a TEMPLATE.",
         )
     parts = [f"Chat format: {family.title} ({family.source})."]
     if family.notes:

@@ -53,6 +53,7 @@ class Turns:
         at_last: whether the system message stands before the last question instead; `told` and
             `empty` are then what is added to `first` and `turn`.
         refuses: whether the template takes no system messages; they precede the first question.
+        drops: whether it leaves them out.
     """
 
     first: str
@@ -64,6 +65,7 @@ class Turns:
     end: str
     at_last: bool = False
     refuses: bool = False
+    drops: bool = False
 
 
 def learn_turns(texts: Sequence[str | None]) -> Turns | None:
@@ -85,6 +87,8 @@ def learn_turns(texts: Sequence[str | None]) -> Turns | None:
         return None
     if texts[2] is None:
         return Turns(first, first, "\n\n", first, answer, turn, end, refuses=True)
+    if texts[2] == texts[0] and _between(texts[3], _U, _A, _V) == [first, answer, turn, end]:
+        return Turns(first, first, "", first, answer, turn, end, drops=True)
     lone, front = _between(texts[2], _S, _U), _between(texts[3], _S, _U, _A, _V)
     empty = _between(texts[4], _U)
     if lone is None or lone[2] != end:
@@ -146,7 +150,9 @@ def find_form(turns: Turns, special_tokens: Mapping[str, str]) -> TurnForm | Non
     end = special_tokens.get("eos_token") or "</s>"
     for form in turn_forms():
         answer, turn = (text.replace("</s>", end) for text in (form.answer, form.turn))
-        fits = form.told is None or (not turns.refuses and turns.told.endswith(form.told))
+        fits = form.told is None or (
+            not (turns.refuses or turns.drops) and turns.told.endswith(form.told)
+        )
         if (turns.answer, turns.turn) == (answer, turn) and fits:
             return form
     return None
@@ -182,10 +188,11 @@ def _at_first(turns: Turns) -> str:
     if turns.empty != turns.first:
         asked = f"{{{{ else if $told }}}}{turns.empty}{asked}"
         noted = _NOTED
+    told = f"{{{{ else if $.System }}}}{turns.told}{{{{ $.System }}}}{turns.after}"
     return (
         f"{noted}{{{{- $first := true }}}}\n{{{{- range .Messages }}}}\n"
         '{{- if eq .Role "user" }}{{ if not $first }}'
-        f"{turns.turn}{{{{ else if $.System }}}}{turns.told}{{{{ $.System }}}}{turns.after}"
+        f"{turns.turn}{'' if turns.drops else told}"
         f"{asked}{{{{ end }}}}{{{{ .Content }}}}{{{{ $first = false }}}}\n"
         f'{{{{- else if eq .Role "assistant" }}}}{turns.answer}{{{{ .Content }}}}\n'
         f"{{{{- end }}}}\n{{{{- end }}}}{_ending(turns.end)}"
