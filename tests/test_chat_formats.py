@@ -12,7 +12,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from dus_edge.ollama.autodetect import FAR, capabilities, count_triples, near_template
-from dus_edge.ollama.chat import rendered
+from dus_edge.ollama.chat import identify, rendered
 from dus_edge.ollama.edges import EDGES, edge_differences
 from dus_edge.ollama.gotemplate import render_conversation
 from dus_edge.ollama.modelfile import for_model, render_modelfile
@@ -22,7 +22,16 @@ from dus_edge.text.jinja import render_jinja
 
 from .cases import check_each
 from .format_cases import FORMATS, QWEN, YI, FormatCase
-from .test_chat_templates import DATA, LLAMA, ROLE_TAGS, TALKS, USER_ASSISTANT, jinja, talk
+from .test_chat_templates import (
+    CHECKPOINTS,
+    DATA,
+    LLAMA,
+    ROLE_TAGS,
+    TALKS,
+    USER_ASSISTANT,
+    jinja,
+    talk,
+)
 
 _FOUND = {}
 
@@ -114,8 +123,6 @@ def test_every_form_is_covered() -> None:
 
 
 def test_a_form_is_no_family_for_training() -> None:
-    from dus_edge.ollama.chat import identify
-
     assert identify(YI, QWEN) is None
 
 
@@ -307,9 +314,90 @@ def test_a_template_that_does_not_end_is_unknown() -> None:
     assert rendered("{% for", LLAMA) is not None
 
 
+#: The rows of the table of differences in docs/modelfiles.md, and the templates they speak of.
+ROWS = {
+    "ChatML, Zephyr, SOLAR as Upstage writes it": (
+        "openhermes-2.5",
+        "smollm2-instruct",
+        "qwen2_5",
+        "qwen3",
+        "SOLAR Pro",
+        "zephyr",
+        "solar-instruct",
+    ),
+    "Phi-3, Phi-3.5, Phi-4, EXAONE 3.5, Granite, OLMo 2, GLM-4, DeepSeek-R1": (
+        "phi3",
+        "phi3_5",
+        "Phi-4",
+        "Phi-4-mini",
+        "EXAONE 3.5",
+        "Granite 3.0",
+        "Granite 3.3",
+        "OLMo 2",
+        "GLM-4",
+        "deepseek_r1_distill",
+    ),
+    "Mistral Small": ("Mistral Small",),
+    "Llama 3 to 3.3": ("llama3", "llama3_1", "llama3_2"),
+    "Llama 2, Alpaca, SOLAR with blank lines, Mistral v0.3": (
+        "llama-2-chat",
+        "alpaca",
+        "solar-plain",
+        "mistral-instruct-v0.3",
+    ),
+    "Mistral v0.1 and v0.2, Mistral Nemo": ("mistral-instruct-v0.2", "Mistral Nemo"),
+    "Mistral v0.1 and v0.2 as first published": (
+        "mistral-instruct-v0.1-2023",
+        "mistral-instruct-v0.2-2023",
+    ),
+    "Gemma 2": ("gemma",),
+    "Gemma 3": ("gemma3",),
+}
+_OTHERWISE = {"two questions": "two turns", "empty system": "otherwise", "blanks": "stripped"}
+KNOWN = [
+    FormatCase(name, family, (), jinja(name), tokens) for name, tokens, family, _ in CHECKPOINTS
+]
+
+
 def docs_table() -> dict[str, list[str]]:
-    """Rows of the table of differences in docs/modelfiles.md, by the cases that they name."""
+    """The cells of the table, by row."""
     page = (DATA.parent.parent / "docs" / "modelfiles.md").read_text(encoding="utf-8")
     table = page.partition("| format |")[2].partition("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
     return {row[0]: row[1:] for row in rows}
+
+
+def check_row(row: str) -> None:
+    cases = {case.name: case for case in (*KNOWN, *FORMATS)}
+    for case in map(cases.__getitem__, ROWS[row]):
+        family = found_in(case).family
+        shown = dict(zip(EDGES, rendered(case.template, case.tokens).edges, strict=True))
+        differs = edge_differences(family.template, family.system, list(shown.values()))
+        cells = [
+            "same" if name not in differs else "refused" if shown[name] is None else otherwise
+            for name, otherwise in _OTHERWISE.items()
+        ]
+        assert docs_table()[row] == cells, case.name
+
+
+def test_the_page_says_where_each_format_differs() -> None:
+    check_each(check_row, ROWS)
+    assert set(docs_table()) == set(ROWS)
+
+
+def check_empty(case: FormatCase) -> None:
+    """An empty system message is written as the checkpoint's own template writes it."""
+    text = render_jinja(case.template, talk("Hi", system=""), case.tokens)
+    template = found_in(case).family.template
+    assert text is None or render_conversation(template, talk("Hi", system="")) == text
+
+
+def test_an_empty_system_message_of_known_families() -> None:
+    check_each(check_empty, KNOWN)
+    mended = [c.name for c in KNOWN if found_in(c).family.template != match(c).template]
+    assert "mistral-instruct-v0.2" in mended
+
+
+def match(case: FormatCase):
+    """The family alone, its template as it stands in the folder."""
+    return identify(case.template, case.tokens)

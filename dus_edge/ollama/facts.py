@@ -6,7 +6,6 @@ import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gguf import TokenType
 
@@ -79,8 +78,8 @@ def gguf_facts(path: Path) -> ModelFacts:
         value = values.get(key)
         return value if isinstance(value, str) else None
 
-    tokens, types = (_list(values, f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
-    ids = {}
+    tokens = values.get("tokenizer.ggml.tokens")
+    tokens, ids = tokens if isinstance(tokens, list) else [], {}
     for kind in ("bos", *_END_KINDS):
         token_id = values.get(f"tokenizer.ggml.{kind}_token_id")
         if type(token_id) is int and 0 <= token_id < len(tokens):
@@ -91,7 +90,7 @@ def gguf_facts(path: Path) -> ModelFacts:
         licence=text("general.license"),
         chat_template=text("tokenizer.chat_template"),
         special_tokens={f"{k}_token": tokens[i] for k, i in ids.items() if k in ("bos", "eos")},
-        ends=_ends(tokens, types, ids),
+        ends=_ends(tokens, None, ids),
         ours=any(key.startswith("dus.") for key in values),
     )
 
@@ -99,19 +98,19 @@ def gguf_facts(path: Path) -> ModelFacts:
 _END_KINDS = ("eos", "eot", "eom")
 
 
-def _ends(tokens: Sequence[str], types: Sequence[Any], ids: Mapping[str, int]) -> tuple[str, ...]:
-    """Texts of the tokens that end a turn or a text: those named so, and those that llama.cpp
-    knows by their text."""
+def _ends(
+    tokens: Sequence[str], types: Sequence[int] | None, ids: Mapping[str, int]
+) -> tuple[str, ...]:
+    """Texts of the tokens that end a turn or a text: those named so, and control tokens that
+    llama.cpp knows by their text. Without types, any but ``</s>``, which may be ordinary text."""
     named = [tokens[ids[kind]] for kind in _END_KINDS if kind in ids]
     known = end_texts()
-    listed = zip(tokens, types, strict=False)
-    found = [text for text, kind in listed if kind == TokenType.CONTROL and text in known]
+    if types is None:
+        found = [text for text in tokens if text in known and text != "</s>"]
+    else:
+        listed = zip(tokens, types, strict=True)
+        found = [text for text, kind in listed if kind == TokenType.CONTROL and text in known]
     return tuple(dict.fromkeys((*named, *found)))
-
-
-def _list(values: Mapping[str, Any], key: str) -> list:
-    found = values.get(key)
-    return found if isinstance(found, list) else []
 
 
 def render_facts(facts: ModelFacts, from_path: str, num_ctx: int | None = None) -> str:

@@ -57,7 +57,7 @@ def _unknown(found: ChatFormat) -> str:
 
 def _taken(near: NearTemplate) -> str:
     if near.edits == 0:
-        return f"Ollama takes its own {near.name}, which it knows this template's text for"
+        return f"Ollama takes its own {near.name}, which it has for this very template"
     return (
         f"Ollama {'takes' if near.sure else 'may take'} its own {near.name}, since the two"
         f" templates' texts are near (about {near.edits} edits; fewer than {FAR} count)"
