@@ -25,8 +25,7 @@ EDGES: Mapping[str, tuple[Message, ...]] = {
 #: What is said of each, where the checkpoint's own template refuses it, and where it renders else.
 _SAID = {
     "system": (
-        "it refuses system messages; here they precede the first question, or the last one in"
-        " formats that have it so.",
+        "it refuses system messages; here they precede the first question.",
         "system messages stand elsewhere.",
     ),
     "two questions": (
