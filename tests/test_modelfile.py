@@ -24,6 +24,7 @@ from dus_edge.ollama.modelfile import (
     licence_text,
     render_modelfile,
 )
+from dus_edge.ollama.recognise import ChatFormat
 from dus_edge.ollama.tracked import tracked_modelfiles
 from dus_edge.quant.recipe import PRESETS
 
@@ -313,12 +314,15 @@ def model(**changes):
     given = {
         "from_path": "m.gguf",
         "context_length": 32768,
-        "family": None,
-        "chat_template_present": False,
+        "chat_format": None,
         "licence": "apache-2.0",
         "title": "A model",
     }
     return for_model(**{**given, **changes})
+
+
+def chat_format(family, stops):
+    return ChatFormat(family, family is not None, stops, None, (), (), False)
 
 
 def values(spec, name):
@@ -333,7 +337,7 @@ def test_a_base_model_states_its_template_and_its_stop():
 
 @pytest.mark.parametrize("family", chat.families(), ids=lambda family: family.name)
 def test_every_family_can_be_written(family):
-    spec = model(family=replace(family, system="Be kind."), chat_template_present=True)
+    spec = model(chat_format=chat_format(replace(family, system="Be kind."), family.stops))
     text = render_modelfile(spec)
     assert ("template", None, family.template) in parsed(text)
     assert ("system", None, "Be kind.") in parsed(text)
@@ -342,9 +346,14 @@ def test_every_family_can_be_written(family):
 
 
 def test_an_unknown_chat_template_is_left_to_ollama_and_said_so():
-    spec = model(chat_template_present=True)
-    assert spec.template is None and not values(spec, "stop")
+    spec = model(chat_format=chat_format(None, ("</s>",)))
+    assert spec.template is None and values(spec, "stop") == ["</s>"]
     assert "# Chat format: unknown." in render_modelfile(spec)
+
+
+def test_a_stop_that_a_modelfile_cannot_carry_is_left_out():
+    spec = model(chat_format=chat_format(None, ("</s>", "<\u200b>")))
+    assert values(spec, "stop") == ["</s>"]
 
 
 def test_num_ctx_is_the_models_up_to_a_cap():

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from dus_edge.errors import UnsupportedError
 from dus_edge.export.vocab.vocab import read_vocab
 
-from .vocab_cases import LLAMA3, added, fallback, tiny, write_folder
+from .vocab_cases import LLAMA3, LlamaVocab, added, fallback, tiny, write_folder, write_gguf
 
 
 def split(pattern: dict[str, str], behavior: str, invert: bool) -> dict[str, Any]:
@@ -121,3 +122,34 @@ def test_merges_may_be_strings_or_pairs(tmp_path: Path) -> None:
 def test_tokens_that_swallow_spaces_carry_a_note(tmp_path: Path) -> None:
     write_folder(tmp_path, tokenizer=tiny(added_tokens=[added(256, "<s>") | {"rstrip": True}]))
     assert any("'<s>' swallow spaces" in note for note in read_vocab(tmp_path, 257).notes)
+
+
+def test_an_ordinary_token_that_llama_cpp_takes_for_an_end(tmp_path: Path) -> None:
+    """As in Qwen 3: the source forms it by merges, if at all; llama.cpp knows it by its text."""
+    base = tiny()["model"]
+    vocab = base["vocab"] | {"</": 256, "</s": 257, "</s>": 258}
+    merges = [*base["merges"], ["<", "/"], ["</", "s"], ["</s", ">"]]
+    model = {"vocab": vocab, "merges": merges}
+    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    tokenizer = tiny(model=model, pre_tokenizer=by_bytes | {"trim_offsets": False})
+    write_folder(tmp_path, tokenizer=tokenizer)
+    source = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    found = read_vocab(tmp_path, 259)
+    (note,) = [note for note in found.notes if "</s>" in note]
+    assert "ends" in note
+    write_gguf(found, tmp_path / "vocab.gguf")
+    llama = LlamaVocab(tmp_path / "vocab.gguf")
+    try:
+        text = "x</s>y"
+        theirs = llama.encode(text, add_special=False, parse_special=True)
+        assert theirs == [vocab["x"], 258, vocab["y"]]
+        assert source.encode(text, add_special_tokens=False).ids != theirs
+    finally:
+        llama.free()
+
+
+def test_end_tokens_that_are_special_are_no_difference(tmp_path: Path) -> None:
+    model = {"vocab": tiny()["model"]["vocab"]}
+    tokenizer = tiny(model=model, added_tokens=[added(256, "</s>")])
+    write_folder(tmp_path, tokenizer=tokenizer)
+    assert not any("</s>" in note for note in read_vocab(tmp_path, 257).notes)

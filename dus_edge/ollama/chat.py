@@ -11,8 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import resources
+from itertools import islice
 
+from dus_edge.ollama.edges import EDGES
 from dus_edge.ollama.gotemplate import Message, render_conversation
+from dus_edge.ollama.turns import TURN_PROBES
 from dus_edge.text.jinja import render_apart
 
 
@@ -90,38 +93,81 @@ def identify(jinja_template: str | None, special_tokens: Mapping[str, str]) -> C
     renders. A system message of its own is found and kept in `ChatFamily.system`. A template that
     takes more time or memory than any that is meant is not known.
     """
+    texts = rendered(jinja_template, special_tokens)
+    match = texts and match_family(texts, special_tokens)
+    return match[0] if match else None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What a chat template makes of conversations; None where it refuses one.
+
+    Attributes:
+        plain: of those without a system message.
+        told: of those with one.
+        turns: of `TURN_PROBES`.
+        edges: of `EDGES`, in their order.
+    """
+
+    plain: tuple[str | None, ...]
+    told: tuple[str | None, ...]
+    turns: tuple[str | None, ...]
+    edges: tuple[str | None, ...]
+
+
+def rendered(jinja_template: str | None, special_tokens: Mapping[str, str]) -> Rendered | None:
+    """The texts of a checkpoint's chat template; None if it has none that runs."""
     if not jinja_template:
         return None
-    return _identified(jinja_template, tuple(sorted(special_tokens.items())))
+    return _rendered(jinja_template, tuple(sorted(special_tokens.items())))
 
 
 @lru_cache(maxsize=8)
-def _identified(jinja_template: str, tokens: tuple[tuple[str, str], ...]) -> ChatFamily | None:
+def _rendered(jinja_template: str, tokens: tuple[tuple[str, str], ...]) -> Rendered | None:
     """The same; kept, for a process is started for it and several files may have one template."""
-    special_tokens = dict(tokens)
-    texts = render_apart(jinja_template, (*_WITHOUT_SYSTEM, *_WITH_SYSTEM), special_tokens)
+    groups = (_WITHOUT_SYSTEM, _WITH_SYSTEM, TURN_PROBES, tuple(EDGES.values()))
+    texts = render_apart(jinja_template, [talk for talks in groups for talk in talks], dict(tokens))
     if texts is None:
         return None
-    plain, told = texts[: len(_WITHOUT_SYSTEM)], texts[len(_WITHOUT_SYSTEM) :]
-    if None in plain:
-        return None
-    if found := _family_of(plain, told, special_tokens):
-        return found
+    rest = iter(texts)
+    return Rendered(*(tuple(islice(rest, len(talks))) for talks in groups))
+
+
+def without_begin(texts: Rendered, special_tokens: Mapping[str, str]) -> Rendered | None:
+    """The texts without the begin-of-text token at their front; None if one has none there."""
     begin = special_tokens.get("bos_token")
-    if begin and all(text.startswith(begin) for text in (*plain, *told) if text is not None):
-        # The template spells the token out, as text that the tokenizer reads as the token.
-        plain, told = (
-            [None if text is None else text.removeprefix(begin) for text in texts]
-            for texts in (plain, told)
+    every = (*texts.plain, *texts.told, *texts.turns, *texts.edges)
+    if not begin or not all(text.startswith(begin) for text in every if text is not None):
+        return None
+    return Rendered(
+        *(
+            tuple(None if text is None else text.removeprefix(begin) for text in group)
+            for group in (texts.plain, texts.told, texts.turns, texts.edges)
         )
-        return _family_of(plain, told, special_tokens)
+    )
+
+
+def match_family(
+    texts: Rendered, special_tokens: Mapping[str, str]
+) -> tuple[ChatFamily, Rendered] | None:
+    """The family that renders as a template does; and the texts without a begin-of-text token
+    that the template spells out, as text that the tokenizer reads as the token."""
+    if None in texts.plain:
+        return None
+    for shown in (texts, without_begin(texts, special_tokens)):
+        if shown and (found := _family_of(shown, special_tokens)):
+            return found, shown
     return None
 
 
-def _family_of(
-    plain: list[str | None], told: list[str | None], special_tokens: Mapping[str, str]
-) -> ChatFamily | None:
+def renders_alike(known: ChatFamily, texts: Rendered) -> bool:
+    """Whether a family renders the probes as a template does, without a default system message."""
+    return _agrees(known, _WITHOUT_SYSTEM, texts.plain) and _agrees(known, _WITH_SYSTEM, texts.told)
+
+
+def _family_of(texts: Rendered, special_tokens: Mapping[str, str]) -> ChatFamily | None:
     """The family that renders the probes, without and with a system message, to these texts."""
+    plain, told = texts.plain, texts.told
     for known in families():
         candidate = _with_tokens(known, special_tokens)
         if not _agrees(candidate, _WITH_SYSTEM, told):
@@ -149,7 +195,9 @@ def _with_tokens(known: ChatFamily, special_tokens: Mapping[str, str]) -> ChatFa
     return replace(known, template=put(known.template), stops=tuple(map(put, known.stops)))
 
 
-def _agrees(known: ChatFamily, talks: Sequence[Sequence[Message]], texts: list[str | None]) -> bool:
+def _agrees(
+    known: ChatFamily, talks: Sequence[Sequence[Message]], texts: Sequence[str | None]
+) -> bool:
     """Whether the Go template gives these texts, leaving out those that Jinja refused."""
     return all(
         text is None or render_conversation(known.template, talk) == text

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf import TokenType
+
 from dus_edge.checkpoint.gguf_header import read_header
 from dus_edge.errors import CheckpointError
+from dus_edge.export.vocab.special import end_texts
 from dus_edge.export.vocab.vocab import Vocab
-from dus_edge.ollama import chat
 from dus_edge.ollama.modelfile import NUM_CTX_CAP, for_model, render_modelfile
+from dus_edge.ollama.recognise import recognise_format
 from dus_edge.upscale.model import Model
 
 
@@ -25,6 +28,7 @@ class ModelFacts:
         licence: identifier or None.
         chat_template: Jinja text or None.
         special_tokens: texts by role: ``bos_token``, ``eos_token``, …
+        ends: texts of the tokens that end a turn or a text.
         ours: whether this program made the GGUF file.
     """
 
@@ -33,6 +37,7 @@ class ModelFacts:
     licence: str | None
     chat_template: str | None
     special_tokens: Mapping[str, str]
+    ends: tuple[str, ...]
     ours: bool
 
 
@@ -46,6 +51,7 @@ def model_facts(model: Model, vocab: Vocab, *, ours: bool) -> ModelFacts:
         licence=model.source.licence,
         chat_template=vocab.chat_template,
         special_tokens={f"{kind}_token": vocab.tokens[i] for kind, i in vocab.special_ids.items()},
+        ends=_ends(vocab.tokens, vocab.token_types, vocab.special_ids),
         ours=ours,
     )
 
@@ -72,29 +78,50 @@ def gguf_facts(path: Path) -> ModelFacts:
         value = values.get(key)
         return value if isinstance(value, str) else None
 
-    special, tokens = {}, values.get("tokenizer.ggml.tokens")
-    for kind in ("bos", "eos"):
+    tokens = values.get("tokenizer.ggml.tokens")
+    tokens, ids = tokens if isinstance(tokens, list) else [], {}
+    for kind in ("bos", *_END_KINDS):
         token_id = values.get(f"tokenizer.ggml.{kind}_token_id")
-        known = isinstance(tokens, list) and type(token_id) is int
-        if known and 0 <= token_id < len(tokens):
-            special[f"{kind}_token"] = tokens[token_id]
+        if type(token_id) is int and 0 <= token_id < len(tokens):
+            ids[kind] = token_id
     return ModelFacts(
         title=text("general.name") or path.stem,
         context_length=context_length,
         licence=text("general.license"),
         chat_template=text("tokenizer.chat_template"),
-        special_tokens=special,
+        special_tokens={f"{k}_token": tokens[i] for k, i in ids.items() if k in ("bos", "eos")},
+        ends=_ends(tokens, None, ids),
         ours=any(key.startswith("dus.") for key in values),
     )
 
 
+_END_KINDS = ("eos", "eot", "eom")
+
+
+def _ends(
+    tokens: Sequence[str], types: Sequence[int] | None, ids: Mapping[str, int]
+) -> tuple[str, ...]:
+    """Texts of the tokens that end a turn or a text: those named so, and control tokens that
+    llama.cpp knows by their text. Without types, any but ``</s>``, which may be ordinary text."""
+    named = [tokens[ids[kind]] for kind in _END_KINDS if kind in ids]
+    known = end_texts()
+    if types is None:
+        found = [text for text in tokens if text in known and text != "</s>"]
+    else:
+        listed = zip(tokens, types, strict=True)
+        found = [text for text, kind in listed if kind == TokenType.CONTROL and text in known]
+    return tuple(dict.fromkeys((*named, *found)))
+
+
 def render_facts(facts: ModelFacts, from_path: str, num_ctx: int | None = None) -> str:
     """A Modelfile's text."""
+    found = None
+    if facts.chat_template is not None:
+        found = recognise_format(facts.chat_template, facts.special_tokens, facts.ends)
     spec = for_model(
         from_path=from_path,
         context_length=facts.context_length,
-        family=chat.identify(facts.chat_template, facts.special_tokens),
-        chat_template_present=facts.chat_template is not None,
+        chat_format=found,
         licence=facts.licence,
         title=f"{facts.title}, made by dus-edge." if facts.ours else f"{facts.title}.",
         num_ctx_cap=num_ctx or NUM_CTX_CAP,

@@ -6,8 +6,8 @@ space, a line that ends in three quotes) is refused and never changed in silence
 
 A Modelfile here states its TEMPLATE and its stops, also for a base model: where TEMPLATE is
 absent, Ollama takes the nearest of its own templates, and that one's stops, by edit distance
-to the GGUF's (`template/template.go`, source of 2026-08-21). The one exception is a chat
-template that we do not know: that is said in a comment and left to Ollama.
+to the GGUF's (`autodetect`). The exceptions are chat templates that no Go template renders like,
+and dated ones that Ollama runs itself: that is said in a comment, and their stops are given.
 """
 
 import tomllib
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from dus_edge.ollama import chat
 from dus_edge.ollama.grammar import Command, ModelfileError, Value, parse_modelfile
+from dus_edge.ollama.recognise import ChatFormat
+from dus_edge.ollama.remarks import format_remarks
 from dus_edge.words import wrap
 
 # A token of context costs 2 (K, V) x layers x KV heads x head size x 2 bytes of KV cache: for
@@ -113,18 +115,15 @@ def instruct_spec(
 ) -> ModelfileSpec:
     """The Modelfile of a model tuned on a known chat format; `num_ctx` None leaves it to Ollama."""
     notes = (family.notes,) if family.notes else ()
-    return ModelfileSpec(
+    said = (f"Chat format: {family.title} ({family.source}).", *notes)
+    return _chat_spec(
         from_path=from_path,
         template=family.template,
         system=family.system,
-        parameters=(*_context(num_ctx), *(("stop", stop) for stop in family.stops)),
-        licence=licence_text(licence),
-        comment=(
-            title,
-            f"Chat format: {family.title} ({family.source}).",
-            *notes,
-            *comment,
-        ),
+        stops=family.stops,
+        num_ctx=num_ctx,
+        licence=licence,
+        comment=(title, *said, *comment),
     )
 
 
@@ -132,8 +131,7 @@ def for_model(
     *,
     from_path: str,
     context_length: int,
-    family: chat.ChatFamily | None,
-    chat_template_present: bool,
+    chat_format: ChatFormat | None,
     licence: str | None,
     title: str,
     comment: tuple[str, ...] = (),
@@ -142,24 +140,15 @@ def for_model(
 ) -> ModelfileSpec:
     """The Modelfile of one exported model.
 
-    `family` is what `chat.identify` found. With none, a checkpoint that has a chat template
-    gets no TEMPLATE and no stops, and one that has none is taken for a base model.
+    `chat_format` is what `recognise_format` found; None for a checkpoint without a chat template,
+    which is taken for a base model. A format without a family gets its stops and no TEMPLATE.
     `num_ctx` is the model's context length, at most `num_ctx_cap`.
     """
     num_ctx = min(context_length, num_ctx_cap)
     comment = (*comment, _num_ctx_comment(num_ctx, context_length))
     if licence_text(licence) is None:
         comment = (*comment, "Licence: unknown. The checkpoint names none, so LICENSE is left out.")
-    if family is not None:
-        return instruct_spec(
-            from_path=from_path,
-            family=family,
-            num_ctx=num_ctx,
-            licence=licence,
-            title=title,
-            comment=comment,
-        )
-    if not chat_template_present:
+    if chat_format is None:
         return completion_spec(
             from_path=from_path,
             num_ctx=num_ctx,
@@ -168,18 +157,35 @@ def for_model(
             comment=comment,
             eos_token=eos_token,
         )
-    unknown = (
-        "Chat format: unknown. The checkpoint's chat template renders like none that dus-edge has"
-        " a Go template for, so none is given here: Ollama runs the one in the GGUF, or, if its"
-        " text is near to one of Ollama's own, that one. `ollama show --template` tells which."
+    family = None if chat_format.left else chat_format.family
+    return _chat_spec(
+        from_path=from_path,
+        template=family.template if family else None,
+        system=family.system if family else None,
+        stops=tuple(stop for stop in chat_format.stops if _reads_as(f'"{stop}"', stop)),
+        num_ctx=num_ctx,
+        licence=licence,
+        comment=(title, *format_remarks(chat_format), *comment),
     )
+
+
+def _chat_spec(
+    *,
+    from_path: str,
+    template: str | None,
+    system: str | None,
+    stops: tuple[str, ...],
+    num_ctx: int | None,
+    licence: str | None,
+    comment: tuple[str, ...],
+) -> ModelfileSpec:
     return ModelfileSpec(
         from_path=from_path,
-        template=None,
-        system=None,
-        parameters=(("num_ctx", num_ctx),),
+        template=template,
+        system=system,
+        parameters=(*_context(num_ctx), *(("stop", stop) for stop in stops)),
         licence=licence_text(licence),
-        comment=(title, unknown, *comment),
+        comment=comment,
     )
 
 

@@ -20,6 +20,8 @@ _Message = Mapping[str, Any]
 # Templates that ask for today's date get the day that Llama 3.1's falls back to, so that a
 # template gives the same text on every day.
 _TODAY = datetime(2024, 7, 26)
+#: Another day, to see whether a template writes the date.
+_OTHER_DAY = datetime(2001, 1, 1)
 #: Stands for the begin-of-text token while a template runs: the token's own text may also be
 #: what a format begins with (SmolLM2's is `<|im_start|>`), and only the token is left out.
 _BEGIN = "\ue000begin\ue000"
@@ -88,8 +90,16 @@ def render_apart(
     jinja_template: str,
     talks: Sequence[Sequence[_Message]],
     special_tokens: Mapping[str, str],
+    *,
+    other_day: bool = False,
 ) -> list[str | None] | None:
     """What `render_jinja` gives for each conversation, computed in a process of its own.
+
+    Args:
+        jinja_template: a checkpoint's.
+        talks: conversations.
+        special_tokens: texts by role: ``bos_token``, ``eos_token``, …
+        other_day: whether it is another day than the fixed one.
 
     Returns:
         the texts; None if the template takes more than it may.
@@ -98,6 +108,7 @@ def render_apart(
         "template": jinja_template,
         "talks": [[dict(message) for message in talk] for talk in talks],
         "tokens": dict(special_tokens),
+        "other_day": other_day,
     }
     return _run_apart("render_task", task)
 
@@ -128,7 +139,12 @@ def render_task() -> None:
     """The child: a task on standard input, texts on standard output."""
     _hold_short()
     task = json.load(sys.stdin)
-    texts = [render_jinja(task["template"], talk, task["tokens"]) for talk in task["talks"]]
+    tokens = task["tokens"]
+    if task["other_day"]:
+        # llama.cpp gives Llama 3.1's template the day by this name.
+        tokens |= {"date_string": _OTHER_DAY.strftime("%d %b %Y")}
+        _environment().globals["strftime_now"] = _OTHER_DAY.strftime
+    texts = [render_jinja(task["template"], talk, tokens) for talk in task["talks"]]
     if sum(len(text) for text in texts if text) > TEXT_BYTES:
         sys.exit(1)
     json.dump(texts, sys.stdout)

@@ -8,10 +8,15 @@ plainly named elsewhere; three more sources follow here, which never change an i
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
+
+from gguf import TokenType
 
 from dus_edge.errors import CheckpointError
 from dus_edge.export.vocab.files import TokenizerFiles, token_text
@@ -76,6 +81,26 @@ def special_tokens(files: TokenizerFiles, ids_by_text: Mapping[str, int], n: int
             generation_id = next(iter(generation_id), None)
         _set(special, kind, generation_id, n, "generation_config.json")
     return special
+
+
+@cache
+def end_texts() -> frozenset[str]:
+    """Texts by which llama.cpp knows tokens that end a turn or a text (`data/end_tokens.toml`)."""
+    text = (package_files("dus_edge") / "data" / "end_tokens.toml").read_text(encoding="utf-8")
+    return frozenset(tomllib.loads(text)["texts"])
+
+
+def end_notes(tokens: Sequence[str], types: Sequence[int]) -> list[str]:
+    """One sentence where ordinary tokens have such a text, as ``</s>`` of Qwen 3 is one."""
+    listed = zip(tokens, types, strict=True)
+    plain = [text for text, kind in listed if kind == TokenType.NORMAL and text in end_texts()]
+    if not plain:
+        return []
+    return [
+        f"the ordinary token {plain[0]!r} is one that ends text for llama.cpp, which knows it by "
+        "its text: in a prompt it becomes that one token, and where the model writes it the answer "
+        "ends."
+    ]
 
 
 def has_template(tokenizer: Mapping[str, Any] | None) -> bool:

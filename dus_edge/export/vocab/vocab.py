@@ -230,7 +230,7 @@ def _finish(
         flags=flags,
         chat_template=template,
         chat_templates=named,
-        notes=tuple(notes + special.notes),
+        notes=(*notes, *vocab_special.end_notes(table.tokens, table.types), *special.notes),
     )
 
 
