@@ -12,9 +12,14 @@ from dus_edge.predict.speed.device import device_speed
 from dus_edge.predict.speed.predict import PredictedSpeed, predict
 from dus_edge.predict.speed.work import work_of
 from dus_edge.predict.stored_model import RunSettings, StoredModel, kv_types
+from dus_edge.words import whole_number
 
 #: Context that fit is judged at unless asked otherwise; or the model's own, if that is shorter.
 CONTEXT = 4096
+#: Slots of llama-server unless `-np` says otherwise; they share one context. Ollama asks for one.
+LLAMA_SERVER_SLOTS = 4
+#: What `--outputs` takes for all tokens of a ubatch.
+ALL_OUTPUTS = "all"
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Prediction:
             the device's speed is unknown.
         best_preset: the largest preset that fits whole; None where none does, or for a file.
         why_no_speed: one sentence, where `speed` is None.
+        parallel: sequences of that context that memory was judged for; speed is of one alone.
     """
 
     name: str
@@ -37,6 +43,7 @@ class Prediction:
     speed: PredictedSpeed | None
     best_preset: str | None
     why_no_speed: str | None = None
+    parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,21 @@ def memory_settings(
     kv_type: str = "f16",
     flash_attn: bool = True,
     era: str = "2025+",
+    parallel: int | None = None,
+    outputs: str | int | None = None,
 ) -> RunSettings:
-    """How a model is run; the context is by default 4,096 or the model's own if that is shorter."""
+    """How a model is run; the context is by default 4,096 or the model's own if that is shorter.
+
+    Args:
+        model: its own context is looked at.
+        context: tokens that each sequence has.
+        parallel: sequences at once, each with its own context; none given: one.
+        outputs: tokens whose logits are kept, or `ALL_OUTPUTS`; none given: one for each of
+            `parallel`, and where that is not given either, for each of llama-server's own slots.
+
+    Raises:
+        UsageError: a number or type that cannot be.
+    """
     type_k, type_v = kv_types(kv_type, flash_attn)
     return RunSettings(
         context=min(CONTEXT, model.context_length) if context is None else context,
@@ -72,7 +92,20 @@ def memory_settings(
         type_v=type_v,
         flash_attn=flash_attn,
         era=era,
+        n_parallel=1 if parallel is None else parallel,
+        n_outputs=_n_outputs(outputs, parallel),
     )
+
+
+def _n_outputs(outputs: str | int | None, parallel: int | None) -> int | None:
+    if outputs is None:
+        return LLAMA_SERVER_SLOTS if parallel is None else parallel
+    if outputs == ALL_OUTPUTS:
+        return None
+    number = whole_number(str(outputs))
+    if number is None:
+        raise UsageError(f"--outputs is {outputs!r}; a number or {ALL_OUTPUTS} is needed.")
+    return number
 
 
 def predict_on(
@@ -125,7 +158,7 @@ def predict_on(
             )
         except UsageError as e:
             why = str(e)
-    return Prediction(model.name, verdict, settings.context, speed, best, why)
+    return Prediction(model.name, verdict, settings.context, speed, best, why, settings.n_parallel)
 
 
 def where_it_runs(
