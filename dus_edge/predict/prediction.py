@@ -8,6 +8,8 @@ from dus_edge.errors import UsageError
 from dus_edge.predict.devices import Device, find_device, recognise
 from dus_edge.predict.fit import Verdict, best_preset, devices_that_run, judge, settings_on
 from dus_edge.predict.memory.llama import check_context, context_warning
+from dus_edge.predict.processors import CPU_PREFIX, find_processor
+from dus_edge.predict.speed.cpu import host_gbps, predict_cpu
 from dus_edge.predict.speed.device import device_speed
 from dus_edge.predict.speed.predict import PredictedSpeed, predict
 from dus_edge.predict.speed.work import work_of
@@ -55,7 +57,9 @@ class StorableModel:
 
 
 def choose_device(name: str) -> Device:
-    """The device of an id; ``auto`` is the present machine."""
+    """The device of an id, a processor alone by its spelling; ``auto`` is the present machine."""
+    if name.strip().lower().startswith(CPU_PREFIX):
+        return find_processor(name)
     return recognise() if name == "auto" else find_device(name)
 
 
@@ -117,6 +121,7 @@ def predict_on(
     n_prompt: int = 512,
     platform: str | None = None,
     memory_gb: float | None = None,
+    host: Device | None = None,
 ) -> Prediction:
     """Memory and speed of a model on one device.
 
@@ -128,6 +133,7 @@ def predict_on(
         n_prompt: tokens of the prompt.
         platform: rule of usable memory; None means the usual one of the device.
         memory_gb: which of its memory sizes; None means the smallest.
+        host: processor that runs what does not fit, see `find_processor`; None means a usual one.
 
     Raises:
         UsageError: a context or depth that cannot be, a size that the device is not made with.
@@ -146,19 +152,36 @@ def predict_on(
     elif not verdict.offloaded_layers:
         why = "no layer fits on the device."
     else:
+        layers = None if verdict.fits else verdict.offloaded_layers
         try:
-            speed = predict(
-                device_speed(device),
-                work_of(model, settings),
-                depth=depth,
-                n_prompt=n_prompt,
-                era=settings.era,
-                flash_attn=settings.flash_attn,
-                offloaded_layers=None if verdict.fits else verdict.offloaded_layers,
-            )
+            speed = _speed(model, device, settings, depth, n_prompt, layers, host)
         except UsageError as e:
             why = str(e)
     return Prediction(model.name, verdict, settings.context, speed, best, why, settings.n_parallel)
+
+
+def _speed(
+    model: StoredModel,
+    device: Device,
+    settings: RunSettings,
+    depth: int,
+    n_prompt: int,
+    offloaded_layers: int | None,
+    host: Device | None,
+) -> PredictedSpeed:
+    work = work_of(model, settings)
+    if device.backend == "CPU" and model.torch is None:
+        return predict_cpu(device, work, depth=depth, n_prompt=n_prompt)
+    return predict(
+        device_speed(device),
+        work,
+        depth=depth,
+        n_prompt=n_prompt,
+        era=settings.era,
+        flash_attn=settings.flash_attn,
+        offloaded_layers=offloaded_layers,
+        host_gbps=host_gbps(host) if host else None,
+    )
 
 
 def where_it_runs(

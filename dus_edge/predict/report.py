@@ -209,7 +209,7 @@ def _notes(v: Verdict) -> list[str]:
     """What is to be known of a context beyond the model's, and of what transformers runs."""
     beyond = ["", _note(f"Warning: {v.context_warning}")] if v.context_warning else []
     if v.runtime == "llama.cpp":
-        return beyond
+        return [*beyond, *(["", _note(v.note)] if v.note else [])]
     compute = (
         "Compute is the peak while a prompt of the whole context is read at once; what "
         "torch's allocator keeps in reserve is not in it."

@@ -262,6 +262,8 @@ def usable_bytes(
     """
     if device.usable_mib is not None:
         return int(device.usable_mib * MIB)
+    if device.backend == "CPU":  # what the system takes of it is not known
+        return int(device.memory(memory_gb) * 1024 * MIB)
     platform = platform or usual_platform(device)
     if platform not in PLATFORMS:
         raise UsageError(f"There is no platform {platform!r}; known are {', '.join(PLATFORMS)}.")

@@ -127,6 +127,7 @@ def predict(
     era: str = ERAS[-1],
     flash_attn: bool = False,
     offloaded_layers: int | None = None,
+    host_gbps: float | None = None,
     kernel: str | None = None,
 ) -> PredictedSpeed:
     """Speed of a model on a device; of a GPTQ model only that of generation.
@@ -142,6 +143,7 @@ def predict(
         offloaded_layers: layers on the device (llama.cpp's ``-ngl``, where the output matrix counts
             as one more); none: all. The others run on the CPU, and for a prompt their weights
             cross the bus. Those two rates come from few runs and depend on the host.
+        host_gbps: rate at which the CPU reads weights; None: that of the published run.
         kernel: that runs a GPTQ model, one of `dus_edge.predict.speed.gptq.KERNELS`; none: the
             first, ExLlamaV2. `era` and `flash_attn` are llama.cpp's and change nothing of it.
 
@@ -173,7 +175,7 @@ def predict(
     if outside:
         moved = outside * (work.weight_bytes + depth * work.kv_bytes_per_token)
         # The CPU has no more bandwidth than the memory it shares with the device.
-        host = offload.host_gbps
+        host = host_gbps or offload.host_gbps
         if device.backend == "metal":
             host = min(host, device.bandwidth_gbps)
         tg_s = (1 - outside) * tg_s + max(moved / (host * 1e9), outside * tg_s)
