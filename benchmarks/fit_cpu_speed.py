@@ -23,7 +23,7 @@ from fit_speed import work_of
 from dus_edge import data
 from dus_edge.families.shape import Shape
 from dus_edge.files import write_text
-from dus_edge.predict.devices import memory_gbps
+from dus_edge.predict.processors import memory_gbps
 from dus_edge.predict.speed.cpu import prompt_operations, token_seconds
 from dus_edge.predict.speed.work import Work
 from dus_edge.words import markdown_table

@@ -102,16 +102,19 @@ class Logged:
     def mib(self, what):
         return sum(map(float, re.findall(rf"{what} size =\s*([\d.]+) MiB", "".join(self.lines))))
 
-    def check(self, settings: RunSettings, **fields):
-        """The cache and the compute buffer of a context are what is predicted of these settings."""
+    def check(self, settings: RunSettings, slots: int = 1):
+        """The cache and the compute buffer of a context are what is predicted of these settings.
+
+        With more `slots` that many sequences share the context, each with a row of logits.
+        """
         c = self.lib.llama_context_default_params()
         c.n_ctx = settings.context * settings.n_parallel
         c.n_batch, c.n_ubatch, c.n_threads = settings.batch, settings.ubatch, 1
         c.type_k, c.type_v = (LLAMA_TYPES[x] for x in (settings.type_k, settings.type_v))
         c.flash_attn_type = int(settings.flash_attn)
         c.n_seq_max, c.n_outputs_max = settings.n_parallel, settings.n_outputs or 0
-        for key, value in fields.items():
-            setattr(c, key, value)
+        if slots > 1:
+            c.n_seq_max, c.kv_unified = slots, True
         self.lines.clear()
         made = self.lib.llama_init_from_model(self.loaded, c)
         assert made
@@ -120,7 +123,8 @@ class Logged:
         assert use.kv_cache_bytes / MIB == pytest.approx(self.mib("KV buffer"), abs=6e-3)
         compute = self.mib("compute buffer") + self.mib("output buffer")
         assert compute > 0
-        assert use.compute_buffer_bytes / MIB == pytest.approx(compute, abs=0.02)
+        rows = (slots - 1) * self.model.vocab_size * 4 / MIB
+        assert use.compute_buffer_bytes / MIB + rows == pytest.approx(compute, abs=0.02)
 
 
 LLAMA_TYPES = {"f16": 1, "q8_0": 8}
@@ -158,7 +162,7 @@ def test_outputs_and_sequences_take_what_llama_cpp_says(pico_gguf, llama):
 
     check_each(check, (None, 1, 2), (1, 3, 4), (300, 1024), LLAMA_TYPES, (False, True))
     # llama-server's default: four slots that share one context.
-    logged.check(RunSettings(context=2048, n_outputs=4), n_seq_max=4, kv_unified=True)
+    logged.check(RunSettings(context=2048, n_outputs=4), slots=4)
     llama[0].llama_model_free(logged.loaded)
 
 
