@@ -16,6 +16,7 @@ import ctypes
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,15 @@ from common import RESULTS, append, machine, read_published
 
 from dus_edge.checkpoint.config import parse_config
 from dus_edge.predict.memory import llama as memory
-from dus_edge.predict.stored_model import BACKENDS, MIB, RunSettings, StoredModel, kv_types
-from dus_edge.quant.recipe import find_preset
+from dus_edge.predict.stored_model import (
+    BACKENDS,
+    MIB,
+    RunSettings,
+    StoredModel,
+    TensorSize,
+    kv_types,
+)
+from dus_edge.quant.recipe import ModelShape, Preset, find_preset, tensor_type
 from dus_edge.words import markdown_table
 
 LIMIT = 0.03
@@ -32,8 +40,12 @@ LIMIT = 0.03
 #: By row number of `published/memory.json`: what its notes say of the run beyond its fields.
 SPECIAL: Mapping[int, Mapping[str, Any]] = {
     86: {"n_outputs": 1, "flash_attn": True},  # logits of one token: 84.5 MiB hold no 512 x 151,936
+    102: {"n_outputs": 1, "flash_attn": True},  # Ollama's: one sequence; flash attention is "auto"
+    103: {"flash_attn": True},  # "auto"
     90: {"n_gpu_layers": 5},  # "only 5 of 33 layers offloaded"
 }
+#: Rows of models whose queries, keys and values are one matrix.
+FUSED = (86, 87)
 #: Why a row is off; by row number.
 REASONS: Mapping[int, str] = {
     8: "August 2023: the cache's buffer holds 2 MiB for ggml's own headers; the cache is 256",
@@ -41,7 +53,6 @@ REASONS: Mapping[int, str] = {
     10: "August 2023: as row 9, and the file is mapped as two buffers that share 312 MiB",
     14: "the file is mapped as two buffers that share 500 MiB",
     67: "the file is mapped as two buffers that share 205 MiB",
-    87: "not a Llama-form model: one tensor for q, k and v, which the mix treats otherwise",
 }
 CONTEXTS = (512, 2048, 4096, 16384)
 
@@ -64,6 +75,7 @@ def states_inputs(row: Mapping[str, Any]) -> bool:
 def model_of(row: Mapping[str, Any]) -> StoredModel:
     """The row's model; where its type is not stated, F16, whose weights are not compared."""
     arch = row["arch"]
+    preset = find_preset(row.get("quant", "f16"))
     config = parse_config(
         {
             "architectures": ["LlamaForCausalLM"],
@@ -74,9 +86,27 @@ def model_of(row: Mapping[str, Any]) -> StoredModel:
             "intermediate_size": arch["n_ff"],
             "vocab_size": arch["n_vocab"],
             "max_position_embeddings": max(row["n_ctx"], 2048),
+            **({"head_dim": arch["head_dim"]} if "head_dim" in arch else {}),
         }
     )
-    return memory.model_of_config(config, find_preset(row.get("quant", "f16")), row["model"])
+    model = memory.model_of_config(config, preset, row["model"])
+    return fused(model, preset) if row["row"] in FUSED else model
+
+
+def fused(model: StoredModel, preset: Preset) -> StoredModel:
+    """The same model with one matrix for queries, keys and values, of the type that the mix has."""
+    shape = ModelShape(model.n_layers, model.n_heads, model.n_kv_heads, model.tied_head)
+    kept = [x for x in model.tensors if ".attn_" not in x.name or ".attn_output." in x.name]
+    kept += [x for x in model.tensors if ".attn_norm." in x.name]
+    rows, cols = model.q_width + 2 * model.kv_width, model.hidden_size
+    for i in range(model.n_layers):
+        name = f"blk.{i}.attn_qkv"
+        kind = tensor_type(preset, f"{name}.weight", (rows, cols), shape)
+        kept.append(
+            TensorSize(f"{name}.weight", kind.name, rows, cols, rows * kind.row_bytes(cols))
+        )
+        kept.append(TensorSize(f"{name}.bias", "F32", 1, rows, rows * 4))
+    return replace(model, tensors=tuple(kept))
 
 
 def settings_of(row: Mapping[str, Any]) -> RunSettings:
@@ -122,6 +152,33 @@ def compare(row: Mapping[str, Any]) -> dict[str, Any]:
         if "kv_cache_mib" in row
         else None,
     }
+
+
+def compute_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The compute buffer of a row, MiB: published, and as predicted with ever less known of it."""
+    model, settings = model_of(row), settings_of(row)
+    parted = replace(model, tensors=tuple(x for x in model.tensors if ".attn_qkv." not in x.name))
+
+    def mib(model: StoredModel, **changes: Any) -> float:
+        made = memory.compute_buffer_bytes(model, replace(settings, **changes))
+        return round(made / MIB, 2)
+
+    return {
+        "row": row["row"],
+        "model": row["model"],
+        "published": row["compute_buffer_mib"],
+        "all_outputs": mib(parted, n_outputs=None),
+        "outputs_asked_for": mib(parted),
+        "and_fused": mib(model),
+    }
+
+
+def print_compute(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Compute buffers of builds since 2025, before and after outputs and fusing were heeded."""
+    head = ["row", "model", "published", "all logits", "those asked for", "fused q, k, v too"]
+    keys = ("published", "all_outputs", "outputs_asked_for", "and_fused")
+    cells = ([str(r["row"]), r["model"], *(f"{r[k]:.2f}" for k in keys)] for r in rows)
+    print(f"\nCompute buffers since 2025 (MiB)\n\n{markdown_table(head, cells, left=range(2))}")
 
 
 def measure(path: Path) -> Iterator[dict[str, Any]]:
@@ -224,7 +281,11 @@ def main(argv: list[str] | None = None) -> int:
     rows = published()
     compared = [compare(r) for r in rows if states_inputs(r)]
     print_published(compared, len(rows))
+    new = [r for r in rows if r["era"] == "2025+" and "compute_buffer_mib" in r]
+    compute = [compute_of(r) for r in new if states_inputs(r)]
+    print_compute(compute)
     lines = [{"kind": "published", **r} for r in compared]
+    lines += [{"kind": "compute", **r} for r in compute]
     for path in args.gguf:
         here = list(measure(path))
         head = ["ctx", "K/V", "flash", "model", "KV", "compute", "KV", "compute", "error"]

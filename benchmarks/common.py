@@ -54,11 +54,12 @@ def read(path: Path) -> list[dict]:
 
 
 def toml_text(about: Iterable[str], tables: Mapping[str, Mapping]) -> str:
-    """Tables of numbers as TOML below comments; rounded to five digits after the point."""
+    """Tables of numbers and lists as TOML below comments; numbers rounded to five digits."""
     out = [f"# {line}" for line in about]
     for name, table in tables.items():
         out += ["", f"[{name}]"]
         for key, value in table.items():
             quoted = key if key.isidentifier() else json.dumps(key)
-            out.append(f"{quoted} = {round(value, 5)}")
+            text = json.dumps(value) if isinstance(value, list) else round(value, 5)
+            out.append(f"{quoted} = {text}")
     return "\n".join(out) + "\n"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import re
 import struct
+from dataclasses import replace
 
+import gguf
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,11 +18,13 @@ from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
 from dus_edge.predict.memory import llama as memory
 from dus_edge.predict.memory.graph import FreeSpace, graph_bytes, shape_only
 from dus_edge.predict.memory.llama import memory_use, model_of_config, read_gguf
+from dus_edge.predict.prediction import memory_settings
 from dus_edge.predict.stored_model import MIB, RunSettings, kv_types
 from dus_edge.quant.recipe import find_preset
 
+from .cases import check_each
 from .draws import examples
-from .scripts import read_published
+from .scripts import load_script, read_published
 
 LIMIT = 0.03
 
@@ -54,41 +59,127 @@ def llama():
     llama_library.llama_library()
 
 
+@pytest.fixture(scope="module")
+def fused_gguf(pico_gguf, tmp_path_factory):
+    """The same file with queries, keys and values in one tensor, as older conversions have them."""
+    path = tmp_path_factory.mktemp("fused") / "fused.gguf"
+    reader = gguf.GGUFReader(pico_gguf)
+    writer = gguf.GGUFWriter(path, "llama")
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            writer.add_key_value(
+                field.name, field.contents(), field.types[0], sub_type=field.types[-1]
+            )
+    tensors = {t.name: t for t in reader.tensors}
+    for name, tensor in tensors.items():
+        data = tensor.data
+        if ".attn_k." in name or ".attn_v." in name:
+            continue
+        if ".attn_q." in name:
+            data = np.concatenate(
+                [tensors[name.replace("attn_q", f"attn_{x}")].data for x in "qkv"]
+            )
+            name = name.replace("attn_q", "attn_qkv")
+        writer.add_tensor(name, data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+class Logged:
+    """A file loaded by llama.cpp, and what its log says of contexts that are made of it."""
+
+    def __init__(self, llama, path):
+        self.lib, self.lines = llama
+        self.lines.clear()
+        params = self.lib.llama_model_default_params()
+        params.n_gpu_layers = 0
+        self.loaded = self.lib.llama_model_load_from_file(str(path).encode(), params)
+        self.model = read_gguf(path)
+
+    def mib(self, what):
+        return sum(map(float, re.findall(rf"{what} size =\s*([\d.]+) MiB", "".join(self.lines))))
+
+    def check(self, settings: RunSettings, slots: int = 1):
+        """The cache and the compute buffer of a context are what is predicted of these settings.
+
+        With more `slots` that many sequences share the context, each with a row of logits.
+        """
+        c = self.lib.llama_context_default_params()
+        c.n_ctx = settings.context * settings.n_parallel
+        c.n_batch, c.n_ubatch, c.n_threads = settings.batch, settings.ubatch, 1
+        c.type_k, c.type_v = (LLAMA_TYPES[x] for x in (settings.type_k, settings.type_v))
+        c.flash_attn_type = int(settings.flash_attn)
+        c.n_seq_max, c.n_outputs_max = settings.n_parallel, settings.n_outputs or 0
+        if slots > 1:
+            c.n_seq_max, c.kv_unified = slots, True
+        self.lines.clear()
+        made = self.lib.llama_init_from_model(self.loaded, c)
+        assert made
+        self.lib.llama_free(made)
+        use = memory_use(self.model, replace(settings, backend="CPU"))
+        assert use.kv_cache_bytes / MIB == pytest.approx(self.mib("KV buffer"), abs=6e-3)
+        compute = self.mib("compute buffer") + self.mib("output buffer")
+        assert compute > 0
+        rows = (slots - 1) * self.model.vocab_size * 4 / MIB
+        assert use.compute_buffer_bytes / MIB + rows == pytest.approx(compute, abs=0.02)
+
+
+LLAMA_TYPES = {"f16": 1, "q8_0": 8}
+
+
 def test_pico_takes_what_llama_cpp_says(pico_gguf, llama):
     """Weights, cache and compute buffer of llama.cpp's own log, at 16 settings."""
-    lib, lines = llama
+    logged = Logged(llama, pico_gguf)
+    assert logged.mib("model buffer") == pytest.approx(logged.model.weights_bytes / MIB, abs=0.01)
 
-    def logged(what):
-        return sum(map(float, re.findall(rf"{what} size =\s*([\d.]+) MiB", "".join(lines))))
+    def check(context, kind, flash):
+        k, v = kv_types(kind, flash)
+        logged.check(RunSettings(context=context, type_k=k, type_v=v, flash_attn=flash))
 
-    model = read_gguf(pico_gguf)
-    lines.clear()
-    params = lib.llama_model_default_params()
-    params.n_gpu_layers = 0
-    loaded = lib.llama_model_load_from_file(str(pico_gguf).encode(), params)
-    assert logged("model buffer") == pytest.approx(model.weights_bytes / MIB, abs=0.01)
-    types = {"f16": 1, "q8_0": 8}
-    for context in (300, 512, 2048, 4096):
-        for kind in types:
-            for flash in (False, True):
-                k, v = kv_types(kind, flash)
-                c = lib.llama_context_default_params()
-                c.n_ctx, c.n_batch, c.n_ubatch, c.n_threads = context, 2048, 512, 1
-                c.type_k, c.type_v, c.flash_attn_type = types[k], types[v], int(flash)
-                lines.clear()
-                lib.llama_free(lib.llama_init_from_model(loaded, c))
-                use = memory_use(
-                    model,
-                    RunSettings(
-                        context=context, type_k=k, type_v=v, flash_attn=flash, backend="CPU"
-                    ),
-                )
-                where = (context, k, v, flash)
-                assert use.kv_cache_bytes / MIB == pytest.approx(logged("KV buffer"), abs=6e-3)
-                compute = logged("compute buffer") + logged("output buffer")
-                assert compute > 0, where
-                assert use.compute_buffer_bytes / MIB == pytest.approx(compute, abs=0.02), where
-    lib.llama_model_free(loaded)
+    check_each(check, (300, 512, 2048, 4096), LLAMA_TYPES, (False, True))
+    llama[0].llama_model_free(logged.loaded)
+
+
+def test_outputs_and_sequences_take_what_llama_cpp_says(pico_gguf, llama):
+    """Logits of as many tokens as are asked for, and a cache for each sequence."""
+    logged = Logged(llama, pico_gguf)
+
+    def check(outputs, parallel, context, kind, flash):
+        k, v = kv_types(kind, flash)
+        logged.check(
+            RunSettings(
+                context=context,
+                type_k=k,
+                type_v=v,
+                flash_attn=flash,
+                n_outputs=None if outputs is None else outputs * parallel,
+                n_parallel=parallel,
+            )
+        )
+
+    check_each(check, (None, 1, 2), (1, 3, 4), (300, 1024), LLAMA_TYPES, (False, True))
+    # llama-server's default: four slots that share one context.
+    logged.check(RunSettings(context=2048, n_outputs=4), slots=4)
+    llama[0].llama_model_free(logged.loaded)
+
+
+def test_fused_matrices_take_what_llama_cpp_says(pico_gguf, fused_gguf, llama):
+    logged = Logged(llama, fused_gguf)
+    assert logged.model.fused_qkv
+    assert not read_gguf(pico_gguf).fused_qkv
+    assert logged.model.weights_bytes == read_gguf(pico_gguf).weights_bytes
+
+    def check(context, kind, flash, outputs):
+        k, v = kv_types(kind, flash)
+        logged.check(
+            RunSettings(context=context, type_k=k, type_v=v, flash_attn=flash, n_outputs=outputs)
+        )
+
+    check_each(check, (300, 2048), LLAMA_TYPES, (False, True), (None, 1))
+    llama[0].llama_model_free(logged.loaded)
 
 
 def test_a_file_and_its_configuration_are_the_same_model(pico_gguf, pico):
@@ -149,6 +240,29 @@ def test_published_totals(row):
 
 def test_most_published_rows_are_compared():
     assert len(llama_rows()) > 55
+
+
+def test_published_compute_buffers_of_builds_that_keep_some_logits():
+    """Rows 86 and 102 keep logits of one token, 103 of all; 86 has one matrix for q, k and v."""
+    script = load_script("check_memory")
+    rows = {r["row"]: script.compute_of(r) for r in ROWS if r["row"] in (86, 102, 103)}
+
+    def check(row):
+        assert row["and_fused"] == pytest.approx(row["published"], abs=0.02)
+
+    check_each(check, rows.values())
+    assert rows[86]["outputs_asked_for"] > rows[86]["published"] + 5
+    assert rows[102]["all_outputs"] == 304.0
+
+
+def test_published_weights_of_a_fused_model():
+    script = load_script("check_memory")
+
+    def check(row):
+        weights = memory.weights_on_device(script.model_of(row), script.settings_of(row))
+        assert weights / MIB == pytest.approx(row["model_buffer_mib"], abs=0.02)
+
+    check_each(check, [r for r in ROWS if r["row"] in script.FUSED])
 
 
 def mistral(preset="q5_k_m", **fields):
@@ -244,6 +358,9 @@ def test_layers_beyond_the_fourth_change_nothing():
         ({"context": 0}, "context is 0"),
         ({"ubatch": -1}, "ubatch is -1"),
         ({"batch": 0}, "batch is 0"),
+        ({"n_outputs": 0}, "n_outputs is 0"),
+        ({"n_parallel": 0}, "n_parallel is 0"),
+        ({"n_parallel": 4, "n_outputs": 3}, "each of 4 sequences needs one"),
         ({"n_gpu_layers": -1}, "n_gpu_layers is -1"),
         ({"type_k": "q9"}, "type_k is 'q9'"),
         ({"backend": "TPU"}, "backend is 'TPU'"),
@@ -254,6 +371,29 @@ def test_layers_beyond_the_fourth_change_nothing():
 def test_bad_settings(fields, said):
     with pytest.raises(UsageError, match=re.escape(said)):
         RunSettings(**fields)
+
+
+def test_outputs_and_sequences_that_are_asked_for():
+    def check(given, expected):
+        settings = memory_settings(mistral(), **given)
+        assert (settings.n_parallel, settings.n_outputs) == expected
+
+    for case in (
+        ({}, (1, 4)),  # llama-server's own: four slots share a context
+        ({"parallel": 1}, (1, 1)),  # Ollama's
+        ({"parallel": 6}, (6, 6)),
+        ({"parallel": 2, "outputs": "all"}, (2, None)),
+        ({"outputs": "512"}, (1, 512)),
+    ):
+        check(*case)
+    with pytest.raises(UsageError, match="a number or all"):
+        memory_settings(mistral(), outputs="some")
+
+
+def test_sequences_of_older_builds_share_a_cache():
+    one = RunSettings(context=4096, flash_attn=False, era="2024")
+    four = replace(one, context=1024, n_parallel=4)
+    assert memory_use(mistral(), one) == memory_use(mistral(), four)
 
 
 def test_contexts_beyond_the_model():

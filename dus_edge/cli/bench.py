@@ -41,6 +41,12 @@ def bench_command() -> None:
     metavar="N",
     help="Tokens that are in the cache before.",
 )
+@click.option(
+    "--host",
+    metavar="CPU",
+    help="Processor that runs layers which do not fit, such as cpu-ddr4-3200. "
+    "[default: one of 47 GB/s]",
+)
 @json_option
 def bench_predict(
     candidate: Any,
@@ -49,6 +55,7 @@ def bench_predict(
     memory_gb: float | None,
     platform: str | None,
     depth: int,
+    host: str | None,
     as_json: bool,
 ) -> None:
     """Predict memory and tokens per second of MODEL on a device."""
@@ -57,6 +64,7 @@ def bench_predict(
         choose_device,
         predict_on,
     )
+    from dus_edge.predict.processors import find_processor
 
     found = predict_on(
         candidate,
@@ -65,6 +73,7 @@ def bench_predict(
         depth=depth,
         platform=platform,
         memory_gb=memory_gb,
+        host=find_processor(host) if host else None,
     )
     click.echo(json.dumps(report.answer_json(found)) if as_json else report.prediction_text(found))
 

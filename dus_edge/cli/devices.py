@@ -25,7 +25,7 @@ _MODEL_OPTIONS = (
         "--ctx",
         type=int,
         metavar="N",
-        help="Tokens of the context. [default: 4096, or the model's own if less]",
+        help="Tokens of context a sequence. [default: 4096, or the model's own if less]",
     ),
     click.option(
         "--batch",
@@ -42,6 +42,19 @@ _MODEL_OPTIONS = (
         show_default=True,
         metavar="N",
         help="Tokens computed at once.",
+    ),
+    click.option(
+        "--parallel",
+        type=int,
+        metavar="N",
+        help="Sequences at once, each with a context of its own: OLLAMA_NUM_PARALLEL, "
+        "or -np, where -c is all of them. [default: 1]",
+    ),
+    click.option(
+        "--outputs",
+        metavar="N|all",
+        help="Tokens computed at once whose logits are kept. llama-bench keeps all, and so "
+        "did all builds before June 2026. [default: one a sequence, or 4 as llama-server]",
     ),
     click.option(
         "--kv-type",
@@ -90,6 +103,8 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         kv_type: str,
         flash_attn: bool,
         era: str,
+        parallel: int | None,
+        outputs: str | None,
         **rest: Any,
     ) -> Any:
         from dus_edge.jobs.predict import find_candidate
@@ -109,6 +124,8 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             kv_type=kv_type,
             flash_attn=flash_attn,
             era=era,
+            parallel=parallel,
+            outputs=outputs,
         )
         return command(candidate=candidate, settings=settings, **rest)
 

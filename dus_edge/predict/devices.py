@@ -40,6 +40,8 @@ class Device:
         id: what `--device` takes.
         backend: llama.cpp's: ``CUDA``, ``Metal`` or ``CPU``.
         memory_gb_options: GiB of memory it is made with, ascending.
+        cpu_cores: of a processor alone; one thread runs on each.
+        simd: its instructions: ``avx2`` or ``avx512``.
         usable_mib: what a model may take of this very machine; only the present one has it.
     """
 
@@ -66,6 +68,8 @@ class Device:
     free_mib_observed: Mapping[str, int] = field(default_factory=dict, hash=False)
     notes: str | None = None
     source: str = ""
+    cpu_cores: int | None = None
+    simd: str | None = None
     usable_mib: float | None = None
 
     @property

@@ -28,6 +28,8 @@ from dus_edge.quant.recipe import PRESETS, Preset, find_preset
 CONTEXT_STEP = 256
 #: Share of the usable memory within which a verdict may be wrong either way.
 UNSURE = 0.03
+#: Said of a processor that is not the present one.
+WHOLE_MEMORY = "What the system and other programs take of the memory is not subtracted."
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Verdict:
         use: memory with all layers on the device.
         usable_bytes: memory that a model may take.
         runtime: what runs the model: ``llama.cpp`` or ``transformers``.
-        note: one sentence where the device has no kernel of its own for the model.
+        note: one sentence where the device has no kernel of its own for the model, or on what its
+            memory leaves out.
         context_warning: one sentence where the context is beyond the model's own.
     """
 
@@ -104,17 +107,18 @@ def judge(
     settings = replace(settings_on(device, settings), n_gpu_layers=None)
     use = memory_use(model, settings)
     fits = use.total_bytes <= usable
+    own, on_cpu = device.usable_mib is not None, device.backend == "CPU"
     return Verdict(
         device=device,
         memory_gb=device.memory(memory_gb),
-        platform=None if device.usable_mib is not None else platform or usual_platform(device),
+        platform=None if own or on_cpu else platform or usual_platform(device),
         fits=fits,
         offloaded_layers=model.n_layers + 1 if fits else layers_that_fit(model, settings, usable),
         longest_context=longest_context(model, settings, usable),
         use=use,
         usable_bytes=usable,
         runtime=model.runtime,
-        note=kernel_note(model, device.backend),
+        note=kernel_note(model, device.backend) or (WHOLE_MEMORY if on_cpu and not own else None),
         context_warning=context_warning(model, settings.context),
     )
 

@@ -97,6 +97,7 @@ def answer_json(p: Prediction) -> dict[str, Any]:
     """
     return {
         **prediction_json(p),
+        "parallel": p.parallel,
         "runtime": p.verdict.runtime,
         "speed_engine": p.speed.engine if p.speed else None,
         "note": p.verdict.note,
@@ -135,6 +136,8 @@ def prediction_text(p: Prediction) -> str:
         lines.append(
             f"That is {s.engine}'s; under {p.verdict.runtime} alone it is several times less."
         )
+    if p.parallel > 1:
+        lines.append("That is the speed of one sequence alone.")
     if s.pp_tokens_per_s is None:
         lines.append("No speed of the prompt is predicted for such a model.")
     return "\n".join([*lines, *_notes(p.verdict)])
@@ -165,7 +168,8 @@ def _head(p: Prediction) -> str:
     v = p.verdict
     where = f" ({v.platform})" if v.platform else ""
     runtime = "" if v.runtime == "llama.cpp" else f", under {v.runtime}"
-    head = f"{p.name}, context {p.context:,}{runtime}"
+    context = f"{p.context:,}" if p.parallel == 1 else f"{p.context:,} × {p.parallel} sequences"
+    head = f"{p.name}, context {context}{runtime}"
     return f"{head}\non {v.device.name}, {v.memory_gb:g} GB{where}"
 
 
@@ -205,7 +209,7 @@ def _notes(v: Verdict) -> list[str]:
     """What is to be known of a context beyond the model's, and of what transformers runs."""
     beyond = ["", _note(f"Warning: {v.context_warning}")] if v.context_warning else []
     if v.runtime == "llama.cpp":
-        return beyond
+        return [*beyond, *(["", _note(v.note)] if v.note else [])]
     compute = (
         "Compute is the peak while a prompt of the whole context is read at once; what "
         "torch's allocator keeps in reserve is not in it."

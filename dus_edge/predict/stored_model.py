@@ -121,6 +121,11 @@ class StoredModel(Shape):
         return named.get(HEAD, named[EMBEDDING])
 
     @functools.cached_property
+    def fused_qkv(self) -> bool:
+        """Whether queries, keys and values are one matrix, as older conversions store them."""
+        return any(x.name.endswith(".attn_qkv.weight") for x in self.tensors)
+
+    @functools.cached_property
     def weights_bytes(self) -> int:
         """Bytes of all tensors, without padding."""
         return sum(x.nbytes for x in self.tensors)
@@ -131,7 +136,7 @@ class RunSettings:
     """How llama.cpp is told to run; transformers heeds context, types and backend.
 
     Attributes:
-        context: tokens of the context (`-c`).
+        context: tokens of the context that each sequence has (`-c` for one).
         batch: logical batch (`-b`).
         ubatch: tokens computed at once (`-ub`).
         type_k: type of the key cache, one of `KV_TYPES`.
@@ -141,8 +146,10 @@ class RunSettings:
         backend: one of `BACKENDS`.
         era: one of `ERAS`.
         n_outputs: tokens of a ubatch whose logits are kept; None means all, which is what
-            llama-bench, llama-perplexity and llama-cpp-python reserve. llama-server reserves one
-            per slot since mid-2026.
+            llama-bench, llama-perplexity and llama-cpp-python reserve, and every build until
+            June 2026. Since then llama-server, and Ollama, which runs it, keep one per slot.
+        n_parallel: sequences at once, each with a context of its own (`-np` without
+            `--kv-unified`, where `-c` is the contexts' sum; `OLLAMA_NUM_PARALLEL`).
         n_sm: streaming multiprocessors of a CUDA card; None means a usual one.
         compute_capability: of a CUDA card, such as ``8.6``.
     """
@@ -157,14 +164,19 @@ class RunSettings:
     backend: str = "CUDA"
     era: str = "2025+"
     n_outputs: int | None = None
+    n_parallel: int = 1
     n_sm: int | None = None
     compute_capability: str | None = None
 
     def __post_init__(self) -> None:
-        for key, low in (("context", 1), ("batch", 1), ("ubatch", 1), ("n_outputs", 1)):
+        for key in ("context", "batch", "ubatch", "n_outputs", "n_parallel"):
             value = getattr(self, key)
-            if value is not None and value < low:
-                raise UsageError(f"{key} is {value}; at least {low} is needed.")
+            if value is not None and value < 1:
+                raise UsageError(f"{key} is {value}; at least 1 is needed.")
+        if self.n_outputs is not None and self.n_outputs < self.n_parallel:
+            raise UsageError(
+                f"n_outputs is {self.n_outputs}; each of {self.n_parallel} sequences needs one."
+            )
         if self.n_gpu_layers is not None and self.n_gpu_layers < 0:
             raise UsageError(f"n_gpu_layers is {self.n_gpu_layers}; at least 0 is needed.")
         for key, known in (

@@ -24,20 +24,38 @@ _I64 = 8
 _METAL_COLUMNS, _METAL_ROWS, _METAL_GROUPS, _METAL_MAX_ROWS = 64, 8, 32, 32
 
 
+def cache_streams(settings: RunSettings) -> int:
+    """Caches side by side: since 2025 one for each sequence; before, all shared one."""
+    return settings.n_parallel if settings.era == "2025+" else 1
+
+
 def padded_context(settings: RunSettings) -> int:
-    """Cells of the cache: the context rounded up as that build does.
+    """Cells of a cache that a token may look at: its context rounded up as that build does.
 
     2023: not at all; 2024: to 32, with flash attention 256; since 2025: to 256.
     """
+    context = settings.context * settings.n_parallel // cache_streams(settings)
     if settings.era == "2023":
-        return settings.context
+        return context
     wide = settings.era == "2025+" or settings.flash_attn
-    return round_up(settings.context, 256 if wide else 32)
+    return round_up(context, 256 if wide else 32)
 
 
 def tokens_at_once(settings: RunSettings) -> int:
-    """Tokens of the largest ubatch; the context counts before it is rounded up."""
-    return min(settings.context, settings.batch, settings.ubatch)
+    """Tokens of the largest ubatch; the context counts before it is rounded up.
+
+    As many of each sequence (`llama_context::graph_reserve`).
+    """
+    n = settings.n_parallel
+    return round_up(min(n * settings.context, settings.batch, settings.ubatch), n)
+
+
+def outputs_at_once(settings: RunSettings) -> int:
+    """Tokens of the largest ubatch whose logits are kept; builds before 2025 keep all."""
+    tokens = tokens_at_once(settings)
+    if settings.n_outputs is None or settings.era != "2025+":
+        return tokens
+    return min(tokens, settings.n_outputs)
 
 
 def shape_only(model: StoredModel) -> StoredModel:
@@ -46,12 +64,17 @@ def shape_only(model: StoredModel) -> StoredModel:
 
 
 @functools.lru_cache(maxsize=4096)
-def graph_bytes(model: StoredModel, n_layers: int, head: bool, settings: RunSettings) -> int:
-    """Peak of the compute buffer over the graph of so many layers on the device."""
+def graph_bytes(
+    model: StoredModel, n_layers: int, head: bool, settings: RunSettings, fused_qkv: bool = False
+) -> int:
+    """Peak of the compute buffer over the graph of so many layers on the device.
+
+    With `fused_qkv` one product makes queries, keys and values, and all are views of it.
+    """
     new = settings.era == "2025+"
     on_cpu = settings.backend == "CPU"
     tokens, cells = tokens_at_once(settings), padded_context(settings)
-    outputs = min(tokens, settings.n_outputs or tokens) if new else tokens
+    outputs = outputs_at_once(settings)
     hidden = tokens * model.hidden_size * _F32
     q_bytes, kv_bytes = tokens * model.q_width * _F32, tokens * model.kv_width * _F32
     fa = settings.flash_attn
@@ -82,13 +105,17 @@ def graph_bytes(model: StoredModel, n_layers: int, head: bool, settings: RunSett
         normed = g.op(hidden, x, in_place=True)
         # A view stands between a product and its rotary embedding, and what a view looks at is
         # never written in place; in 2023 it was.
-        q = g.op(q_bytes, g.op(q_bytes, normed), position, in_place=settings.era == "2023")
+        in_place = settings.era == "2023" and not fused_qkv
+        fused = g.op(q_bytes + 2 * kv_bytes, normed) if fused_qkv else None
+        q = g.op(q_bytes, normed) if fused is None else fused
+        q = g.op(q_bytes, q, position, in_place=in_place)
         if turn_k is not None:
             q = g.op(q_bytes, q, turn_k)
-        v = g.op(kv_bytes, normed)
+        v = g.op(kv_bytes, normed) if fused is None else fused
         if turn_v is not None:
             v = g.op(kv_bytes, v, turn_v)
-        k = g.op(kv_bytes, g.op(kv_bytes, normed), position, in_place=settings.era == "2023")
+        k = g.op(kv_bytes, normed) if fused is None else fused
+        k = g.op(kv_bytes, k, position, in_place=in_place)
         if turn_k is not None:
             k = g.op(kv_bytes, k, turn_k)
         g.use(k, rows_k)
@@ -136,7 +163,7 @@ def _rotation(head_dim: int) -> int:
 def _flash_extra(model: StoredModel, settings: RunSettings, tokens: int, cells: int) -> int:
     """What a backend's flash attention wants behind its result."""
     kinds = (settings.type_k, settings.type_v)
-    f16_rows = cells * model.kv_width * _F16
+    f16_rows = cells * cache_streams(settings) * model.kv_width * _F16
     if settings.backend == "CUDA":
         return sum(f16_rows for kind in kinds if kind != "f16")  # the cache as f16
     if settings.backend == "CPU" or settings.era != "2025+":

@@ -22,7 +22,9 @@ from dus_edge.predict.memory import torch as torch_memory
 from dus_edge.predict.memory.cuda import cuda_overhead_bytes
 from dus_edge.predict.memory.graph import (
     BUFFER_ALIGNMENT,
+    cache_streams,
     graph_bytes,
+    outputs_at_once,
     padded_context,
     round_up,
     shape_only,
@@ -218,7 +220,7 @@ def _padded_sizes(tensors: Iterable[TensorSize], settings: RunSettings) -> int:
 
 def kv_cache_bytes(model: StoredModel, settings: RunSettings, layers: int | None = None) -> int:
     """Exact bytes of the key/value cache of so many layers; None means all."""
-    cells = padded_context(settings)
+    cells = padded_context(settings) * cache_streams(settings)
     k, v = KV_TYPES[settings.type_k], KV_TYPES[settings.type_v]
     for key, kind in (("keys", k), ("values", v)):
         if model.kv_width % kind.block_weights or model.head_dim % kind.block_weights:
@@ -236,11 +238,13 @@ def compute_buffer_bytes(model: StoredModel, settings: RunSettings) -> int:
     sizes = [0]
     if layers or head:
         # A layer's holes are the next one's: after a few layers nothing changes any more.
-        sizes.append(graph_bytes(shape_only(model), min(layers, 4), head, settings))
+        n = min(layers, 4)
+        sizes.append(graph_bytes(shape_only(model), n, head, settings, model.fused_qkv))
     if layers < model.n_layers or not head:
         sizes.append(_host_weights_bytes(model, layers, head, settings))
-    n_host = model.vocab_size * _F32 if settings.backend == "CPU" else 0  # one row of logits
-    return max(sizes) + n_host
+    if settings.backend == "CPU":  # a row of logits for each sequence
+        return max(sizes) + settings.n_parallel * model.vocab_size * _F32
+    return max(sizes)
 
 
 def usable_bytes(
@@ -258,6 +262,8 @@ def usable_bytes(
     """
     if device.usable_mib is not None:
         return int(device.usable_mib * MIB)
+    if device.backend == "CPU":  # what the system takes of it is not known
+        return int(device.memory(memory_gb) * 1024 * MIB)
     platform = platform or usual_platform(device)
     if platform not in PLATFORMS:
         raise UsageError(f"There is no platform {platform!r}; known are {', '.join(PLATFORMS)}.")
@@ -308,7 +314,7 @@ def _host_weights_bytes(model: StoredModel, layers: int, head: bool, settings: R
         if x.layer is not None and x.layer < first and x.n_rows > 1
     ]
     if not head:
-        outputs = min(tokens, settings.n_outputs or tokens)
+        outputs = outputs_at_once(settings)
         sizes.append(model.head.nbytes + outputs * (model.hidden_size + model.vocab_size) * _F32)
     return max(sizes, default=0)
 

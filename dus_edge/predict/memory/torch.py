@@ -46,9 +46,14 @@ def memory_use(model: StoredModel, settings: RunSettings) -> MemoryUse:
         settings: context and backend count; ubatches, eras and flash attention are llama.cpp's.
 
     Raises:
-        UsageError: a type of cache other than the model's own.
+        UsageError: a type of cache other than the model's own, or several sequences.
     """
     form = _form(model)
+    if settings.n_parallel > 1:
+        raise UsageError(
+            f"{model.name} runs under transformers, for which one sequence at a time is predicted; "
+            f"{settings.n_parallel} are asked for."
+        )
     for kind in (settings.type_k, settings.type_v):
         if kind not in ("f16", form.values.lower()):
             raise UsageError(

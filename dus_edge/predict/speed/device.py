@@ -30,6 +30,7 @@ class DeviceSpeed:
         bandwidth_gbps: memory bandwidth, decimal GB/s.
         matmul_tflops: dense matrix products: FP16 tensor cores with FP16 accumulation on CUDA,
             the shader rate or that of the matrix units on Metal.
+        shader_tflops: FP32 outside the matrix units, where products with a vector are computed.
         hbm: memory is stacked (A100, H100, H200): one chip cannot keep it busy with small kernels.
         estimated: the compute rates were estimated from the number of cores.
     """
@@ -39,6 +40,7 @@ class DeviceSpeed:
     family: str
     bandwidth_gbps: float
     matmul_tflops: float
+    shader_tflops: float
     hbm: bool = False
     estimated: bool = False
 
@@ -48,7 +50,7 @@ class DeviceSpeed:
                 f"There is no speed model for backend {self.backend!r}; "
                 f"it is one of {', '.join(BACKENDS)}."
             )
-        for name in ("bandwidth_gbps", "matmul_tflops"):
+        for name in ("bandwidth_gbps", "matmul_tflops", "shader_tflops"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{name} of the device must be positive, not {value}.")
@@ -85,6 +87,7 @@ def device_speed(device: Device, backend: str | None = None) -> DeviceSpeed:
         family=device.family,
         bandwidth_gbps=device.bandwidth_gbps,
         matmul_tflops=matmul,
+        shader_tflops=rate,
         hbm=device.compute_capability in _HBM_CAPABILITIES,
         estimated=not fp32,
     )

@@ -31,6 +31,8 @@ from dus_edge import data
 #: Kernels whose speed is known, and the engine that it was measured in; the first is the default.
 ENGINES = {"exllamav2": "ExLlamaV2", "marlin": "vLLM (Marlin)"}
 KERNELS = tuple(ENGINES)
+#: Kernels whose products with a vector run on the matrix units too.
+MATRIX_UNITS = ("marlin",)
 #: Bits of a code of which runs are published.
 PREDICTED_BITS = (4,)
 #: A scale is a float16, and a zero point has the bits of a code.

@@ -12,6 +12,7 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,8 @@ from dus_edge.predict.speed.work import Work
 
 #: Scale of the error of a compute rate guessed from the number of cores.
 _ESTIMATED_SCALE = 0.2
+#: 90 % quantile of a normal distribution of scale 1.
+_Q90 = 1.2816
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,26 +60,24 @@ class PredictedSpeed:
 class Spread:
     """How far measurements lie from predictions, from devices that were left out of the fit.
 
+    One for all families: those with few devices say too little of their own.
+
     Attributes:
-        overall: scale of log(measured / predicted) over all families.
-        families: the scale by family, drawn towards `overall` and widened where devices are few.
-        low, high: 10 % and 90 % quantiles of log(measured / predicted) in units of the scale.
+        low, high: 10 % and 90 % quantiles of log(measured / predicted).
+        families: of the devices that were left out; one never seen has √2 of the distances.
     """
 
-    overall: float
-    families: Mapping[str, float]
     low: float
     high: float
-
-    def scale(self, family: str) -> float:
-        """The scale of a family; one never seen has √2 of the overall one."""
-        return self.families.get(family, self.overall * math.sqrt(2))
+    families: tuple[str, ...]
 
     def ends(self, rate: float, family: str, extra: float = 0.0) -> tuple[float, float]:
         """The 80 % interval around a rate; `extra` is a further scale of its own."""
-        scale = math.hypot(self.scale(family), extra)
-        # The measured bias of a family of devices must not push a prediction out of its interval.
-        return rate * math.exp(min(self.low * scale, 0)), rate * math.exp(max(self.high * scale, 0))
+        wider = 1.0 if family in self.families else math.sqrt(2)
+        # What is measured on average must not push a prediction out of its interval.
+        low, high = min(self.low * wider, 0.0), max(self.high * wider, 0.0)
+        down, up = (math.hypot(x, _Q90 * extra) for x in (low, high))
+        return rate * math.exp(-down), rate * math.exp(up)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +112,15 @@ def constants() -> tuple[Fitted, Fitted, Offload]:
         Fitted(
             Terms(tuple(table[k]["terms"])),
             np.array(list(table[k]["terms"].values())),
-            Spread(**table[k]["spread"]),
+            _spread(table[k]["spread"]),
         )
         for k in ("tg", "pp")
     )
     return tg, pp, Offload(**table["offload"])
+
+
+def _spread(table: Mapping[str, Any]) -> Spread:
+    return Spread(table["low"], table["high"], tuple(table["families"]))
 
 
 def predict(
@@ -127,6 +132,7 @@ def predict(
     era: str = ERAS[-1],
     flash_attn: bool = False,
     offloaded_layers: int | None = None,
+    host_gbps: float | None = None,
     kernel: str | None = None,
 ) -> PredictedSpeed:
     """Speed of a model on a device; of a GPTQ model only that of generation.
@@ -142,6 +148,7 @@ def predict(
         offloaded_layers: layers on the device (llama.cpp's ``-ngl``, where the output matrix counts
             as one more); none: all. The others run on the CPU, and for a prompt their weights
             cross the bus. Those two rates come from few runs and depend on the host.
+        host_gbps: rate at which the CPU reads weights; None: that of the published run.
         kernel: that runs a GPTQ model, one of `dus_edge.predict.speed.gptq.KERNELS`; none: the
             first, ExLlamaV2. `era` and `flash_attn` are llama.cpp's and change nothing of it.
 
@@ -173,7 +180,7 @@ def predict(
     if outside:
         moved = outside * (work.weight_bytes + depth * work.kv_bytes_per_token)
         # The CPU has no more bandwidth than the memory it shares with the device.
-        host = offload.host_gbps
+        host = host_gbps or offload.host_gbps
         if device.backend == "metal":
             host = min(host, device.bandwidth_gbps)
         tg_s = (1 - outside) * tg_s + max(moved / (host * 1e9), outside * tg_s)
