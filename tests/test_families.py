@@ -41,6 +41,7 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 128,
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
 }
 VARIANTS = (
     {},
@@ -85,6 +86,9 @@ def test_gguf_names_are_those_of_gguf_py(name):
     names = gguf.get_tensor_name_map(arch, 3)
     for tensor in transformers_model(family).state_dict():
         stem, _, part = tensor.rpartition(".")
+        if names.get_name(stem) is None:  # there the embedding is always the head
+            assert stem == "lm_head" and family.fields["tied_head"].default is True
+            continue
         assert family.gguf_name(tensor) == f"{names.get_name(stem)}.{part}"
 
 
@@ -124,7 +128,7 @@ def test_found_by_each_of_its_names():
     assert find_family({"model_type": "mistral"}) is FAMILIES["mistral"]
     assert find_family({"architectures": ["GPT2LMHeadModel"], "model_type": "llama"}) is None
     assert find_gguf_family("llama") is FAMILIES["llama"]
-    assert find_gguf_family("gemma3") is None
+    assert find_gguf_family("mamba") is None
     assert find_gguf_family(None) is None
 
 

@@ -1,0 +1,95 @@
+"""A small model of every family in its real form: config.json as the hub has it, random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from dus_edge.checkpoint.builtin import model_dir
+from dus_edge.families.family import load_families
+
+from .conftest import TOKENIZER_FILES
+
+#: What all of them share, in Llama's keys; a family's own take their place.
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 4096,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+WIDE = {"hidden_size": 256, "intermediate_size": 512}
+#: m = 2 of 8 layers, a block of four, and one of three, which breaks patterns of two and of four.
+PLANS = ("0:6,2:8", "0:8,4:8", "0:5,2:8")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A family's model.
+
+    Attributes:
+        family: its TOML.
+        config: keys of config.json.
+        plans: that are tried, of the model's own depth.
+        refused: plans that break the family's pattern.
+        llama_cpp: whether llama.cpp computes the same; it has no windows in some families.
+    """
+
+    family: str
+    config: dict[str, Any] = field(default_factory=dict)
+    plans: tuple[str, ...] = PLANS
+    refused: tuple[str, ...] = ()
+    llama_cpp: bool = True
+
+    @property
+    def raw(self) -> dict[str, Any]:
+        """config.json."""
+        family = load_families()[self.family]
+        named = {"architectures": [family.architecture], "model_type": family.model_type}
+        return {**SMALL, **named, **self.config}
+
+    def wide(self) -> Form:
+        """The same of a width that K-quants divide."""
+        return replace(self, config={**self.config, **WIDE})
+
+
+WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4}
+
+
+#: Every family beside Llama and Mistral 7B (`forms`), in each of its real forms.
+FAMILY_FORMS = {
+    "nemo": Form("mistral", {"head_dim": 32, "sliding_window": None, "rope_theta": 1e6}),
+}
+
+
+def write_model(form: Form, folder: Path, seed: int = 0) -> Path:
+    """A checkpoint in float32: the model that transformers makes of the form, at random."""
+    folder.mkdir(parents=True)
+    text = json.dumps(form.raw)
+    (folder / "config.json").write_text(text)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if x.dim() > 1:
+                x.copy_(torch.randn_like(x) * 0.5 / form.raw["hidden_size"] ** 0.5)
+            else:  # norms lie around their neutral factor, biases around none
+                x.add_(torch.randn_like(x) * 0.1)
+            assert torch.isfinite(x).all(), name
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(text)
+    for file in TOKENIZER_FILES:
+        shutil.copy(model_dir() / file, folder / file)
+    return folder
