@@ -64,11 +64,15 @@ class Form:
         return replace(self, config={**self.config, **WIDE})
 
 
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4}
 
 
 #: Every family beside Llama and Mistral 7B (`forms`), in each of its real forms.
 FAMILY_FORMS = {
+    "qwen2": Form("qwen2", {"rope_theta": 1e6, "use_sliding_window": False}),
+    "qwen2-windows": Form("qwen2", WINDOWS, llama_cpp=False),
+    "qwen2-tied-yarn": Form("qwen2", {"rope_scaling": YARN, "tie_word_embeddings": True}),
     "nemo": Form("mistral", {"head_dim": 32, "sliding_window": None, "rope_theta": 1e6}),
 }
 
