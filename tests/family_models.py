@@ -73,6 +73,8 @@ FAMILY_FORMS = {
     "qwen2": Form("qwen2", {"rope_theta": 1e6, "use_sliding_window": False}),
     "qwen2-windows": Form("qwen2", WINDOWS, llama_cpp=False),
     "qwen2-tied-yarn": Form("qwen2", {"rope_scaling": YARN, "tie_word_embeddings": True}),
+    "qwen3": Form("qwen3", {"head_dim": 32, "rope_theta": 1e6, "attention_bias": False}),
+    "qwen3-tied-no-head-dim": Form("qwen3", {"tie_word_embeddings": True}),
     "nemo": Form("mistral", {"head_dim": 32, "sliding_window": None, "rope_theta": 1e6}),
 }
 
