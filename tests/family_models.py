@@ -66,7 +66,7 @@ class Form:
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4}
-
+SMOLLM3 = {"no_rope_layers": [1, 1, 1, 0] * 2, "layer_types": ["full_attention"] * 8}
 
 #: Every family beside Llama and Mistral 7B (`forms`), in each of its real forms.
 FAMILY_FORMS = {
@@ -76,6 +76,8 @@ FAMILY_FORMS = {
     "qwen3": Form("qwen3", {"head_dim": 32, "rope_theta": 1e6, "attention_bias": False}),
     "qwen3-tied-no-head-dim": Form("qwen3", {"tie_word_embeddings": True}),
     "nemo": Form("mistral", {"head_dim": 32, "sliding_window": None, "rope_theta": 1e6}),
+    "smollm3": Form("smollm3", {"rope_theta": 5e6}, PLANS[:2], PLANS[2:]),
+    "smollm3-listed": Form("smollm3", SMOLLM3, PLANS[:2], PLANS[2:]),
 }
 
 
