@@ -66,6 +66,7 @@ class Form:
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4}
+GRANITE = {"embedding_multiplier": 12.0, "attention_multiplier": 0.1, "residual_multiplier": 0.22}
 SMOLLM3 = {"no_rope_layers": [1, 1, 1, 0] * 2, "layer_types": ["full_attention"] * 8}
 
 #: Every family beside Llama and Mistral 7B (`forms`), in each of its real forms.
@@ -78,6 +79,8 @@ FAMILY_FORMS = {
     "nemo": Form("mistral", {"head_dim": 32, "sliding_window": None, "rope_theta": 1e6}),
     "smollm3": Form("smollm3", {"rope_theta": 5e6}, PLANS[:2], PLANS[2:]),
     "smollm3-listed": Form("smollm3", SMOLLM3, PLANS[:2], PLANS[2:]),
+    "granite": Form("granite", {**GRANITE, "logits_scaling": 8.0, "tie_word_embeddings": True}),
+    "granite-biases": Form("granite", {**GRANITE, "attention_bias": True, "mlp_bias": True}),
 }
 
 
