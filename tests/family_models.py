@@ -81,6 +81,7 @@ FAMILY_FORMS = {
     "smollm3-listed": Form("smollm3", SMOLLM3, PLANS[:2], PLANS[2:]),
     "granite": Form("granite", {**GRANITE, "logits_scaling": 8.0, "tie_word_embeddings": True}),
     "granite-biases": Form("granite", {**GRANITE, "attention_bias": True, "mlp_bias": True}),
+    "olmo2": Form("olmo2", {"rms_norm_eps": 1e-6, "rope_theta": 5e5}),
 }
 
 
