@@ -69,6 +69,14 @@ WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers":
 GRANITE = {"embedding_multiplier": 12.0, "attention_multiplier": 0.1, "residual_multiplier": 0.22}
 SMOLLM3 = {"no_rope_layers": [1, 1, 1, 0] * 2, "layer_types": ["full_attention"] * 8}
 
+
+def longrope(n: int, context: int) -> dict[str, Any]:
+    """Phi-3's rope of n frequencies."""
+    short, long = [1 + i / 8 for i in range(n)], [2.0 + i for i in range(n)]
+    factors = {"type": "longrope", "short_factor": short, "long_factor": long}
+    return {"rope_scaling": factors, "max_position_embeddings": context}
+
+
 #: Every family beside Llama and Mistral 7B (`forms`), in each of its real forms.
 FAMILY_FORMS = {
     "qwen2": Form("qwen2", {"rope_theta": 1e6, "use_sliding_window": False}),
@@ -82,6 +90,10 @@ FAMILY_FORMS = {
     "granite": Form("granite", {**GRANITE, "logits_scaling": 8.0, "tie_word_embeddings": True}),
     "granite-biases": Form("granite", {**GRANITE, "attention_bias": True, "mlp_bias": True}),
     "olmo2": Form("olmo2", {"rms_norm_eps": 1e-6, "rope_theta": 5e5}),
+    "phi3": Form("phi3", {"sliding_window": 64}),
+    "phi3-long": Form("phi3", {"original_max_position_embeddings": 32, **longrope(8, 256)}),
+    "phi3-short": Form("phi3", {"original_max_position_embeddings": 256, **longrope(8, 512)}),
+    "phi4-mini": Form("phi3", {"partial_rotary_factor": 0.75, "tie_word_embeddings": True}),
 }
 
 
