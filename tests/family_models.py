@@ -94,6 +94,8 @@ FAMILY_FORMS = {
     "phi3-long": Form("phi3", {"original_max_position_embeddings": 32, **longrope(8, 256)}),
     "phi3-short": Form("phi3", {"original_max_position_embeddings": 256, **longrope(8, 512)}),
     "phi4-mini": Form("phi3", {"partial_rotary_factor": 0.75, "tie_word_embeddings": True}),
+    "glm4": Form("glm4", {"head_dim": 16, "attention_bias": True, "partial_rotary_factor": 0.5}),
+    "glm4-no-bias": Form("glm4", {"head_dim": 32, "attention_bias": False}),
 }
 
 
