@@ -68,6 +68,14 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4}
 GRANITE = {"embedding_multiplier": 12.0, "attention_multiplier": 0.1, "residual_multiplier": 0.22}
 SMOLLM3 = {"no_rope_layers": [1, 1, 1, 0] * 2, "layer_types": ["full_attention"] * 8}
+GEMMA2 = {
+    "head_dim": 32,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 8,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+#: To 46 layers, where llama.cpp takes a Gemma 2 for the 27B, and to those beside.
+GEMMA2_PLANS = ("0:23,3:26", "0:22,4:26", "0:24,2:26")
 
 
 def longrope(n: int, context: int) -> dict[str, Any]:
@@ -90,6 +98,8 @@ FAMILY_FORMS = {
     "granite": Form("granite", {**GRANITE, "logits_scaling": 8.0, "tie_word_embeddings": True}),
     "granite-biases": Form("granite", {**GRANITE, "attention_bias": True, "mlp_bias": True}),
     "olmo2": Form("olmo2", {"rms_norm_eps": 1e-6, "rope_theta": 5e5}),
+    "gemma2": Form("gemma2", GEMMA2, PLANS[:2], PLANS[2:]),
+    "gemma2-26": Form("gemma2", {**GEMMA2, "num_hidden_layers": 26}, GEMMA2_PLANS),
     "phi3": Form("phi3", {"sliding_window": 64}),
     "phi3-long": Form("phi3", {"original_max_position_embeddings": 32, **longrope(8, 256)}),
     "phi3-short": Form("phi3", {"original_max_position_embeddings": 256, **longrope(8, 512)}),
