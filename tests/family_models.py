@@ -76,6 +76,9 @@ GEMMA2 = {
 }
 #: To 46 layers, where llama.cpp takes a Gemma 2 for the 27B, and to those beside.
 GEMMA2_PLANS = ("0:23,3:26", "0:22,4:26", "0:24,2:26")
+GEMMA3 = {**GEMMA2, "rope_local_base_freq": 10000, "rope_theta": 1e6, "sliding_window_pattern": 6}
+#: The same of Gemma 3 and 62.
+GEMMA3_PLANS = ("0:31,3:34", "0:32,2:34", "0:30,4:34")
 
 
 def longrope(n: int, context: int) -> dict[str, Any]:
@@ -100,6 +103,8 @@ FAMILY_FORMS = {
     "olmo2": Form("olmo2", {"rms_norm_eps": 1e-6, "rope_theta": 5e5}),
     "gemma2": Form("gemma2", GEMMA2, PLANS[:2], PLANS[2:]),
     "gemma2-26": Form("gemma2", {**GEMMA2, "num_hidden_layers": 26}, GEMMA2_PLANS),
+    "gemma3": Form("gemma3", GEMMA3),
+    "gemma3-34": Form("gemma3", {**GEMMA3, "num_hidden_layers": 34}, GEMMA3_PLANS),
     "phi3": Form("phi3", {"sliding_window": 64}),
     "phi3-long": Form("phi3", {"original_max_position_embeddings": 32, **longrope(8, 256)}),
     "phi3-short": Form("phi3", {"original_max_position_embeddings": 256, **longrope(8, 512)}),
