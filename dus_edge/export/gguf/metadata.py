@@ -80,8 +80,9 @@ def check_layers(config: ModelConfig, where: str) -> None:
         every = pattern.llama_cpp_every if pattern else None
         if pattern and every and found != each(every, config.n_layers):
             raise UnsupportedError(
-                f"{where}: {pattern.list} is not each {every}th layer, which llama.cpp takes for "
-                f"granted in a {config.architecture}; export it with dus-edge upscale, gptq or bnb."
+                f"{where}: {pattern.list} does not make each layer number {every}, {2 * every}, … "
+                f"a {pattern.entries[0]!r}, which llama.cpp takes for granted in a "
+                f"{config.architecture}; export it with dus-edge upscale, gptq or bnb."
             )
 
 
