@@ -300,6 +300,10 @@ def _check_family(family: Family) -> None:
     check_entry(family.reorder in _REORDER, f"{where}: reorder {family.reorder!r}")
     check_entry(family.rope_style in _STYLES, f"{where}: style {family.rope_style!r}")
     check_entry(set(family.patterns) <= set(_PATTERNS), f"{where}: patterns {set(family.patterns)}")
+    for pattern in family.patterns.values():
+        check_entry(pattern.list in family.layer_lists, f"{where}: {pattern.list} in no lists")
+    roles = {rule.role for rule in family.tensors}
+    check_entry(family.scale_role in {None, *roles}, f"{where}: scale into {family.scale_role}")
     check_entry(family.period >= 1, f"{where}: period {family.period}")
     for rule in family.tensors:
         flags = {rule.bias, rule.unless} - {None}

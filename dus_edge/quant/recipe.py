@@ -2,7 +2,7 @@
 
 Transcribed from the rules of `src/llama-quant.cpp` (`llama_tensor_get_type_impl`,
 `tensor_type_fallback`, `tensor_allows_quantization`) of the llama.cpp at `LLAMA_CPP_COMMIT`, for
-dense Llama-form models. Tests compare every preset with `llama_model_quantize` itself.
+dense models. Tests compare every preset with `llama_model_quantize` itself.
 """
 
 from __future__ import annotations
