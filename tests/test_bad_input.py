@@ -179,7 +179,7 @@ SPOILED = {
     no_weights: r"neither model\.safetensors nor",
     no_config: r"config\.json",
     broken_config: r"config\.json cannot be read as JSON",
-    other_architecture: r"GPT2LMHeadModel.*known are LlamaForCausalLM, MistralForCausalLM",
+    other_architecture: r"GPT2LMHeadModel.*known are .*LlamaForCausalLM, MistralForCausalLM",
     quantized: r"already quantized \(gptq\)",
     absurd_field: r"num_hidden_layers is 'four'",
     odd_heads: r"num_attention_heads \(4\) is not a multiple of num_key_value_heads \(3\)",

@@ -30,6 +30,15 @@ PARAMETERS = {
     "smollm-135m": 134_515_008,
     "smollm2-1.7b": 1_711_376_384,
     "solar-10.7b-v1.0": 10_731_524_096,
+    "mistral-nemo-12b": 12_247_782_400,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+    "smollm3-3b": 3_075_098_624,
+    "granite-3.3-8b": 8_170_864_640,
+    "phi-4": 14_659_507_200,
+    "glm-4-9b-0414": 9_400_279_040,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-3-1b": 999_885_952,
 }
 
 
@@ -55,8 +64,9 @@ def test_same_as_transformers(name):
     assert ours.n_kv_heads == theirs.num_key_value_heads
     assert ours.context_length == theirs.max_position_embeddings
     assert ours.rms_norm_eps == theirs.rms_norm_eps
-    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
-    assert ours.rope.kind == theirs.rope_parameters["rope_type"]
+    rope = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
+    assert ours.rope.theta == rope["rope_theta"]
+    assert ours.rope.kind == rope["rope_type"]
     assert ours.tied_head == theirs.tie_word_embeddings
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from dataclasses import replace
@@ -13,11 +14,12 @@ import pytest
 import torch
 import transformers
 
-from dus_edge.checkpoint.config import parse_config, tensor_shapes
+from dus_edge.checkpoint.config import parse_config, tensor_shapes, with_layers
 from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint
 from dus_edge.checkpoint.spec import Source
-from dus_edge.errors import UsageError
+from dus_edge.errors import UnsupportedError, UsageError
 from dus_edge.export.gguf import sink
+from dus_edge.export.gguf.metadata import check_layers
 from dus_edge.families.family import (
     FamilyError,
     find_family,
@@ -25,6 +27,7 @@ from dus_edge.families.family import (
     load_families,
     parse_family,
 )
+from dus_edge.families.refused import refusal
 from dus_edge.quant.choose import find_quantizer
 from dus_edge.quant.recipe import find_preset
 from dus_edge.upscale.plan import check_pattern, from_drop, from_ranges, identity
@@ -41,6 +44,7 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 128,
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
 }
 VARIANTS = (
     {},
@@ -85,6 +89,9 @@ def test_gguf_names_are_those_of_gguf_py(name):
     names = gguf.get_tensor_name_map(arch, 3)
     for tensor in transformers_model(family).state_dict():
         stem, _, part = tensor.rpartition(".")
+        if names.get_name(stem) is None:  # there the embedding is always the head
+            assert stem == "lm_head" and family.fields["tied_head"].default is True
+            continue
         assert family.gguf_name(tensor) == f"{names.get_name(stem)}.{part}"
 
 
@@ -124,8 +131,90 @@ def test_found_by_each_of_its_names():
     assert find_family({"model_type": "mistral"}) is FAMILIES["mistral"]
     assert find_family({"architectures": ["GPT2LMHeadModel"], "model_type": "llama"}) is None
     assert find_gguf_family("llama") is FAMILIES["llama"]
-    assert find_gguf_family("gemma3") is None
+    assert find_gguf_family("mamba") is None
     assert find_gguf_family(None) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Qwen3MoeForCausalLM", "a mixture of experts, .*; take a dense model of its line"),
+        ("MixtralForCausalLM", "a mixture of experts, .*; take a dense"),
+        ("Mistral3ForConditionalGeneration", "a multimodal model, .*such as Mistral Small 3"),
+        ("Qwen2_5_VLForConditionalGeneration", "a multimodal model, .*; take a text-only"),
+        ("GraniteMoeHybridForCausalLM", "a hybrid, .*; take a GraniteForCausalLM"),
+        ("Exaone4ForCausalLM", "number of layers, .*; take a Korean model"),
+        ("ExaoneForCausalLM", "no code for, .*converted to LlamaForCausalLM"),
+        ("FalconMambaForCausalLM", "a hybrid or recurrent model, .*; take"),
+        ("GPT2LMHeadModel", "not supported; known are"),
+    ],
+)
+def test_what_is_refused_is_named_with_what_works(name, said):
+    with pytest.raises(UnsupportedError, match=f"c.json: .*{name}.*{said}"):
+        parse_config({"architectures": [name], **SMALL}, "c.json")
+
+
+def test_what_is_refused_is_no_family():
+    assert not any(refusal(family.architecture) for family in FAMILIES.values())
+
+
+def config_of(name, **changes):
+    return parse_config({"architectures": [FAMILIES[name].architecture], **SMALL, **changes})
+
+
+def test_layers_that_a_rule_gives_follow_the_plan():
+    """Qwen's windows from a layer on: a list is written where the rule would move them."""
+    sources = (0, 1, 2, 3, 1, 2, 3, 4)
+    windows = {"use_sliding_window": True, "max_window_layers": 2, "num_hidden_layers": 5}
+    base = config_of("qwen2", **windows)
+    assert [base.window(i) for i in range(5)] == [None, None, 4096, 4096, 4096]
+    grown = with_layers(base, sources)
+    assert [grown.window(i) for i in range(8)] == [base.window(i) for i in sources]
+    theirs = transformers.AutoConfig.for_model("qwen2", **grown.raw)
+    assert [kind == "full_attention" for kind in theirs.layer_types] == list(grown.full_layers)
+    without = with_layers(config_of("qwen2", num_hidden_layers=5, max_window_layers=2), sources)
+    assert "layer_types" not in without.raw and without.sliding_window is None
+    kept = with_layers(config_of("gemma2", num_hidden_layers=8), (0, 1, 2, 3, 2, 3, 4, 5, 6, 7))
+    assert "layer_types" not in kept.raw  # the rule still holds
+    odd = with_layers(config_of("smollm3", num_hidden_layers=8), (0, 1, 2, 3, 0, 1))
+    assert "no_rope_layers" not in odd.raw
+    moved = with_layers(config_of("smollm3", num_hidden_layers=8), (0, 3, 3, 4))
+    assert moved.raw["no_rope_layers"] == [1, 0, 0, 1]
+
+
+def test_layers_that_llama_cpp_takes_for_granted():
+    check_layers(config_of("smollm3", num_hidden_layers=8), "c.json")
+    listed = config_of("smollm3", num_hidden_layers=4, no_rope_layers=[1, 1, 0, 1])
+    with pytest.raises(
+        UnsupportedError, match=r"no_rope_layers does not make each layer number 4, 8.*up"
+    ):
+        check_layers(listed, "c.json")
+    full = {"layer_types": ["full_attention"] * 4, "num_hidden_layers": 4}
+    with pytest.raises(UnsupportedError, match="layer_types does not make each layer number 2, 4"):
+        check_layers(config_of("gemma2", **full), "c.json")
+    check_layers(config_of("gemma2", **full, sliding_window=None), "c.json")
+    check_layers(config_of("gemma3", **full), "c.json")  # the file says it
+
+
+@pytest.mark.parametrize(
+    ("name", "n_layers", "factor"),
+    [
+        ("gemma2", 45, math.sqrt(16 / 24)),
+        ("gemma2", 46, math.sqrt(32 / 24)),
+        ("gemma3", 61, math.sqrt(16 / 24)),
+        ("gemma3", 62, math.sqrt(32 / 24)),
+    ],
+)
+def test_what_llama_cpps_scale_is_short_of_is_folded_in(name, n_layers, factor):
+    """Of heads of 16 in a width of 32 a head; the model divides by the root of 24."""
+    changes = {"num_attention_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 24}
+    config = config_of(name, num_hidden_layers=n_layers, **changes)
+    role = config.family.scale_role
+    assert role is not None
+    found = config.family.folded_scale(config.family.name(role, 3), config, config.attention_scale)
+    assert found == pytest.approx(factor)
+    other = config.family.name("k", 3)
+    assert config.family.folded_scale(other, config, config.attention_scale) == 1
 
 
 def test_a_layers_tensor_in_another_layer():
@@ -151,6 +240,12 @@ def test_a_layers_tensor_in_another_layer():
         ({"fields": {"widht": {"key": "n"}}}, "unknown .'widht'"),
         ({"rope": {"reorder": "mirror"}}, "reorder 'mirror'"),
         ({"layers": {"period": 0}}, "period 0"),
+        ({"layers": {"patterns": {"odd": {"list": "x", "entries": [1, 0]}}}}, "odd"),
+        ({"layers": {"patterns": {"full": {"list": "x", "entries": [1, 0]}}}}, "x in no lists"),
+        ({"without": {"tensors": ["experts"]}}, "without 'experts'"),
+        ({"gguf": {"scale_into": "q_norm"}}, "scale into q_norm"),
+        ({"rope": {"style": "spiral"}}, "style 'spiral'"),
+        ({"fields": {"n_heads": {"null": "none"}}}, "neither key nor default"),
         ({"layers": {"prefix": "layers."}}, "layers."),
         ({"tensors": [{"role": "x", "hf": "a", "gguf": "b"}]}, "shape"),
         ({"tensors": [{"role": "x", "hf": "a", "gguf": "b", "shape": ["depth"]}]}, "depth"),

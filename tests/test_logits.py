@@ -31,10 +31,9 @@ def log_probs(model) -> np.ndarray:
         return torch.log_softmax(model(torch.tensor([TOKENS])).logits[0], -1).numpy()
 
 
-def llama_log_probs(path: Path) -> np.ndarray:
-    model = llama_cpp.Llama(
-        str(path), n_ctx=64, logits_all=True, verbose=False, n_threads=1, n_gpu_layers=0
-    )
+def llama_log_probs(path: Path, **options) -> np.ndarray:
+    fixed = {"n_ctx": 64, "logits_all": True, "verbose": False, "n_threads": 1, "n_gpu_layers": 0}
+    model = llama_cpp.Llama(str(path), **fixed, **options)
     try:
         model.eval(TOKENS)
         logits = np.array(model.scores[: len(TOKENS)], np.float64)

@@ -439,8 +439,9 @@ def build_case(name: str, folder: Path, lines: list[str]) -> Case:
         )
     if name == "smaug-bpe":
         return _byte_case(folder, byte_level(lines, regex_then_bytes(LLAMA3), BYTE_SPECIALS))
-    if name == "tekken":
-        tokenizer = byte_level(lines, regex_then_bytes(TEKKEN), BYTE_SPECIALS, ignore_merges=True)
+    if name in ("tekken", "gpt-4o"):
+        words = regex_then_bytes(TEKKEN if name == "tekken" else GPT_4O)
+        tokenizer = byte_level(lines, words, BYTE_SPECIALS, ignore_merges=name == "tekken")
         return _byte_case(
             folder, tokenizer, excluded=lambda text, _: newer_unicode(text) or beyond_tekken(text)
         )
@@ -467,6 +468,14 @@ TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT_4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    + _SUFFIX
+    + r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    + _SUFFIX
+    + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 USER_DEFINED_SPECIAL = [
     "x<custom>y <custom> z", "<custom>", "cab \n\n\n\n\nx      y 11", " <custom>\n\n\n",
 ]  # fmt: skip
@@ -480,7 +489,7 @@ SPM_CASES = [
     "spm-transformers-5",
 ]
 FAST_CASES = ["fast-prepend", "fast-first", "fast-always", "fast-never"]
-BYTE_CASES = ["llama-bpe", "smaug-bpe", "qwen2", "smollm", "gpt-2", "tekken"]
+BYTE_CASES = ["llama-bpe", "smaug-bpe", "qwen2", "smollm", "gpt-2", "tekken", "gpt-4o"]
 CASES = SPM_CASES + FAST_CASES + BYTE_CASES
 
 
@@ -492,7 +501,8 @@ def not_nfc(text: str) -> bool:
 def beyond_tekken(text: str) -> bool:
     """What llama.cpp's substitute for the tekken expression cannot tell: case and marks.
 
-    It writes "upper case" as "a letter, not a-z" (src/llama-vocab.cpp, PRE_TYPE_TEKKEN).
+    It writes "upper case" as "a letter, not a-z" (src/llama-vocab.cpp, PRE_TYPE_TEKKEN; GPT4O is
+    alike).
     """
     return any(
         unicodedata.category(char) in ("Lu", "Ll", "Lt", "Mn", "Mc", "Me")

@@ -155,7 +155,7 @@ def run_layers(
             if index + 1 < config.n_layers:
                 ahead = reader.submit(read_layer, checkpoint, index + 1)
             weights = {name: t.to(settings.device, dtype) for name, t in stored.items()}
-            layer = DecoderLayer(config, weights, where)
+            layer = DecoderLayer(config, weights, where[index])
             pass_ = _Pass(index, layer, stored, visitor, h, batches, settings, advance)
             pass_.by_sites() if visitor.replaces else pass_.at_once()
             check_finite(h, index)
@@ -190,12 +190,12 @@ class _Pass:
             self._show("attn_input", x)
             x = self.layer.attention(x)
             self._show("attn_output", x)
-            h = h + self.layer.linear(x, "o")
+            h = self.layer.after_attention(h, x)
             x = self.layer.ffn_input(h)
             self._show("ffn_input", x)
             x = self.layer.ffn(x)
             self._show("ffn_output", x)
-            self.h[batch] = h + self.layer.linear(x, "down")
+            self.h[batch] = self.layer.after_ffn(h, x)
             self.advance(h.shape[0] * h.shape[1], 1)
         for site in self.layer.config.family.sites:
             self._finish(site)
@@ -217,7 +217,7 @@ class _Pass:
             kept[batch] = x
         self._finish("attn_output")
         for batch, h in self._loaded(share=0.1):
-            h = h + layer.linear(kept[batch].to(self.settings.device), "o")
+            h = layer.after_attention(h, kept[batch].to(self.settings.device))
             self._show("ffn_input", layer.ffn_input(h))
             self.h[batch] = h
         del kept
@@ -227,7 +227,7 @@ class _Pass:
         self._finish("ffn_output")
         for batch, h in self._loaded(share=0.25):
             x = layer.ffn(layer.ffn_input(h))
-            self.h[batch] = h + layer.linear(x, "down")
+            self.h[batch] = layer.after_ffn(h, x)
 
     def _loaded(self, share: float = 0.0) -> Iterator[tuple[slice, torch.Tensor]]:
         for batch in self.batches:
@@ -265,7 +265,9 @@ class _Shares:
 def embedded(checkpoint: Checkpoint, tokens: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     """What the first layer takes in, ``(n_chunks, n_ctx, hidden)``, on the CPU."""
     table = as_tensor(checkpoint.read(checkpoint.config.family.name("embedding")))
-    return table[torch.from_numpy(tokens.astype(np.int64))].to(dtype)
+    h = table[torch.from_numpy(tokens.astype(np.int64))].to(dtype)
+    scale = checkpoint.config.embedding_scale
+    return h if scale == 1 else h * scale
 
 
 def check_finite(h: torch.Tensor, index: int, first: int = 0) -> None:

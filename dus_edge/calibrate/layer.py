@@ -1,14 +1,18 @@
-"""One decoder layer of the arithmetic "llama", cut where its linear layers take their inputs.
+"""One decoder layer, cut where its linear layers take their inputs.
 
-The family names the tensors. The four *sites* are the distinct inputs of a layer's seven matrices;
-statistics are collected there, and a quantizer may replace a site's matrices before anything behind
-them is computed. The arithmetic is that of transformers' `modeling_llama.py` and
-`modeling_mistral.py`; a test holds it to theirs.
+The family names the tensors, and which of them there are says what is computed: a norm that is not
+there is not taken, and q, k, v or gate and up may be one matrix. The *sites* are the distinct
+inputs of a layer's matrices; statistics are collected there, and a quantizer may replace a site's
+matrices before anything behind them is computed. The arithmetic is that of transformers' models of
+the families; a test holds it to theirs.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,19 +21,24 @@ import torch.nn.functional as F
 from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.checkpoint.spec import Checkpoint
 
+#: By a family's first name of it.
+ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
 
 @dataclass(frozen=True)
 class Positions:
-    """What attention needs to know of positions 0 … n_ctx − 1.
+    """What attention of a layer needs to know of positions 0 … n_ctx − 1.
 
     Attributes:
-        cos: ``(n_ctx, head_dim)`` cosines of the rotary embedding, scaled as its kind wants.
-        sin: the sines.
+        rotary: ``(n_ctx, rotary_dim)`` cosines of the rotary embedding, scaled as its kind wants,
+            and sines; None in a layer that knows no positions.
         mask: boolean ``(n_ctx, n_ctx)``, true where attention looks; None for plain causal.
     """
 
-    cos: torch.Tensor
-    sin: torch.Tensor
+    rotary: tuple[torch.Tensor, torch.Tensor] | None
     mask: torch.Tensor | None
 
 
@@ -45,6 +54,7 @@ class DecoderLayer:
         self.config = config
         self.weights = weights
         self.positions = positions
+        self._activation = ACTIVATIONS[config.family.activations[0]]
 
     def replace(self, role: str, weight: torch.Tensor) -> None:
         """Go on with another matrix, e.g. ``up``; same shape and dtype."""
@@ -52,8 +62,8 @@ class DecoderLayer:
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """Hidden states ``(batch, n_ctx, hidden)`` before the layer → behind it."""
-        h = h + self.linear(self.attention(self.attention_input(h)), "o")
-        return h + self.linear(self.ffn(self.ffn_input(h)), "down")
+        h = self.after_attention(h, self.attention(self.attention_input(h)))
+        return self.after_ffn(h, self.ffn(self.ffn_input(h)))
 
     def attention_input(self, h: torch.Tensor) -> torch.Tensor:
         """Hidden states ``(batch, n_ctx, hidden)`` → input of q, k and v."""
@@ -63,22 +73,22 @@ class DecoderLayer:
         """Input of q, k and v → input of the output projection ``(batch, n_ctx, q_width)``."""
         c, p = self.config, self.positions
         batch, n_ctx, _ = x.shape
+        q, k, v = self._parts(x, ("q", "k", "v"), "qkv", (c.q_width, c.kv_width, c.kv_width))
 
-        def heads(role: str, n: int) -> torch.Tensor:
-            return self.linear(x, role).view(batch, n_ctx, n, c.head_dim).transpose(1, 2)
+        def heads(y: torch.Tensor, norm: str | None = None) -> torch.Tensor:
+            y = y if norm is None else self._norm(y, norm)
+            return y.view(batch, n_ctx, -1, c.head_dim).transpose(1, 2)
 
-        q = rotated(heads("q", c.n_heads), p.cos, p.sin)
-        k = rotated(heads("k", c.n_kv_heads), p.cos, p.sin)
-        v = heads("v", c.n_kv_heads)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=p.mask,
-            is_causal=p.mask is None,
-            enable_gqa=c.n_heads != c.n_kv_heads,
-        )
+        q, k, v = heads(q, "q_norm"), heads(k, "k_norm"), heads(v)
+        if p.rotary is not None:
+            style = c.family.rope_style
+            q, k = rotated(q, *p.rotary, style), rotated(k, *p.rotary, style)
+        out = _attended(q, k, v, p.mask, c)
         return out.transpose(1, 2).reshape(batch, n_ctx, c.q_width)
+
+    def after_attention(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states before the layer, and input of the output projection → those between."""
+        return self._added(h, x, "o", "attn_post_norm")
 
     def ffn_input(self, h: torch.Tensor) -> torch.Tensor:
         """Hidden states after attention → input of gate and up."""
@@ -86,17 +96,69 @@ class DecoderLayer:
 
     def ffn(self, x: torch.Tensor) -> torch.Tensor:
         """Input of gate and up → input of down ``(batch, n_ctx, intermediate)``."""
-        return F.silu(self.linear(x, "gate")) * self.linear(x, "up")
+        n = self.config.intermediate_size
+        gate, up = self._parts(x, ("gate", "up"), "gate_up", (n, n))
+        return self._activation(gate) * up
+
+    def after_ffn(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states after attention, and input of down → those behind the layer."""
+        return self._added(h, x, "down", "ffn_post_norm")
 
     def linear(self, x: torch.Tensor, role: str) -> torch.Tensor:
-        """One of the seven matrices applied."""
+        """One of the matrices applied."""
         return F.linear(x, self.weights[f"{role}.weight"], self.weights.get(f"{role}.bias"))
 
+    def _parts(
+        self, x: torch.Tensor, roles: tuple[str, ...], fused: str, widths: tuple[int, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        """Matrices of one input applied, where the family may have them as one."""
+        if f"{fused}.weight" in self.weights:
+            return self.linear(x, fused).split(widths, dim=-1)
+        return tuple(self.linear(x, role) for role in roles)
+
+    def _added(self, h: torch.Tensor, x: torch.Tensor, role: str, norm: str) -> torch.Tensor:
+        out = self._norm(self.linear(x, role), norm)
+        scale = self.config.residual_scale
+        return h + (out if scale == 1 else out * scale)
+
     def _norm(self, h: torch.Tensor, role: str) -> torch.Tensor:
-        weight = self.weights[f"{role}.weight"]
+        """A norm over as many channels as it has factors: a head, or all; none if it has none."""
+        weight = self.weights.get(f"{role}.weight")
+        if weight is None:
+            return h
         if self.config.family.norm_shift:
             weight = weight + self.config.family.norm_shift
-        return rms_norm(h, weight, self.config.rms_norm_eps)
+        groups = h.unflatten(-1, (-1, len(weight)))
+        return rms_norm(groups, weight, self.config.rms_norm_eps).flatten(-2)
+
+
+def _attended(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, c: ModelConfig
+) -> torch.Tensor:
+    """Attention of heads ``(batch, n_heads, n_ctx, head_dim)``."""
+    if c.attention_softcap is None:
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=c.attention_scale,
+            enable_gqa=c.grouped_queries,
+        )
+    shared = c.n_heads // c.n_kv_heads
+    k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+    scores = q @ k.transpose(2, 3) * c.attention_scale
+    scores = _capped(scores, c.attention_softcap)
+    if mask is None:
+        n = q.shape[2]
+        mask = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+    scores = scores.masked_fill(~mask, -torch.inf)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def _capped(x: torch.Tensor, cap: float) -> torch.Tensor:
+    return cap * torch.tanh(x / cap)
 
 
 def rms_norm(h: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -106,27 +168,86 @@ def rms_norm(h: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * wide.to(h.dtype)
 
 
-def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of heads ``(…, n_ctx, head_dim)``, first half against second half."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+def next_token_logits(
+    h: torch.Tensor, norm: torch.Tensor, head: torch.Tensor, c: ModelConfig
+) -> torch.Tensor:
+    """Hidden states ``(n, hidden)`` behind the last layer → float32 ``(n, vocab)``.
+
+    Args:
+        h: the states, of the head's dtype.
+        norm: the final norm's weights as they are stored.
+        head: ``(vocab, hidden)``.
+        c: of the model.
+    """
+    weight = norm + c.family.norm_shift if c.family.norm_shift else norm
+    logits = (rms_norm(h, weight, c.rms_norm_eps) @ head.T).float()
+    if c.logit_divisor != 1:
+        logits /= c.logit_divisor
+    return logits if c.logit_softcap is None else _capped(logits, c.logit_softcap)
 
 
-def positions(config: ModelConfig, n_ctx: int, device: str, dtype: torch.dtype) -> Positions:
-    """Rotary tables, by transformers for every kind of scaling, and the window's mask."""
+def rotated(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: str = "halves"
+) -> torch.Tensor:
+    """Rotary embedding of heads ``(…, n_ctx, head_dim)``; channels behind rotary_dim stay.
+
+    Args:
+        x: the heads.
+        cos: ``(n_ctx, rotary_dim)``, the second half like the first.
+        sin: the same.
+        style: ``halves`` turns channel i with i + rotary_dim / 2, ``pairs`` 2i with 2i + 1.
+    """
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    if style == "pairs":
+        cos, sin = (t.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for t in (cos, sin))
+        across = torch.stack((-turned[..., 1::2], turned[..., 0::2]), dim=-1).flatten(-2)
+    else:
+        first, second = turned.chunk(2, dim=-1)
+        across = torch.cat((-second, first), dim=-1)
+    return torch.cat((turned * cos + across * sin, rest), dim=-1)
+
+
+def positions(
+    config: ModelConfig, n_ctx: int, device: str, dtype: torch.dtype
+) -> tuple[Positions, ...]:
+    """Of each layer, rotary tables, by transformers for every kind of scaling, and its mask."""
+    rotary, known = _rotary(config)
+    known_layers: dict[tuple[int | None, bool], Positions] = {}
+
+    def of_layer(i: int) -> Positions:
+        window, without = config.window(i), config.no_rope_layers[i]
+        kind = (window, without)
+        if kind not in known_layers:
+            table = None
+            if not without:
+                local = config.rope.theta_local is not None
+                named = {"layer_type": known.layer_types[i]} if local else {}
+                x, at = torch.zeros(1, dtype=torch.float32), torch.arange(n_ctx)[None]
+                cos, sin = rotary(x, at, **named)
+                table = cos[0].to(device, dtype), sin[0].to(device, dtype)
+            known_layers[kind] = Positions(table, _mask(window, n_ctx, device))
+        return known_layers[kind]
+
+    return tuple(of_layer(i) for i in range(config.n_layers))
+
+
+def _rotary(config: ModelConfig) -> tuple[Any, Any]:
+    """transformers' rotary module of the family, and its configuration."""
     from transformers import AutoConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     raw = {key: value for key, value in config.raw.items() if key != "model_type"}
     known = AutoConfig.for_model(config.family.model_type, **raw)
-    # One formula for every family of this arithmetic; only configurations differ.
-    rotary = LlamaRotaryEmbedding(known)
-    cos, sin = rotary(torch.zeros(1, dtype=torch.float32), torch.arange(n_ctx)[None])
-    mask = None
-    if config.sliding_window and config.sliding_window < n_ctx:
-        distance = torch.arange(n_ctx)[:, None] - torch.arange(n_ctx)[None]
-        mask = ((distance >= 0) & (distance < config.sliding_window)).to(device)
-    return Positions(cos[0].to(device, dtype), sin[0].to(device, dtype), mask)
+    place = type(known).__module__.replace("configuration_", "modeling_")
+    module = importlib.import_module(place)
+    name = next(name for name in vars(module) if name.endswith("RotaryEmbedding"))
+    return getattr(module, name)(known), known
+
+
+def _mask(window: int | None, n_ctx: int, device: str) -> torch.Tensor | None:
+    if window is None or window >= n_ctx:
+        return None
+    distance = torch.arange(n_ctx)[:, None] - torch.arange(n_ctx)[None]
+    return ((distance >= 0) & (distance < window)).to(device)
 
 
 def as_tensor(stored: np.ndarray) -> torch.Tensor:

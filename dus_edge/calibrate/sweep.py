@@ -19,7 +19,13 @@ import numpy as np
 import torch
 
 from dus_edge.calibrate.engine import DTYPES, ComputeSettings, check_finite, embedded
-from dus_edge.calibrate.layer import DecoderLayer, as_tensor, positions, read_layer, rms_norm
+from dus_edge.calibrate.layer import (
+    DecoderLayer,
+    as_tensor,
+    next_token_logits,
+    positions,
+    read_layer,
+)
 from dus_edge.calibrate.streams import KeptStates
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.upscale.plan import DepthPlan
@@ -75,7 +81,7 @@ def run_schedule(
             if following is not None:
                 ahead = reader.submit(_read_step, base, steps[following[0]])
             weights = {name: stored.pop(name).to(settings.device, dtype) for name in tuple(stored)}
-            layer = DecoderLayer(base.config, weights, where)
+            layer = DecoderLayer(base.config, weights, where[steps[first].source])
             for i in range(first, end):
                 for batch in batches:
                     h = layer.forward(states.load(steps[i].read, batch).to(settings.device))
@@ -154,10 +160,8 @@ class NextTokenHead:
 
     def _logits(self, h: np.ndarray) -> torch.Tensor:
         """Of states ``(n, hidden)`` float32, as float32 ``(n, vocab)``."""
-        shift = self._config.family.norm_shift
-        weight = self._norm + shift if shift else self._norm
         x = torch.tensor(h).to(self._settings.device, self._head.dtype)
-        return (rms_norm(x, weight, self._config.rms_norm_eps) @ self._head.T).float()
+        return next_token_logits(x, self._norm, self._head, self._config)
 
 
 def _rows(*parts: torch.Tensor) -> np.ndarray:

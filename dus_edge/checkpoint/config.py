@@ -12,28 +12,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from dus_edge.checkpoint.rope import Rope, is_number, read_rope
 from dus_edge.errors import CheckpointError, UnsupportedError
-from dus_edge.families.family import (
-    Family,
-    FieldRule,
-    find_family,
-    load_families,
-    named_architecture,
-)
+from dus_edge.families.family import Family, find_family, load_families, named_architecture
+from dus_edge.families.refused import refusal
+from dus_edge.families.rules import FieldRule, each
 from dus_edge.families.shape import Shape
 from dus_edge.jsonfile import read_object
 
-#: Numbers that a kind of rotary embedding needs.
-_ROPE_NEEDS = {
-    "linear": ("factor",),
-    "yarn": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-}
 #: Sizes beyond these are a mistake or a trap: work and memory follow them before a weight is seen.
 _MOST = {
     "n_layers": 4096,
@@ -43,33 +29,33 @@ _MOST = {
     "n_heads": 1 << 14,
     "head_dim": 1 << 16,
 }
-#: Numbers that a rotary embedding may have beside those that it needs.
-_ROPE_NUMBERS = (
-    *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    *("attention_factor", "extrapolation_factor", "beta_fast", "beta_slow", "mscale"),
-    "mscale_all_dim",
-)
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding: base frequency and, if any, its scaling.
-
-    Attributes:
-        theta: base of the frequencies, ``inv_freq[i] = theta ** (-2 i / head_dim)``.
-        kind: one of the family's `rope_kinds`.
-        params: the scaling's own numbers under transformers' names (``factor``, …).
-    """
-
-    theta: float
-    kind: str = "default"
-    params: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Shape):
-    """What the program needs to know of a model beside its shape, and the JSON it came from."""
+    """What the program needs to know of a model beside its shape, and the JSON it came from.
+
+    Attributes:
+        family: which arithmetic, and what tensors and keys are called.
+        rms_norm_eps: of the norms.
+        rope: rotary embedding.
+        sliding_window: tokens that a token attends to in layers that have a window; None without.
+        tied_head: whether the embedding is the head too.
+        attention_bias: whether attention's matrices have biases.
+        mlp_bias: whether the feed-forward network's do.
+        dtype: of the weights as safetensors names it; None if it is not said.
+        attention_scale: what scores of attention are multiplied by.
+        embedding_scale: what embeddings are multiplied by.
+        residual_scale: what the outputs of attention and of the feed-forward network are
+            multiplied by before they are added.
+        logit_divisor: what logits are divided by.
+        attention_softcap: scores s become c · tanh(s / c); None for no cap.
+        logit_softcap: the same of logits.
+        full_layers: of each layer, whether it has no window though others do.
+        no_rope_layers: of each layer, whether it knows no positions.
+        raw: config.json.
+    """
 
     family: Family = field(repr=False)
     rms_norm_eps: float
@@ -79,12 +65,43 @@ class ModelConfig(Shape):
     attention_bias: bool
     mlp_bias: bool
     dtype: str | None
+    attention_scale: float
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    full_layers: tuple[bool, ...] = field(repr=False, default=())
+    no_rope_layers: tuple[bool, ...] = field(repr=False, default=())
     raw: Mapping[str, Any] = field(repr=False, compare=False, default_factory=dict)
 
     @property
     def architecture(self) -> str:
         """transformers' name of the family."""
         return self.family.architecture
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        return self.rope.channels(self.head_dim)
+
+    @property
+    def sliding_layers(self) -> list[bool] | None:
+        """Of each layer, whether it has the window; None of a model without one."""
+        if self.sliding_window is None:
+            return None
+        return [not full for full in self.full_layers]
+
+    @property
+    def unheeded_window(self) -> int | None:
+        """The window that llama.cpp's graph of this family does not have; None if all is well."""
+        if self.family.gguf_window or all(self.full_layers):
+            return None
+        return self.sliding_window
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a token attends to in a layer; None for all before it."""
+        return None if self.full_layers[layer] else self.sliding_window
 
 
 def load_config(path: Path) -> ModelConfig:
@@ -107,28 +124,39 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
             f"{where}: the weights are already quantized ({method}); "
             "start from the bf16, f16 or f32 checkpoint instead."
         )
-    activation = raw.get("hidden_act", "silu")
+    activation = raw.get(family.activation_key, family.activations[0])
     if activation not in family.activations:
         raise UnsupportedError(
-            f"{where}: hidden_act is {activation!r}; {family.model_type} models use "
+            f"{where}: {family.activation_key} is {activation!r}; {family.model_type} models use "
             f"{family.activations[0]!r}."
         )
     read = _Fields(raw, where, family.fields)
     sizes = read.sizes()
+    n_layers = sizes["n_layers"]
     for key in family.layer_lists:
-        if isinstance(raw.get(key), list) and len(raw[key]) != sizes["n_layers"]:
+        if isinstance(raw.get(key), list) and len(raw[key]) != n_layers:
             raise CheckpointError(
-                f"{where}: {key} has {len(raw[key])} entries for {sizes['n_layers']} layers."
+                f"{where}: {key} has {len(raw[key])} entries for {n_layers} layers."
             )
+    rope = read_rope(raw, where, family)
+    rope.check(sizes["head_dim"], where)
     return ModelConfig(
         **sizes,
         family=family,
         rms_norm_eps=read.number("rms_norm_eps"),
-        rope=_rope(raw, where, family),
+        rope=rope,
         sliding_window=read.count("sliding_window") if "sliding_window" in family.fields else None,
         tied_head=read.flag("tied_head"),
         attention_bias=read.flag("attention_bias"),
         mlp_bias=read.flag("mlp_bias"),
+        attention_scale=read.number_or("attention_scale", sizes["head_dim"] ** -0.5, sizes),
+        embedding_scale=read.number_or("embedding_scale", 1.0, sizes),
+        residual_scale=read.number_or("residual_scale", 1.0, sizes),
+        logit_divisor=read.number_or("logit_divisor", 1.0, sizes),
+        attention_softcap=read.cap("attention_softcap"),
+        logit_softcap=read.cap("logit_softcap"),
+        full_layers=_members(raw, where, family, "full", n_layers),
+        no_rope_layers=_members(raw, where, family, "no_rope", n_layers),
         dtype=_DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")),
         raw=dict(raw),
     )
@@ -156,8 +184,8 @@ def config_of_shape(shape: Shape, *, family: str = "llama", tied_head: bool = Fa
         tied_head: whether the embedding is the head.
     """
     rules = load_families()[family]
-    raw = {rules.fields[name].key: size for name, size in shape.sizes().items()}
-    raw[rules.fields["tied_head"].key] = tied_head
+    raw: dict[str, Any] = {_key(rules, name): size for name, size in shape.sizes().items()}
+    raw[_key(rules, "tied_head")] = tied_head
     return parse_config({"architectures": [rules.architecture], **raw})
 
 
@@ -169,7 +197,17 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def with_layers(config: ModelConfig, sources: Sequence[int]) -> ModelConfig:
     """The configuration of a model whose layer i is a copy of this one's layer ``sources[i]``."""
     family, raw = config.family, dict(config.raw)
-    raw[family.fields["n_layers"].key] = len(sources)
+    raw[_key(family, "n_layers")] = len(sources)
+    for kind, pattern in family.patterns.items():
+        if kind == "full" and config.sliding_window is None:
+            continue
+        of_base = _members(raw, "", family, kind, config.n_layers)
+        wanted = tuple(of_base[i] for i in sources)
+        if not isinstance(raw.get(pattern.list), list) and wanted != pattern.derived(
+            raw, len(sources)
+        ):
+            # The rule that held without a list would make other layers of some.
+            raw[pattern.list] = pattern.as_list(of_base)
     for key in family.layer_lists:
         if isinstance(raw.get(key), list):
             raw[key] = [raw[key][i] for i in sources]
@@ -179,13 +217,34 @@ def with_layers(config: ModelConfig, sources: Sequence[int]) -> ModelConfig:
     return parse_config(raw)
 
 
+def _key(family: Family, name: str) -> str:
+    """config.json's key of a field that every family has one of."""
+    return str(family.fields[name].key)
+
+
+def _members(
+    raw: Mapping[str, Any], where: str, family: Family, kind: str, n_layers: int
+) -> tuple[bool, ...]:
+    """Of each layer, whether it is of a kind that the family has a pattern of."""
+    pattern = family.patterns.get(kind)
+    if pattern is None:
+        return each(None, n_layers)
+    for key in (pattern.every_key, pattern.until):
+        value = raw.get(key) if key else None
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise CheckpointError(f"{where}: {key} is {value!r}; a whole number is needed.")
+    return pattern.of(raw, n_layers)
+
+
 def _family(raw: Mapping[str, Any], where: str) -> Family:
     family = find_family(raw)
     if family is None:
+        named = named_architecture(raw)
+        if (kind := refusal(named)) is not None:
+            raise UnsupportedError(f"{where}: {named} is {kind}.")
         known = ", ".join(f.architecture for f in load_families().values())
         raise UnsupportedError(
-            f"{where}: the architecture is {named_architecture(raw)}, which is not supported; "
-            f"known are {known}."
+            f"{where}: the architecture is {named}, which is not supported; known are {known}."
         )
     kind = raw.get("model_type")
     if kind is not None and kind != family.model_type:
@@ -194,44 +253,6 @@ def _family(raw: Mapping[str, Any], where: str) -> Family:
             f"{family.model_type!r}; correct one of the two."
         )
     return family
-
-
-def _rope(raw: Mapping[str, Any], where: str, family: Family) -> Rope:
-    """Rope of either spelling; transformers 5 keeps theta inside `rope_parameters`."""
-    params = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(params, dict):
-        raise CheckpointError(f"{where}: the rope parameters are {params!r}, not a JSON object.")
-    params = dict(params)
-    kind = str(params.pop("rope_type", None) or params.pop("type", None) or "default").lower()
-    params.pop("type", None)
-    theta = params.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-    if kind not in family.rope_kinds:
-        raise UnsupportedError(
-            f"{where}: rope type {kind!r} is not supported; "
-            f"known are {', '.join(family.rope_kinds)}."
-        )
-    for key in _ROPE_NEEDS.get(kind, ()):
-        value = params.get(key)
-        if not _is_number(value) or not 0 < value < 1e30:
-            raise CheckpointError(
-                f"{where}: rope type {kind!r} needs a positive number {key!r}, not {value!r}."
-            )
-    for key, value in params.items():
-        if (
-            key in _ROPE_NUMBERS
-            and value is not None
-            and not (_is_number(value) and abs(value) < 1e30)
-        ):
-            raise CheckpointError(f"{where}: {key} of rope is {value!r}; a number is needed.")
-    if params.get("partial_rotary_factor", 1) not in (None, 1):
-        raise UnsupportedError(f"{where}: partial rotary embeddings are not supported.")
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < 1e30:
-        raise CheckpointError(f"{where}: rope_theta is {theta!r}; a positive number is needed.")
-    return Rope(float(theta), kind, params)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -264,22 +285,36 @@ class _Fields:
     def count(self, name: str) -> int | None:
         """A number of its own; None where null says that there is none."""
         rule = self.rules[name]
-        if rule.optional and self.raw.get(rule.key, 0) is None:
+        if rule.only_if and self.raw.get(rule.only_if) is not True:
+            return None
+        if rule.optional and self.raw.get(rule.key, rule.default) is None:
             return None
         return self._count(name, {})
 
-    def number(self, name: str) -> float:
+    def number(self, name: str, sizes: Mapping[str, int] | None = None) -> float:
+        """A positive number, by the family's power of it."""
         rule = self.rules[name]
-        value = self.raw.get(rule.key, rule.default)
-        if not _is_number(value) or not 0 < value < 1e30:
+        default = self._default(rule, sizes or {})
+        value = self.raw.get(rule.key, default) if rule.key else default
+        if not is_number(value) or not 0 < value < 1e30:
             raise CheckpointError(
                 f"{self.where}: {rule.key} is {value!r}; a positive number is needed."
             )
-        return float(value)
+        return float(value) ** rule.power
+
+    def number_or(self, name: str, default: float, sizes: Mapping[str, int]) -> float:
+        """A number that not every family has."""
+        return self.number(name, sizes) if name in self.rules else default
+
+    def cap(self, name: str) -> float | None:
+        """A number that not every family has, and where null says that there is none."""
+        rule = self.rules.get(name)
+        absent = rule is None or (rule.optional and self.raw.get(rule.key, rule.default) is None)
+        return None if absent else self.number(name)
 
     def flag(self, name: str) -> bool:
         rule = self.rules[name]
-        value = self.raw.get(rule.key)
+        value = self.raw.get(rule.key) if rule.key else None
         if value is None:
             return bool(rule.default)
         if not isinstance(value, bool):

@@ -119,7 +119,7 @@ def _terminated(signum: int, frame: object) -> None:
 )
 @click.version_option(__version__, prog_name="dus-edge")
 def cli() -> None:
-    """Depth up-scale a Llama-family checkpoint and run it on what you own.
+    """Depth up-scale a checkpoint and run it on what you own.
 
     BASE is a folder, a hub id (org/name or org/name@revision), or pico, the small
     model that comes with the program.

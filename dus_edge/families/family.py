@@ -3,22 +3,31 @@
 One TOML for each architecture of transformers. Its entries:
 
 - ``architecture``, ``spellings``, ``model_type``: how config.json names the family;
-- ``like``: another family whose entries hold where this one has none;
+- ``like``: another family whose entries hold where this one has none. Tensors go by role and GGUF
+  keys by key: what is named again is changed, what is new comes last, and what ``without`` names
+  is left out;
 - ``arithmetic``: which of the forward passes that the program knows is this family's;
-- ``activations``: what ``hidden_act`` may be;
+- ``activations``: what ``hidden_act`` (or ``activation_key``) may be; all of them are one function;
 - ``norm_shift``: what is added to a norm's stored weights to get its factors;
 - ``[fields]``: config.json's key of each field, and its default: a value, the name of another
   field, or the quotient ``a / b`` of two. With ``null = "none"`` a null means that there is none;
-- ``[rope]``: kinds of rotary embedding, and how rows of q and k are reordered for llama.cpp;
+  see `FieldRule`;
+- ``[rope]``: kinds of rotary embedding; ``theta`` and ``share`` of a head where config.json has
+  none; ``local``, with key and default, of the layers that have a window; ``style``; and how rows
+  of q and k are reordered for llama.cpp;
 - ``[layers]``: the prefix of a layer's tensors, what in config.json is indexed by layer, the
-  ``period`` of a pattern over layers, and ``depths`` that llama.cpp takes for a model of its own;
+  ``period`` of a pattern over layers, ``depths`` that llama.cpp takes for a model of its own, and
+  ``patterns``: ``full`` are layers without the window, ``no_rope`` those without positions;
 - ``[[tensors]]``: see `TensorRule`;
-- ``[gguf]``: architecture and keys, see `GGUFKey`.
+- ``[gguf]``: architecture and keys, see `GGUFKey`; whether llama.cpp's graph has the ``window``;
+  and ``scale_into``, the role of the tensor that takes what llama.cpp's own scale of attention is
+  short of.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -26,104 +35,36 @@ from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from typing import Any
 
+from dus_edge.families.entries import (
+    FamilyError,
+    check_entry,
+    layer_entries,
+    merged_entries,
+    parse_field,
+    parse_tensor,
+    rope_entries,
+)
+from dus_edge.families.rules import DepthRule, FieldRule, GGUFKey, LayerPattern, TensorRule
 from dus_edge.families.shape import Shape
 from dus_edge.words import whole_number
 
-#: Fields of the configuration that are counts, beside those of `Shape`.
+#: Fields of the configuration beside those of `Shape`.
 _FLAGS = ("tied_head", "attention_bias", "mlp_bias")
-_NUMBERS = ("rms_norm_eps",)
+_NUMBERS = (
+    *("rms_norm_eps", "attention_scale", "embedding_scale", "residual_scale", "logit_divisor"),
+    *("attention_softcap", "logit_softcap"),
+)
+#: What else a tensor's shape, or an entry of GGUF's metadata, may name.
+_WIDTHS = ("q_width", "kv_width", "qkv_width", "gate_up_width")
+_DERIVED = ("rope_theta", "rope_theta_local", "rope_scaling", "rotary_dim", "sliding_layers")
 _ARITHMETIC = ("llama",)
 _REORDER = ("none", "interleave")
-_TYPES = ("u32", "f32")
+_STYLES = ("halves", "pairs")
+_PATTERNS = ("full", "no_rope")
+_TYPES = ("u32", "f32", "bools")
+#: Sites in the order in which a layer computes.
+SITES = ("attn_input", "attn_output", "ffn_input", "ffn_output")
 _INDEXED = re.compile(r"^(.*?\.)(\d{1,18})(\..+)$")
-
-
-class FamilyError(ValueError):
-    """A family's TOML is wrong; a mistake of ours, which a test finds."""
-
-
-@dataclass(frozen=True)
-class FieldRule:
-    """Where config.json keeps a field.
-
-    Attributes:
-        key: config.json's.
-        default: where the key is absent or null; None if it may not be. See the module's text.
-        optional: whether a null means that there is none (and absence means the default).
-    """
-
-    key: str
-    default: int | float | bool | str | None = None
-    optional: bool = False
-
-
-@dataclass(frozen=True)
-class TensorRule:
-    """One tensor, or one of every layer.
-
-    Attributes:
-        role: what it does: ``q``, ``down``, ``final_norm``, …
-        hf: transformers' name without ``.weight``; ``{i}`` is the layer.
-        gguf: llama.cpp's, the same way.
-        shape: fields or properties of `Shape`, outermost first.
-        bias: flag of the configuration that gives it a bias; None if there never is one.
-        unless: flag that leaves it out.
-        rope_heads: field with the number of heads whose rows are reordered; None for none.
-        site: of a linear layer, the point of the forward pass where its inputs are seen; tensors
-            of one site share their inputs. Exactly these matrices are what GPTQ and bitsandbytes
-            quantize.
-    """
-
-    role: str
-    hf: str
-    gguf: str
-    shape: tuple[str, ...]
-    bias: str | None = None
-    unless: str | None = None
-    rope_heads: str | None = None
-    site: str | None = None
-
-    @property
-    def per_layer(self) -> bool:
-        """Whether every layer has one."""
-        return "{i}" in self.hf
-
-
-@dataclass(frozen=True)
-class GGUFKey:
-    """One entry of GGUF's metadata.
-
-    Attributes:
-        key: without the architecture before it.
-        value: field of the configuration, ``rope_theta`` or ``rope_scaling``.
-        type: ``u32`` or ``f32``.
-        if_given: key of config.json without which the entry is not written.
-    """
-
-    key: str
-    value: str
-    type: str = "u32"
-    if_given: str | None = None
-
-
-@dataclass(frozen=True)
-class DepthRule:
-    """A depth at which llama.cpp takes the model for one of its own.
-
-    Attributes:
-        n_layers: the depth.
-        llama_cpp_type: what it is taken for, such as ``70B``.
-        grouped_queries: only for models with, or without, grouped queries; None for all.
-    """
-
-    n_layers: int
-    llama_cpp_type: str
-    grouped_queries: bool | None = None
-
-    def holds(self, shape: Shape) -> bool:
-        """Whether a model of that shape is taken so."""
-        grouped = self.grouped_queries
-        return shape.n_layers == self.n_layers and grouped in (None, shape.grouped_queries)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,14 +80,22 @@ class Family:
     gguf_keys: tuple[GGUFKey, ...] = field(repr=False)
     layer_prefix: str
     rope_kinds: tuple[str, ...]
+    rope_theta: float = 10000.0
+    rope_share: float | None = None
+    rope_local: FieldRule | None = None
+    rope_style: str = "halves"
     reorder: str = "none"
     spellings: tuple[str, ...] = ()
     activations: tuple[str, ...] = ("silu",)
+    activation_key: str = "hidden_act"
     norm_shift: float = 0.0
     layer_lists: tuple[str, ...] = ()
     layer_caps: tuple[str, ...] = ()
+    patterns: Mapping[str, LayerPattern] = field(default_factory=dict)
     period: int = 1
     depths: tuple[DepthRule, ...] = ()
+    gguf_window: bool = False
+    scale_role: str | None = None
 
     @functools.cached_property
     def _by_hf(self) -> dict[str, TensorRule]:
@@ -159,11 +108,7 @@ class Family:
     @functools.cached_property
     def sites(self) -> dict[str, tuple[TensorRule, ...]]:
         """Linear layers by the site that feeds them, in the order in which a layer computes."""
-        found: dict[str, tuple[TensorRule, ...]] = {}
-        for rule in self.tensors:
-            if rule.site is not None:
-                found[rule.site] = (*found.get(rule.site, ()), rule)
-        return found
+        return {site: tuple(r for r in self.tensors if r.site == site) for site in SITES}
 
     def rule(self, role: str) -> TensorRule:
         """The tensor of a role; KeyError if the family has none."""
@@ -229,6 +174,25 @@ class Family:
         rule, _, part = self.find(name)
         return self.norm_shift if part == "weight" and rule.role.endswith("norm") else 0.0
 
+    def folded_scale(self, name: str, shape: Shape, attention_scale: float) -> float:
+        """What a tensor's values are multiplied by for llama.cpp.
+
+        Where llama.cpp divides attention's scores by a root of its own choice, the family names a
+        tensor that makes up for it.
+
+        Args:
+            name: transformers' name.
+            shape: of the model to be written; the choice depends on its depth.
+            attention_scale: what the model multiplies its scores by.
+        """
+        if self.scale_role is None or self.find(name)[0].role != self.scale_role:
+            return 1.0
+        width = next((r.query_width for r in self.depths if r.holds(shape)), None) or "head_dim"
+        above, _, below = width.partition(" / ")
+        divisor = getattr(shape, below) if below else 1
+        scale = attention_scale * math.sqrt(getattr(shape, above) // divisor)
+        return 1.0 if math.isclose(scale, 1.0) else scale
+
     def rope_heads(self, name: str, shape: Shape) -> int | None:
         """Number of heads whose rows are reordered; None for a tensor that is left as it is."""
         rule, _, _ = self.find(name)
@@ -292,12 +256,12 @@ def parse_family(tables: Mapping[str, Any], bases: Mapping[str, Mapping[str, Any
     Raises:
         FamilyError: an entry is missing, unknown, or names what there is not.
     """
-    tables = _merged(tables, bases)
+    tables = merged_entries(tables, bases)
     known = {
         *("architecture", "spellings", "model_type", "arithmetic", "activations", "norm_shift"),
-        *("fields", "rope", "layers", "tensors", "gguf"),
+        *("activation_key", "fields", "rope", "layers", "tensors", "gguf"),
     }
-    _check(not set(tables) - known, f"unknown entries {sorted(set(tables) - known)}")
+    check_entry(not set(tables) - known, f"unknown entries {sorted(set(tables) - known)}")
     try:
         family = Family(
             architecture=tables["architecture"],
@@ -305,20 +269,16 @@ def parse_family(tables: Mapping[str, Any], bases: Mapping[str, Mapping[str, Any
             model_type=tables["model_type"],
             arithmetic=tables["arithmetic"],
             activations=tuple(tables["activations"]),
+            activation_key=tables.get("activation_key", "hidden_act"),
             norm_shift=float(tables.get("norm_shift", 0.0)),
-            fields={name: _field(rule) for name, rule in tables["fields"].items()},
-            rope_kinds=tuple(tables["rope"]["kinds"]),
-            reorder=tables["rope"].get("reorder", "none"),
-            layer_prefix=tables["layers"]["prefix"],
-            layer_lists=tuple(tables["layers"].get("lists", ())),
-            layer_caps=tuple(tables["layers"].get("caps", ())),
-            period=tables["layers"].get("period", 1),
-            depths=tuple(DepthRule(**rule) for rule in tables["layers"].get("depths", ())),
-            tensors=tuple(
-                TensorRule(**{**rule, "shape": tuple(rule["shape"])}) for rule in tables["tensors"]
-            ),
+            fields={name: parse_field(rule) for name, rule in tables["fields"].items()},
+            **rope_entries(tables["rope"]),
+            **layer_entries(tables["layers"]),
+            tensors=tuple(map(parse_tensor, tables["tensors"])),
             gguf_architecture=tables["gguf"]["architecture"],
             gguf_keys=tuple(GGUFKey(**key) for key in tables["gguf"]["keys"]),
+            gguf_window=tables["gguf"].get("window", False),
+            scale_role=tables["gguf"].get("scale_into"),
         )
     except (KeyError, TypeError) as e:
         raise FamilyError(f"{tables.get('architecture')}: {e}") from None
@@ -326,55 +286,37 @@ def parse_family(tables: Mapping[str, Any], bases: Mapping[str, Mapping[str, Any
     return family
 
 
-def _merged(tables: Mapping[str, Any], bases: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A family's entries over those of the one that it is like; tables one level deep."""
-    own = dict(tables)
-    like = own.pop("like", None)
-    if like is None:
-        return own
-    _check(like in bases, f"there is no family {like!r}")
-    base = _merged(bases[like], bases)
-    for key, value in own.items():
-        old = base.get(key)
-        base[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
-    return base
-
-
-def _field(rule: Mapping[str, Any]) -> FieldRule:
-    _check(rule.get("null", "none") == "none", f"null is {rule.get('null')!r}")
-    unknown = set(rule) - {"key", "default", "null"}
-    _check(not unknown, f"unknown entries of a field: {sorted(unknown)}")
-    return FieldRule(rule["key"], rule.get("default"), optional="null" in rule)
-
-
 def _check_family(family: Family) -> None:
     """See that what a family names is there."""
     where = family.architecture
     sizes = {f.name for f in fields(Shape)}
     missing = sizes - set(family.fields)
-    _check(not missing, f"{where}: no rule for {sorted(missing)}")
+    check_entry(not missing, f"{where}: no rule for {sorted(missing)}")
     known = sizes | {"sliding_window", *_FLAGS, *_NUMBERS}
-    _check(set(family.fields) <= known, f"{where}: unknown {sorted(set(family.fields) - known)}")
-    _check(family.arithmetic in _ARITHMETIC, f"{where}: arithmetic {family.arithmetic!r}")
-    _check(family.reorder in _REORDER, f"{where}: reorder {family.reorder!r}")
-    _check(family.period >= 1, f"{where}: period {family.period}")
+    check_entry(
+        set(family.fields) <= known, f"{where}: unknown {sorted(set(family.fields) - known)}"
+    )
+    check_entry(family.arithmetic in _ARITHMETIC, f"{where}: arithmetic {family.arithmetic!r}")
+    check_entry(family.reorder in _REORDER, f"{where}: reorder {family.reorder!r}")
+    check_entry(family.rope_style in _STYLES, f"{where}: style {family.rope_style!r}")
+    check_entry(set(family.patterns) <= set(_PATTERNS), f"{where}: patterns {set(family.patterns)}")
+    for pattern in family.patterns.values():
+        check_entry(pattern.list in family.layer_lists, f"{where}: {pattern.list} in no lists")
+    roles = {rule.role for rule in family.tensors}
+    check_entry(family.scale_role in {None, *roles}, f"{where}: scale into {family.scale_role}")
+    check_entry(family.period >= 1, f"{where}: period {family.period}")
     for rule in family.tensors:
         flags = {rule.bias, rule.unless} - {None}
-        _check(flags <= set(family.fields), f"{where}: {rule.role} looks at {sorted(flags)}")
+        check_entry(flags <= set(family.fields), f"{where}: {rule.role} looks at {sorted(flags)}")
         named = (*rule.shape, *filter(None, (rule.rope_heads,)))
-        unknown = [size for size in named if size not in sizes | {"q_width", "kv_width"}]
-        _check(not unknown, f"{where}: {rule.role} has sizes {unknown}")
+        unknown = [size for size in named if size not in sizes | set(_WIDTHS)]
+        check_entry(not unknown, f"{where}: {rule.role} has sizes {unknown}")
         inside = rule.hf.startswith(family.layer_prefix + "{i}.")
-        _check(rule.per_layer == inside, f"{where}: {rule.hf} and {family.layer_prefix}")
-        _check(rule.per_layer == ("{i}" in rule.gguf), f"{where}: {rule.hf}, {rule.gguf}")
+        check_entry(rule.per_layer == inside, f"{where}: {rule.hf} and {family.layer_prefix}")
+        check_entry(rule.per_layer == ("{i}" in rule.gguf), f"{where}: {rule.hf}, {rule.gguf}")
     for key in family.gguf_keys:
-        known = set(family.fields) | {"rope_theta", "rope_scaling"}
-        _check(key.value in known and key.type in _TYPES, f"{where}: {key}")
-
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise FamilyError(message)
+        known = set(family.fields) | set(_DERIVED)
+        check_entry(key.value in known and key.type in _TYPES, f"{where}: {key}")
 
 
 @functools.cache

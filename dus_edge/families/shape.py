@@ -46,6 +46,16 @@ class Shape:
         return self.n_kv_heads * self.head_dim
 
     @property
+    def qkv_width(self) -> int:
+        """Rows of the three as one matrix."""
+        return self.q_width + 2 * self.kv_width
+
+    @property
+    def gate_up_width(self) -> int:
+        """Rows of the feed-forward network's gate and up as one matrix."""
+        return 2 * self.intermediate_size
+
+    @property
     def grouped_queries(self) -> bool:
         """Whether several query heads share a key head."""
         return self.n_heads != self.n_kv_heads

@@ -111,9 +111,10 @@ def inspection_json(model: Model) -> dict[str, Any]:
 
 def _context(model: Model) -> str:
     c = model.config
-    if c.sliding_window and c.sliding_window < c.context_length:
-        # llama.cpp's llama graph has no window: past it, attention differs from the original's.
-        return f"{c.context_length:,} (trained with a sliding window of {c.sliding_window:,})"
+    window = c.unheeded_window
+    if window and window < c.context_length:
+        # llama.cpp's graph has no window: past it, attention differs from the original's.
+        return f"{c.context_length:,} (trained with a sliding window of {window:,})"
     return f"{c.context_length:,}"
 
 

@@ -46,8 +46,8 @@ def model_facts(model: Model, vocab: Vocab, *, ours: bool) -> ModelFacts:
     config = model.config
     return ModelFacts(
         title=model.name.title,
-        # llama.cpp's llama graph has no sliding window, so past it the model is on its own.
-        context_length=min(config.context_length, config.sliding_window or config.context_length),
+        # Past a window that llama.cpp's graph does not have, the model is on its own.
+        context_length=min(config.context_length, config.unheeded_window or config.context_length),
         licence=model.source.licence,
         chat_template=vocab.chat_template,
         special_tokens={f"{kind}_token": vocab.tokens[i] for kind, i in vocab.special_ids.items()},

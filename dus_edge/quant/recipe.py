@@ -2,7 +2,7 @@
 
 Transcribed from the rules of `src/llama-quant.cpp` (`llama_tensor_get_type_impl`,
 `tensor_type_fallback`, `tensor_allows_quantization`) of the llama.cpp at `LLAMA_CPP_COMMIT`, for
-dense Llama-form models. Tests compare every preset with `llama_model_quantize` itself.
+dense models. Tests compare every preset with `llama_model_quantize` itself.
 """
 
 from __future__ import annotations
@@ -165,6 +165,10 @@ def _attn_v(preset: Preset, layer: int, model: ModelShape) -> QuantType:
         # Eight heads share attn_v there, so a better type costs next to nothing.
         chosen = t.Q5_K
     return chosen
+
+
+def _attn_qkv(preset: Preset, layer: int, model: ModelShape) -> QuantType:
+    return {"q3_k_m": t.Q4_K, "q4_k_m": t.Q5_K, "q5_k_m": t.Q6_K}.get(preset.name, preset.default)
 
 
 def _ffn_down(preset: Preset, layer: int, model: ModelShape) -> QuantType:

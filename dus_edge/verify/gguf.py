@@ -77,7 +77,7 @@ def verify_gguf(path: Path, advance: Callable[[int], None] = lambda n: None) -> 
     return {
         "architecture": values.get("general.architecture"),
         "n_tensors": len(tensors),
-        "n_parameters": sum(math.prod(t.dims) for t in tensors if t.name != "rope_freqs.weight"),
+        "n_parameters": sum(math.prod(t.dims) for t in tensors if not t.name.startswith("rope_")),
         "bytes": size,
         "types": types,
     }

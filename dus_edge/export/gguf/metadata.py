@@ -6,6 +6,7 @@ Keys and their order follow `conversion/base.py` (`TextModel.set_gguf_parameters
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import gguf
@@ -15,8 +16,10 @@ from dus_edge import __version__
 from dus_edge.checkpoint.card import languages, read_base_models, tags
 from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.checkpoint.spec import Source
+from dus_edge.errors import UnsupportedError
 from dus_edge.export.gguf.format import KeyValue
 from dus_edge.export.vocab.vocab import Vocab, vocab_metadata
+from dus_edge.families.rules import each
 from dus_edge.jsonfile import find_object
 from dus_edge.quant.recipe import Preset
 from dus_edge.upscale.methods import COPY
@@ -57,6 +60,30 @@ def build_metadata(
         *_plan(source, plan),
         *vocab_metadata(vocab),
     ]
+
+
+def check_layers(config: ModelConfig, where: str) -> None:
+    """See that layers are what llama.cpp takes them for where a file cannot tell it.
+
+    Args:
+        config: of the base; plans keep the pattern (`upscale.plan.check_pattern`).
+        where: names its file in messages.
+
+    Raises:
+        UnsupportedError: they are not.
+    """
+    members = {"full": config.full_layers, "no_rope": config.no_rope_layers}
+    if config.sliding_window is None:
+        del members["full"]
+    for kind, found in members.items():
+        pattern = config.family.patterns.get(kind)
+        every = pattern.llama_cpp_every if pattern else None
+        if pattern and every and found != each(every, config.n_layers):
+            raise UnsupportedError(
+                f"{where}: {pattern.list} does not make each layer number {every}, {2 * every}, … "
+                f"a {pattern.entries[0]!r}, which llama.cpp takes for granted in a "
+                f"{config.architecture}; export it with dus-edge upscale, gptq or bnb."
+            )
 
 
 def with_file_type(metadata: list[KeyValue], preset: Preset) -> list[KeyValue]:
@@ -139,20 +166,31 @@ def _base_models(source: Source, plan: DepthPlan) -> Iterator[KeyValue]:
 def _hyperparameters(config: ModelConfig) -> Iterator[KeyValue]:
     """The keys that the family names, in its order."""
     kinds = {"u32": Kind.UINT32, "f32": Kind.FLOAT32}
+    thetas = {"rope_theta": config.rope.theta, "rope_theta_local": config.rope.theta_local}
     for entry in config.family.gguf_keys:
         if entry.if_given and config.raw.get(entry.if_given) is None:
             continue
         if entry.value == "rope_scaling":
             yield from _rope_scaling(config)
             continue
-        value = config.rope.theta if entry.value == "rope_theta" else getattr(config, entry.value)
+        value = thetas[entry.value] if entry.value in thetas else getattr(config, entry.value)
         key = f"{config.family.gguf_architecture}.{entry.key}"
-        yield KeyValue(key, value, kinds[entry.type])
+        if value is not None and entry.type == "bools":
+            yield KeyValue(key, list(value), Kind.ARRAY, Kind.BOOL)
+        elif value is not None:
+            yield KeyValue(key, value, kinds[entry.type])
 
 
 def _rope_scaling(config: ModelConfig) -> Iterator[KeyValue]:
-    """Linear and YaRN scaling; Llama 3's is a tensor, and `dynamic` starts past the context."""
+    """Linear and YaRN scaling, and what longrope's tensors do not say.
+
+    Llama 3's is a tensor, and `dynamic` starts past the context.
+    """
     rope, a = config.rope, f"{config.family.gguf_architecture}.rope.scaling"
+    if rope.kind == "longrope":
+        original = int(rope.params["original_max_position_embeddings"])
+        yield _u32(f"{a}.original_context_length", original)
+        yield _f32(f"{a}.attn_factor", _longrope_scale(config, original))
     if rope.kind not in ("linear", "yarn"):
         return
     yield _text(f"{a}.type", rope.kind)
@@ -171,6 +209,14 @@ def _rope_scaling(config: ModelConfig) -> Iterator[KeyValue]:
     ):
         if isinstance(rope.params.get(field), int | float):
             yield _f32(f"{a}.{key}", float(rope.params[field]))
+
+
+def _longrope_scale(config: ModelConfig, original: int) -> float:
+    """What longrope multiplies cosines and sines by: `_compute_longrope_parameters`."""
+    if (said := config.rope.params.get("attention_factor")) is not None:
+        return float(said)
+    factor = config.rope.params.get("factor") or config.context_length / original
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
 
 
 def _plan(source: Source, plan: DepthPlan) -> Iterator[KeyValue]:

@@ -28,7 +28,6 @@ from dus_edge.export.gguf.format import (
 )
 from dus_edge.export.gguf.metadata import with_file_type
 from dus_edge.export.gguf.tensors import (
-    ROPE_FREQS,
     file_order,
     rope_factors,
     to_interleaved,
@@ -78,7 +77,13 @@ class _Job:
     spec: TensorSpec
     heads: int | None
     shift: float
+    scale: float
     places: dict[_Target, list[tuple[int, int]]] = field(default_factory=dict)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether llama.cpp wants other values than are stored."""
+        return self.shift != 0 or self.scale != 1
 
 
 def model_shape(config: ModelConfig, has_imatrix: bool = False) -> ModelShape:
@@ -116,8 +121,7 @@ def plan_tensors(
         has_imatrix: whether importance is given, which some mixes look at.
     """
     named = gguf_shapes(config.family, shapes)
-    if (factors := rope_factors(config)) is not None:
-        named[ROPE_FREQS] = factors.shape
+    named |= {name: factors.shape for name, factors in rope_factors(config).items()}
     model = model_shape(config, has_imatrix)
     return lay_out(
         [
@@ -173,6 +177,7 @@ def conversions(
     wanted: dict[Conversion, None] = {}
     for job in _jobs(checkpoint, files, importance):
         stored = checkpoint.read(job.spec.name, 0, 0).dtype  # of no rows: nothing is read
+        stored = np.dtype(np.float32) if job.is_changed else stored
         for kind, weights in job.places:
             if not _passes_through(job, kind):
                 wanted[kind, stored, weights is not None] = None
@@ -227,14 +232,16 @@ def _jobs(
     jobs: dict[str, _Job] = {}
     config = checkpoint.config
     by_gguf_name = {config.family.gguf_name(s.name): s for s in checkpoint.specs().values()}
+    factors = rope_factors(config)
     for index, file in enumerate(files):
         for info in file.tensors:
-            if info.name == ROPE_FREQS:
-                continue
+            if info.name in factors:
+                continue  # no tensor of the checkpoint
             spec = by_gguf_name[info.name]
             heads = config.family.rope_heads(spec.name, config)
             shift = config.family.shift(spec.name)
-            job = jobs.setdefault(spec.source, _Job(spec, heads, shift))
+            scale = config.family.folded_scale(spec.name, config, config.attention_scale)
+            job = jobs.setdefault(spec.source, _Job(spec, heads, shift, scale))
             place = (index, len(file.header) + info.offset)
             target = (info.kind, _weights(info, importance))
             job.places.setdefault(target, []).append(place)
@@ -278,8 +285,8 @@ def _convert(
         finite.check(rows, spec, start)
     if job.heads:
         rows = to_interleaved(rows, spec.n_rows // job.heads)
-    if job.shift:
-        rows = widened(rows) + np.float32(job.shift)
+    if job.is_changed:
+        rows = (widened(rows) + np.float32(job.shift)) * np.float32(job.scale)
     n_cols = spec.shape[-1]
     ready: np.ndarray | None = None
     for (kind, weights), places in job.places.items():
@@ -295,8 +302,8 @@ def _convert(
 
 
 def _passes_through(job: _Job, kind: QuantType) -> bool:
-    """Whether what is read is what is written; a shifted tensor has become float32."""
-    return ("F32" if job.shift else job.spec.dtype, kind.name) in _SAME
+    """Whether what is read is what is written; a changed tensor has become float32."""
+    return ("F32" if job.is_changed else job.spec.dtype, kind.name) in _SAME
 
 
 def _quantize(
@@ -331,10 +338,9 @@ def _largest(rows: np.ndarray) -> float:
 
 def _write_rope_factors(fd: int, file: GGUFFile, config: ModelConfig) -> None:
     factors = rope_factors(config)
-    if factors is None:
-        return
-    info = next(i for i in file.tensors if i.name == ROPE_FREQS)
-    pwrite_all(fd, factors.data, len(file.header) + info.offset)
+    for info in file.tensors:
+        if info.name in factors:
+            pwrite_all(fd, factors[info.name].data, len(file.header) + info.offset)
 
 
 def check_outputs(files: Sequence[GGUFFile], overwrite: bool) -> None:

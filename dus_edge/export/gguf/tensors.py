@@ -14,7 +14,12 @@ from dus_edge.checkpoint.config import ModelConfig
 
 _BLK = re.compile(r"^blk\.(\d+)\.")
 
+#: Divisors of rope's frequencies: Llama 3's, and longrope's for long and short contexts.
 ROPE_FREQS = "rope_freqs.weight"
+_LONGROPE = {
+    "rope_factors_long.weight": "long_factor",
+    "rope_factors_short.weight": "short_factor",
+}
 
 
 def file_order(name: str) -> tuple[int, str]:
@@ -40,15 +45,17 @@ def to_interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(rows.shape)
 
 
-def rope_factors(config: ModelConfig) -> np.ndarray | None:
-    """Llama 3's per-frequency divisors, ``(head_dim / 2,)`` float32, or None for other ropes.
+def rope_factors(config: ModelConfig) -> dict[str, np.ndarray]:
+    """Per-frequency divisors by GGUF's name, ``(rotary_dim / 2,)`` float32; none for most ropes.
 
-    Formula: transformers `modeling_rope_utils._compute_llama3_parameters`; stored as
-    `rope_freqs.weight` as llama.cpp's converter does. The steps are in float32 as they are there.
+    Formula of Llama 3's: transformers `modeling_rope_utils._compute_llama3_parameters`; stored as
+    llama.cpp's converter does. The steps are in float32 as they are there.
     """
-    if config.rope.kind != "llama3":
-        return None
     p = config.rope.params
+    if config.rope.kind == "longrope":
+        return {name: np.array(p[key], np.float32) for name, key in _LONGROPE.items()}
+    if config.rope.kind != "llama3":
+        return {}
     factor, low, high = (float(p[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
     original = float(p["original_max_position_embeddings"])
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
@@ -62,4 +69,4 @@ def rope_factors(config: ModelConfig) -> np.ndarray | None:
         else:
             smooth = (original / wavelength - low) / (high - low)
             factors[i] = 1 / ((1 - smooth) / factor + smooth)
-    return factors
+    return {ROPE_FREQS: factors}

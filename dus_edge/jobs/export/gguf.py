@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from dus_edge.checkpoint.config import ModelConfig
+from dus_edge.checkpoint.names import CONFIG
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.export.gguf import sink
 from dus_edge.export.gguf.format import KeyValue
 from dus_edge.export.gguf.imatrix import quantize_metadata
-from dus_edge.export.gguf.metadata import build_metadata
+from dus_edge.export.gguf.metadata import build_metadata, check_layers
 from dus_edge.export.gguf.sink import GGUFFile
 from dus_edge.export.vocab.vocab import Vocab, read_vocab
 from dus_edge.files import check_absent, point_to, write_text
@@ -109,7 +110,8 @@ class GGUFJob(Job[GGUFPlan]):
         choose.find_quantizer(self.quantizer).prepare((), say)
 
     def early(self, folder: Path, config: ModelConfig) -> None:
-        """A tokenizer that GGUF cannot hold is met before the weights are fetched."""
+        """What GGUF cannot hold is met before the weights are fetched."""
+        check_layers(config, str(folder / CONFIG))
         self._vocabs.append(read_vocab(folder, config.vocab_size))
 
     def outputs(self, model: Model) -> list[Path]:

@@ -23,7 +23,7 @@ from dus_edge.predict.training.memory import TrainingMemory, plan_training
 from dus_edge.predict.training.speed import cost_in_forwards
 from dus_edge.predict.training.work import TrainingWork, work_of_mode
 from dus_edge.progress import progress
-from dus_edge.train.heal.mode import LORA
+from dus_edge.train.heal.mode import LORA, check_loss
 from dus_edge.train.recovery.options import HealOptions
 from dus_edge.upscale.methods import method_of_json
 from dus_edge.upscale.model import ChoosePlan, Model, Say, find_model
@@ -106,7 +106,8 @@ class HealJob(Job[TrainingMemory]):
         check_replaceable(self.folder, self.writing.overwrite, hf.REPLACEABLE)
 
     def early(self, folder: Path, config: ModelConfig) -> None:
-        """The text must be there, and a window within the context."""
+        """The text must be there, a window within the context, and a loss that is the model's."""
+        check_loss(config)
         if self.options.length > config.context_length:
             raise UsageError(
                 f"--ctx {self.options.length} is more than the model's context of "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.errors import UsageError
 from dus_edge.upscale.plan import DepthPlan
 
@@ -26,6 +27,19 @@ class TrainMode:
     def spelled(self) -> str:
         """As the command line has it: ``seam:8``."""
         return f"{self.kind}:{self.around}" if self.kind == SEAM else self.kind
+
+
+def check_loss(config: ModelConfig) -> None:
+    """See that the loss, which is computed by chunks, would be the model's own.
+
+    Raises:
+        UsageError: it would not.
+    """
+    if config.logit_softcap is not None:
+        raise UsageError(
+            f"healing computes its loss without the cap on logits that a {config.architecture} "
+            "has; train the up-scaled folder with dus-edge sft, or with another tool."
+        )
 
 
 def parse_mode(text: str) -> TrainMode:

@@ -20,6 +20,7 @@ from dus_edge.checkpoint.config import ModelConfig, tensor_shapes
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.run.folders import hushed
 from dus_edge.train.heal.loss import chunked_cross_entropy
+from dus_edge.train.heal.mode import check_loss
 
 
 class Network(nn.Module):
@@ -28,15 +29,17 @@ class Network(nn.Module):
     Attributes:
         model: transformers' module of the family.
         compute: dtype of matrix products.
+        logit_divisor: what logits are divided by.
     """
 
-    def __init__(self, model: Any, compute: torch.dtype) -> None:
+    def __init__(self, model: Any, compute: torch.dtype, logit_divisor: float = 1.0) -> None:
         super().__init__()
         self.model = model
         self.compute = compute
+        self.logit_divisor = logit_divisor
 
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Final hidden states ``(batch, length, width)`` of packed documents.
+        """Final hidden states ``(batch, length, width)`` of packed documents, ready for the head.
 
         Documents do not see each other: transformers derives that from positions that fall back to
         0, if no mask is given and no cache is used; a mask of ones would mix them.
@@ -44,7 +47,8 @@ class Network(nn.Module):
         body, low = self.model.model, self.compute != torch.float32
         with torch.autocast(ids.device.type, self.compute, enabled=low):
             out = body(input_ids=ids, position_ids=positions, use_cache=False)
-        return out.last_hidden_state.to(self.compute)
+        states = out.last_hidden_state.to(self.compute)
+        return states if self.logit_divisor == 1 else states / self.logit_divisor
 
     @property
     def head(self) -> torch.Tensor:
@@ -69,7 +73,11 @@ def empty_network(config: ModelConfig, compute: torch.dtype = torch.float32) -> 
     Args:
         config: of the model.
         compute: dtype of matrix products.
+
+    Raises:
+        UsageError: its loss is none that `chunked_cross_entropy` computes.
     """
+    check_loss(config)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     raw = {key: value for key, value in config.raw.items() if key != "model_type"}
@@ -80,7 +88,7 @@ def empty_network(config: ModelConfig, compute: torch.dtype = torch.float32) -> 
         )
     model.config.use_cache = False
     model.train()
-    return Network(model, compute)
+    return Network(model, compute, config.logit_divisor)
 
 
 def checkpoint_layers(network: Network) -> None:
