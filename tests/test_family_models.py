@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import llama_cpp
 import numpy as np
 import pytest
@@ -173,3 +175,23 @@ def test_a_plan_that_breaks_the_pattern_is_refused(name, tmp_path):
         assert not (tmp_path / "out").exists()
 
     check_each(check, form.refused)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_scaled_copies_add_so_much_less(name, tmp_path):
+    form = FAMILY_FORMS[name]
+    base = write_model(form, tmp_path / "base")
+    config = find_model(str(base), chooser(None), weights=True, say=print).base_config
+    plan = parse(config.n_layers, form.plans[0])
+
+    def check(scale: float) -> None:
+        out = tmp_path / f"up-{scale}"
+        how = plan_chooser(None, None, (form.plans[0],), True, branch_scale=scale)
+        export_checkpoint(str(base), how, out)
+        model = expected(base, form, form.plans[0] if scale else None)
+        for i, role in itertools.product(plan.copies if scale else (), config.family.branch_roles):
+            part = model.get_submodule(config.family.name(role, i).removesuffix(".weight"))
+            part.register_forward_hook(lambda module, args, out: out * scale)
+        assert np.abs(log_probs(load(out)) - log_probs(model)).max() < 1e-4
+
+    check_each(check, (0.0, 0.5))

@@ -261,7 +261,7 @@ def test_what_was_done_is_told(make_checkpoint, tmp_path):
     said = find_model(str(tmp_path / "up"), AS_IT_IS, weights=False, say=print)
     assert healed_plan(said) == choose(4)
     card = (tmp_path / "up" / "README.md").read_text()
-    what = "the mean of its source and the base's next layer; their o_proj and down_proj are"
+    what = "the mean of its source and the base's next layer; what their attention and FFN add is"
     assert f"| Copies | 2 layers; each is {what} then times 0.5 |" in card
     fields = gguf.GGUFReader(written(base, tmp_path, ("f16",), choose)["f16"]).fields
     assert fields["dus.branch_scale"].contents() == 0.5

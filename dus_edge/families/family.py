@@ -169,6 +169,16 @@ class Family:
             return False
         return rule.site is not None and part == "weight"
 
+    @property
+    def branch_roles(self) -> tuple[str, ...]:
+        """Roles of the last tensors of a layer's two branches: what they multiply, the branch adds.
+
+        A norm behind a branch takes away what the matrix before it was scaled by.
+        """
+        there = {rule.role for rule in self.tensors}
+        pairs = (("o", "attn_post_norm"), ("down", "ffn_post_norm"))
+        return tuple(norm if norm in there else matrix for matrix, norm in pairs)
+
     def shift(self, name: str) -> float:
         """What is added to a tensor's stored values to get what llama.cpp multiplies by."""
         rule, _, part = self.find(name)

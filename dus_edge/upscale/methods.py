@@ -1,9 +1,10 @@
 """How the copies of an up-scaled model are made of the base's layers: pure numbers and arithmetic.
 
 A layer adds two branches to the stream of hidden states, attention's and the FFN's; o_proj and
-down_proj are the last matrices of the two. Times a number A in the copies they scale what a copy
-does: 1 is SOLAR's copy (arXiv:2312.15166), 0 is an identity, which LLaMA Pro (arXiv:2401.02415)
-starts its new blocks from, and leaves the base's own outputs.
+down_proj are the last matrices of the two, and some families have norms behind them. Times a number
+A in the copies, the last of each branch scale what a copy does: 1 is SOLAR's copy
+(arXiv:2312.15166), 0 is an identity, which LLaMA Pro (arXiv:2401.02415) starts its new blocks from,
+and leaves the base's own outputs.
 
 An averaged copy is what lies halfway between two layers: the mean of its source and the base's next
 layer, norms and biases too. Most methods "copy or average weights from base layers"
@@ -22,9 +23,6 @@ import numpy as np
 
 from dus_edge.adapter.numbers import as_floats, as_stored
 from dus_edge.errors import UsageError
-
-#: Roles of the tensors, weights and biases, that write a layer's branches to the stream.
-BRANCH_ROLES = ("o", "down")
 
 COPY, AVERAGED = "copy", "averaged"
 COPY_METHODS = (COPY, AVERAGED)
@@ -67,7 +65,8 @@ class Method:
         averaged, scale = self.kind == AVERAGED, self.branch_scale
         of = "then" if averaged else "the base's"
         mean = ["each is the mean of its source and the base's next layer"] if averaged else []
-        times = [f"their o_proj and down_proj are {of} times {scale:g}"] if scale != 1 else []
+        what = "what their attention and FFN add is"
+        times = [f"{what} {of} times {scale:g}"] if scale != 1 else []
         return "; ".join(mean + times)
 
     def as_json(self) -> dict[str, Any]:
@@ -108,7 +107,9 @@ def _wanted(given: str) -> str:
     return f"--branch-scale {given}: a number from 0 on is needed, such as 0.5."
 
 
-def made_rows(rows: Sequence[np.ndarray], dtype: str, scale: float = 1.0) -> np.ndarray:
+def made_rows(
+    rows: Sequence[np.ndarray], dtype: str, scale: float = 1.0, shift: float = 0.0
+) -> np.ndarray:
     """Rows of a tensor that a method makes: the mean of stored rows times a number.
 
     Mean and product are taken in float32, of the stored values and the number as float32, and
@@ -118,10 +119,15 @@ def made_rows(rows: Sequence[np.ndarray], dtype: str, scale: float = 1.0) -> np.
         rows: one array or two, as `Checkpoint.read` gives them.
         dtype: of the result, as safetensors names it.
         scale: the number.
+        shift: what is added to stored values before they are used: of ``w + shift`` the product
+            is wanted, and stored is that less the shift.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         first, *others = map(as_floats, rows)
         for other in others:
             # Halves before the sum: it cannot become too large.
             first = first * np.float32(0.5) + other * np.float32(0.5)
-        return as_stored(first * np.float32(scale), dtype)
+        made = first * np.float32(scale)
+        if shift:
+            made = made + np.float32(shift * (scale - 1))
+        return as_stored(made, dtype)

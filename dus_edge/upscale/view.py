@@ -13,16 +13,20 @@ import numpy as np
 from dus_edge.checkpoint.config import tensor_shapes, with_layers
 from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
 from dus_edge.families.family import Family
-from dus_edge.upscale.methods import BRANCH_ROLES, made_rows
+from dus_edge.upscale.methods import made_rows
 from dus_edge.upscale.plan import DepthPlan
 
 
 @dataclass(frozen=True)
 class _Making:
-    """What a tensor is made of: the mean of the base's tensors of those names, times a number."""
+    """What a tensor is made of: the mean of the base's tensors of those names, times a number.
+
+    `shift` is the family's, of a tensor that is scaled.
+    """
 
     parents: tuple[str, ...]
     scale: float = 1.0
+    shift: float = 0.0
 
     @property
     def is_copy(self) -> bool:
@@ -61,7 +65,11 @@ class UpscaledCheckpoint(Checkpoint):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         made = self._made[name]
         rows = [self.base.read(parent, start, stop) for parent in made.parents]
-        return rows[0] if made.is_copy else made_rows(rows, self._specs[name].dtype, made.scale)
+        return (
+            rows[0]
+            if made.is_copy
+            else made_rows(rows, self._specs[name].dtype, made.scale, made.shift)
+        )
 
     def check_unchanged(self) -> None:
         self.base.check_unchanged()
@@ -72,8 +80,9 @@ class UpscaledCheckpoint(Checkpoint):
         if layer is None:
             return _Making((name,))
         parents = tuple(family.in_layer(name, source) for source in plan.parents(layer))
-        scaled = layer in self._copies and rule.role in BRANCH_ROLES
-        return _Making(parents, plan.method.branch_scale if scaled else 1.0)
+        if layer not in self._copies or rule.role not in family.branch_roles:
+            return _Making(parents)
+        return _Making(parents, plan.method.branch_scale, family.shift(name))
 
 
 def base_tensor_name(name: str, plan: DepthPlan, family: Family) -> str:
