@@ -471,7 +471,7 @@ def test_a_conversation_in_a_terminal(files):
         until("tokens")
         until(">>> ")
         # At the prompt nothing ends. CPython's readline overlooks a signal that comes between
-        # drawing the prompt and waiting for a key, until the next one; so does a person press again.
+        # drawing the prompt and waiting for a key, until the next; so does a person press again.
         for _ in range(30):
             process.send_signal(signal.SIGINT)
             if select.select([main], [], [], 2)[0]:
