@@ -27,6 +27,7 @@ NEED_HF = (
     "dus_edge.calibrate.imatrix",
     "dus_edge.calibrate.layer",
     "dus_edge.calibrate.streams",
+    "dus_edge.calibrate.sweep",
     "dus_edge.quant.gptq",
 )
 #: What stands behind the extra `eval`, and the one module that is imported with it.

@@ -34,7 +34,7 @@ from dus_edge.errors import UsageError
     default=1,
     show_default=True,
     metavar="K",
-    help="Of blocks, take each K-th start.",
+    help="Take each K-th start of blocks.",
 )
 @click.option(
     "--plan",
