@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, append, machine, read_published
+from common import RESULTS, append, machine, read, read_published
 
 from dus_edge.checkpoint.config import parse_config
 from dus_edge.predict.memory import llama as memory
@@ -310,7 +310,10 @@ def main(argv: list[str] | None = None) -> int:
         lines += [{"kind": "measured", **r, **machine()} for r in here]
     if not args.no_write:
         target = RESULTS / "memory.jsonl"
-        target.unlink(missing_ok=True)  # figures of one version, not a log
+        # Figures of one version, not a log; what was measured stays until it is measured again.
+        if not args.gguf:
+            lines += [x for x in read(target) if x["kind"] == "measured"]
+        target.unlink(missing_ok=True)
         append(target, lines)
     return 0
 
