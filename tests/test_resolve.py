@@ -567,7 +567,7 @@ def test_builtin_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("/no/such", "There is no folder /no/such."),
         ("~nobody-here/x", "There is no folder"),
         ("a/b/c", "There is no folder a/b/c."),
-        ("models/x.gguf", "There is no folder models/x.gguf."),
+        ("models/x.gguf", "There is no folder or file models/x.gguf."),
         ("models/x/", "There is no folder models/x/."),
         ("gpt2", "not of the form org/name"),
         ("", "not of the form org/name"),
@@ -589,7 +589,7 @@ def test_what_is_no_base(base: str, words: str) -> None:
 
 def test_a_file_is_no_base(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UsageError, match=r"is a file, .* a GGUF file cannot be up-scaled"):
+    with pytest.raises(CheckpointError, match=r"x\.gguf is no GGUF file of a model \(it ends"):
         resolve_base(str(tmp_path / "x.gguf"))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match=r"config\.json is a file, and a base is a folder"):

@@ -120,9 +120,10 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     """Turn the JSON of a `config.json` into a `ModelConfig`; see `load_config` for errors."""
     family = _family(raw, where)
     if method := quantized_by(raw):
+        made = "; mlx_lm.convert --dequantize makes one" if method == "MLX" else ""
         raise UnsupportedError(
             f"{where}: the weights are already quantized ({method}); "
-            "start from the bf16, f16 or f32 checkpoint instead."
+            f"start from the bf16, f16 or f32 checkpoint instead{made}."
         )
     activation = raw.get(family.activation_key, family.activations[0])
     if activation not in family.activations:

@@ -58,10 +58,53 @@ def read_header(view: mmap.mmap | memoryview) -> tuple[dict[str, Any], list[GGUF
     return _Header(view).read()
 
 
+@dataclass(frozen=True)
+class GGUFLayout:
+    """A header, and where in the file its parts stand.
+
+    Attributes:
+        values: by key, arrays of strings as lists and other arrays as None.
+        tensors: in the file's order.
+        spans: by key, the first byte of a value and the end of it: the number of its type, then
+            the value.
+        n_bytes: of the header, without padding.
+    """
+
+    values: dict[str, Any]
+    tensors: list[GGUFTensor]
+    spans: dict[str, tuple[int, int]]
+    n_bytes: int
+
+
+def read_layout(view: mmap.mmap | memoryview) -> GGUFLayout:
+    """The same, for those who copy parts of it; see `read_header` for errors."""
+    header = _Header(view)
+    values, tensors = header.read()
+    return GGUFLayout(values, tensors, header.spans, header.end)
+
+
+def array_items(data: bytes | memoryview) -> list[Any] | None:
+    """The items of an array, from the bytes of a span; None if it holds other arrays, or is none.
+
+    Args:
+        data: of an entry of `GGUFLayout.spans`, which `read_layout` has seen to be whole.
+    """
+    kind, item, n = struct.unpack_from("<IIQ", data) if len(data) >= 16 else (0, 0, 0)
+    if kind != _ARRAY or item not in _CODES:
+        return None
+    return list(struct.unpack_from(f"<{n}{_CODES[item]}", data, 16))
+
+
 class _Header:
     def __init__(self, view: mmap.mmap | memoryview) -> None:
         self._view = view
         self._at = 0
+        self.spans: dict[str, tuple[int, int]] = {}
+
+    @property
+    def end(self) -> int:
+        """Where reading stands."""
+        return self._at
 
     def read(self) -> tuple[dict[str, Any], list[GGUFTensor]]:
         if self._view[:4] != GGUF_MAGIC:
@@ -78,7 +121,9 @@ class _Header:
         values = {}
         for _ in range(n_values):
             key = self._string()
+            start = self._at
             values[key] = self._value(*self._take("I"))
+            self.spans[key] = start, self._at
         found = [self._tensor() for _ in range(n_tensors)]
         alignment = values.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:

@@ -1,6 +1,8 @@
 """Names of the files that make a checkpoint folder, as transformers writes them."""
 
 CONFIG = "config.json"
+#: What a base begins with that is a model of Ollama's.
+OLLAMA = "ollama:"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 #: What users of sha256sum call a file of digests.

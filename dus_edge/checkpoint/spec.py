@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dus_edge.checkpoint.config import ModelConfig
+    from dus_edge.checkpoint.gguf.file import GGUFModel
 
 #: Bytes per weight of the safetensors dtypes we read (names as the format spells them).
 DTYPE_BYTES: Mapping[str, int] = {"BF16": 2, "F16": 2, "F32": 4}
@@ -77,6 +78,7 @@ class Source:
         revision: the commit that was asked for, if one was.
         licence: an SPDX-like identifier from the model card, or None when it is unknown.
         weights: the folder of the safetensors, where that is another one.
+        gguf: the GGUF model that has the weights in place of safetensors.
     """
 
     folder: Path
@@ -86,11 +88,19 @@ class Source:
     revision: str | None = None
     licence: str | None = None
     weights: Path | None = None
+    gguf: GGUFModel | None = None
 
     @property
     def weights_folder(self) -> Path:
-        """Where the safetensors lie."""
+        """Where the weights lie."""
         return self.weights or self.folder
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files of the weights, as far as they are there."""
+        if self.gguf is not None:
+            return list(self.gguf.files)
+        return sorted(self.weights_folder.glob("*.safetensors"))
 
 
 class Checkpoint(ABC):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,16 @@ from dus_edge.cli.options import (
 from dus_edge.cli.say import (
     keep_digests,
     print_folder,
+    print_gguf,
     print_json,
-    print_next,
-    print_notes,
     say_to,
 )
-from dus_edge.cli.talk.next import after_gguf, after_mlx, can_chat
+from dus_edge.cli.talk.next import after_mlx
 from dus_edge.quant.choose import DEFAULT, QUANTIZERS
-from dus_edge.words import counts_text, duration, format_bytes
+from dus_edge.words import duration, format_bytes
+
+#: What a checkpoint becomes if no preset is named.
+DEFAULT_PRESET = "q4_k_m"
 
 
 @click.command("gguf")
@@ -40,9 +41,8 @@ from dus_edge.words import counts_text, duration, format_bytes
     "presets",
     multiple=True,
     metavar="PRESET",
-    default=("q4_k_m",),
-    show_default=True,
-    help="Preset of the file; several by commas, or repeated.",
+    help="Preset of the file; several by commas, or repeated. "
+    f"[default: {DEFAULT_PRESET}; the tensors of a GGUF are copied as they are]",
 )
 @click.option(
     "-o",
@@ -89,12 +89,27 @@ def gguf_command(
     digest: bool,
     **writing: Any,
 ) -> None:
-    """Up-scale BASE into GGUF files and their Modelfiles."""
+    """Up-scale BASE into GGUF files and their Modelfiles.
+
+    A BASE that is a GGUF itself is up-scaled as it is, without loss and in
+    seconds, or with -q quantized again.
+    """
+    from dus_edge.checkpoint.gguf.source import names_gguf
+
+    if not presets and names_gguf(base):
+        from dus_edge.jobs.export.ranges import copy_ranges, refuse_quantizing
+
+        writing.pop("allow_nonfinite")
+        refuse_quantizing(base, {"--imatrix": imatrix, "--adapter": writing.pop("adapter")})
+        result = copy_ranges(base, choose, out, alias=alias, say=say_to(as_json), **writing)
+        keep_digests(result, digest)
+        print_gguf(result, alias, as_json, verbose)
+        return
     from dus_edge.jobs.export.gguf import export_gguf
     from dus_edge.quant.recipe import find_preset
 
     # Each once; of one that is given twice the later place counts.
-    asked = [find_preset(name) for word in presets for name in word.split(",")]
+    asked = [find_preset(name) for word in presets or (DEFAULT_PRESET,) for name in word.split(",")]
     chosen = list({p.name: p for p in reversed(asked)}.values())[::-1]
     source = None
     if imatrix is not None:
@@ -113,30 +128,7 @@ def gguf_command(
         **writing,
     )
     keep_digests(result, digest)
-    model = alias or result.model.name.stem.lower()
-    if as_json:
-        command = _create(model, result.outputs[-1].modelfile)
-        print_json(result, quantizer=quantizer, command=command)
-        return
-    for output in result.outputs:
-        bits = 8 * output.nbytes / result.model.n_parameters
-        click.echo(f"{output.path}")
-        click.echo(f"  {format_bytes(output.nbytes)}, {bits:.2f} bits per weight")
-        if verbose:
-            click.echo(f"  tensors: {counts_text(output.types)}")
-    print_notes(result)
-    # The name alone is the last, as the link is.
-    last = result.outputs[-1]
-    creates = [
-        _create(model + ("" if output is last else f":{output.preset}"), output.modelfile)
-        for output in result.outputs
-    ]
-    print_next(result, after_gguf(last.path, creates, can_chat(result.model.source.folder)))
-
-
-def _create(name: str, modelfile: Path) -> str:
-    """The command that makes an Ollama model, to be pasted into a shell."""
-    return f"ollama create {shlex.quote(name)} -f {shlex.quote(str(modelfile))}"
+    print_gguf(result, alias, as_json, verbose, quantizer=quantizer)
 
 
 @click.command("upscale")

@@ -121,6 +121,6 @@ def _terminated(signum: int, frame: object) -> None:
 def cli() -> None:
     """Depth up-scale a checkpoint and run it on what you own.
 
-    BASE is a folder, a hub id (org/name or org/name@revision), or pico, the small
-    model that comes with the program.
+    BASE is a folder, a hub id (org/name or org/name@revision), a GGUF, a model of
+    Ollama's (ollama:NAME), or pico, the small model that comes with the program.
     """

@@ -21,12 +21,14 @@ from dus_edge.words import printable
 def inspect_command(model: str, choose: Any, as_json: bool) -> None:
     """Show MODEL's shape, plan and the size of every preset.
 
-    No weight is read or fetched; a folder with only config.json will do.
+    No weight is read or fetched; a folder with only config.json will do. Of a
+    GGUF, or of a model that Ollama has (ollama:NAME), the header is read.
     """
     from dus_edge.jobs.inspect import inspection, inspection_json
     from dus_edge.upscale.model import find_model
 
-    found = find_model(model, choose, weights=False, say=say_to(as_json))
+    say = say_to(as_json)
+    found = find_model(model, choose, weights=False, say=say, tokenizer="if known")
     click.echo(json.dumps(inspection_json(found)) if as_json else printable(inspection(found)))
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dus_edge.cli.talk.next import after_folder
+from dus_edge.cli.talk.next import after_folder, after_gguf, can_chat
 from dus_edge.words import counts_text, duration, format_bytes, printable, wrap
 
 
@@ -74,3 +75,38 @@ def print_folder(
         click.echo(f"  tensors: {counts_text(output.types)}")
     print_notes(result)
     print_next(result, commands or after_folder(out, plain=plain))
+
+
+def print_gguf(result: Any, alias: str | None, as_json: bool, verbose: bool, **more: Any) -> None:
+    """Say what a job that wrote GGUF files did; `more` are facts for programs."""
+    model = alias or result.model.name.stem.lower()
+    if as_json:
+        command = _create(model, result.outputs[-1].modelfile)
+        print_json(result, **more, command=command)
+        return
+    for output in result.outputs:
+        bits = 8 * output.nbytes / result.model.n_parameters
+        click.echo(f"{output.path}")
+        click.echo(f"  {format_bytes(output.nbytes)}, {bits:.2f} bits per weight")
+        if verbose:
+            click.echo(f"  tensors: {counts_text(output.types)}")
+    print_notes(result)
+    # The name alone is the last, as the link is.
+    last = result.outputs[-1]
+    creates = [
+        _create(model + ("" if output is last else f":{output.preset}"), output.modelfile)
+        for output in result.outputs
+    ]
+    print_next(result, after_gguf(last.path, creates, _chats(result.model)))
+
+
+def _chats(model: Any) -> bool:
+    """Whether a model has a chat template."""
+    if model.source.gguf is not None:
+        return model.source.gguf.text("tokenizer.chat_template") is not None
+    return can_chat(model.source.folder)
+
+
+def _create(name: str, modelfile: Path) -> str:
+    """The command that makes an Ollama model, to be pasted into a shell."""
+    return f"ollama create {shlex.quote(name)} -f {shlex.quote(str(modelfile))}"

@@ -6,9 +6,11 @@ from string import Template
 
 from dus_edge import __version__
 from dus_edge.checkpoint.card import CARD
+from dus_edge.checkpoint.spec import Source
 from dus_edge.data import read_text
 from dus_edge.upscale.model import Model
 from dus_edge.upscale.plan import DepthPlan
+from dus_edge.words import counts_text
 
 
 def model_card(model: Model, library: str = "transformers", stored: str = "") -> str:
@@ -32,7 +34,10 @@ def model_card(model: Model, library: str = "transformers", stored: str = "") ->
         f"between layers {s.position - 1} and {s.position} (source layers {s.left} and {s.right})"
         for s in plan.seams
     )
-    return Template(read_text("model_card.md")).substitute(
+    card = "model_card.md"
+    if source.gguf is not None and plan.is_identity:
+        card = "dequantized_card.md"
+    return Template(read_text(card)).substitute(
         front_licence=licence or "unknown",
         library=library,
         # mlx-lm writes this tag; the hub finds models of MLX by it.
@@ -52,7 +57,8 @@ def model_card(model: Model, library: str = "transformers", stored: str = "") ->
         depth=plan.depth,
         spelled=plan.spelled,
         training=_training(model),
-        copies=copies_row(plan),
+        copies=copies_row(plan) + _weights_row(source),
+        weights=_weights_row(source),
         drop=f" (m = {plan.drop})" if plan.drop is not None else "",
         seams=f"Seams: {seams}." if seams else "There is no seam.",
         parameters=f"{model.n_parameters:,}",
@@ -66,6 +72,13 @@ def copies_row(plan: DepthPlan) -> str:
     if plan.method.is_plain:
         return ""
     return f"| Copies | {len(plan.copies)} layers; {plan.method.sentence} |\n"
+
+
+def _weights_row(source: Source) -> str:
+    """A row of a card's table on weights that were dequantized; empty for all others."""
+    if source.gguf is None or not source.gguf.is_quantized:
+        return ""
+    return f"| Weights | of a GGUF ({counts_text(source.gguf.types)}), dequantized to float16 |\n"
 
 
 def _training(model: Model) -> str:

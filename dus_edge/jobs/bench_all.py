@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dus_edge.checkpoint.builtin import model_dir
+from dus_edge.checkpoint.gguf.source import refuse_gguf
 from dus_edge.errors import DusEdgeError
 from dus_edge.files import check_absent, check_writable
 from dus_edge.jobs.export.calibration import Machine, TextChoice
@@ -240,6 +241,7 @@ def _check(
     say: Say,
 ) -> Model:
     """Refuse what can be refused of all steps, before the first."""
+    refuse_gguf(base, "A table of what quantizing costs")
     in_its_own_process(_need_llama)
     everything = [job for job in (jobs.gguf, jobs.gptq) if job is not None]
     for job in everything:

@@ -10,11 +10,12 @@ from dus_edge.errors import CheckpointError
 from dus_edge.export.gguf import sink
 from dus_edge.export.gguf.format import data_size
 from dus_edge.export.gguf.metadata import build_metadata
+from dus_edge.export.gguf.ranges import plan_copies
 from dus_edge.export.vocab.vocab import read_vocab
 from dus_edge.jobs.job import model_json
 from dus_edge.quant.recipe import PRESETS, Preset
 from dus_edge.upscale.model import Model
-from dus_edge.words import cut_end, format_bytes, format_count
+from dus_edge.words import counts_text, cut_end, format_bytes, format_count
 
 
 def preset_sizes(model: Model, presets: Mapping[str, Preset]) -> tuple[dict[str, int], bool]:
@@ -43,6 +44,13 @@ def preset_sizes(model: Model, presets: Mapping[str, Preset]) -> tuple[dict[str,
     return sizes, exact
 
 
+def copied_bytes(model: Model) -> int | None:
+    """Size in bytes of a GGUF base up-scaled as it is; None for a checkpoint, or changed copies."""
+    if model.source.gguf is None or not model.plan.method.is_plain:
+        return None
+    return plan_copies(model, Path(".copied")).nbytes
+
+
 def inspection(model: Model) -> str:
     """The text of `dus-edge inspect`, at most 80 columns."""
     c, plan = model.config, model.plan
@@ -59,6 +67,8 @@ def inspection(model: Model) -> str:
         _row("Context", _context(model)),
         _row("Rope", f"theta {c.rope.theta:,.0f}, {c.rope.kind}"),
     ]
+    if model.source.gguf is not None:
+        lines.insert(2, _row("Stored as", counts_text(model.source.gguf.types)))
     if not plan.is_identity:
         drop = f", m = {plan.drop}" if plan.drop is not None else ""
         lines.append(_row("Plan", cut_end(plan.spelled, 52 - len(drop)) + drop))
@@ -76,6 +86,8 @@ def inspection(model: Model) -> str:
             lines.append(_row("", f"and {len(plan.seams) - 4} seams more"))
     sizes, exact = preset_sizes(model, PRESETS)
     lines += ["", "Preset    File size     Bits per weight"]
+    if (size := copied_bytes(model)) is not None:
+        sizes = {"as it is": size, **sizes}
     for name, size in sizes.items():
         bits = 8 * size / model.n_parameters
         lines.append(f"{name:8}  {format_bytes(size):>10}  {bits:>10.2f}")
@@ -106,7 +118,14 @@ def inspection_json(model: Model) -> dict[str, Any]:
         "layer_sources": list(plan.sources),
         "file_bytes": sizes,
         "file_bytes_exact": exact,
+        **_stored_json(model),
     }
+
+
+def _stored_json(model: Model) -> dict[str, Any]:
+    if model.source.gguf is None:
+        return {}
+    return {"stored_types": dict(model.source.gguf.types), "copied_bytes": copied_bytes(model)}
 
 
 def _context(model: Model) -> str:

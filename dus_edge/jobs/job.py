@@ -11,9 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from dus_edge.checkpoint.config import ModelConfig
+from dus_edge.checkpoint.gguf.source import Wanted
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.files import held_outputs
 from dus_edge.machine import default_threads
@@ -73,7 +74,16 @@ class Writing:
 
 
 class Job(ABC, Generic[Planned]):
-    """A base goes in, files come out."""
+    """A base goes in, files come out.
+
+    Attributes:
+        dequantized: what the blocks of a GGUF base become: ``F32``, which they are exactly, or
+            ``F16`` for checkpoints.
+        tokenizer: whether a GGUF base's tokenizer is wanted.
+    """
+
+    dequantized: ClassVar[str] = "F32"
+    tokenizer: ClassVar[Wanted] = "always"
 
     def need(self, say: Say) -> None:
         """Meet a missing package, or an output that may not be written, before any work."""
@@ -114,8 +124,16 @@ def run_job(
     """
     start = time.monotonic()
     job.need(say)
-    model = find_model(base, choose, weights=True, say=say, early=job.early, adapter=adapter)
-    checkpoint = model.open()
+    model = find_model(
+        base,
+        choose,
+        weights=True,
+        say=say,
+        early=job.early,
+        adapter=adapter,
+        tokenizer=job.tokenizer,
+    )
+    checkpoint = model.open(job.dequantized)
     with held_outputs(job.outputs(model)):
         planned = job.check(model, checkpoint)
         say(describe(model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dus_edge.checkpoint.gguf.source import gguf_path
 from dus_edge.errors import UsageError
 from dus_edge.export.vocab.vocab import read_vocab
 from dus_edge.files import check_writable, write_text
@@ -28,7 +29,7 @@ def render_modelfile_of(
     """The Modelfile of a GGUF file or of a checkpoint.
 
     Args:
-        model: a `.gguf` file, or a base as everywhere else.
+        model: a `.gguf` file, a model of Ollama's, or a base as everywhere else.
         folder: where the Modelfile will stand; FROM is relative to it.
         from_path: what FROM names; needed for a checkpoint, which is no file that Ollama runs.
         num_ctx: cap of the context; the module's default if None.
@@ -37,9 +38,9 @@ def render_modelfile_of(
     Raises:
         UsageError: a checkpoint without `from_path`.
     """
-    if model.endswith(".gguf"):
-        facts = gguf_facts(Path(model))
-        default = os.path.relpath(model, folder)
+    if (file := gguf_path(model)) is not None:
+        facts = gguf_facts(file)
+        default = os.path.relpath(file, folder)
         return render_facts(facts, from_path or default, num_ctx)
     if from_path is None:
         raise UsageError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dus_edge.checkpoint.config import load_config
+from dus_edge.checkpoint.gguf.source import gguf_path, refuse_gguf
 from dus_edge.checkpoint.names import CONFIG
 from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.errors import UsageError
@@ -28,7 +29,8 @@ def find_candidate(
     """A GGUF file or quantized folder by its headers, or a checkpoint by config and preset.
 
     Args:
-        model: a `.gguf` file, folder (`config.json` is enough), hub id or the built-in base.
+        model: a `.gguf` file, a model of Ollama's, a folder (`config.json` is enough), hub id or
+            the built-in base.
         choose: gives the plan for a checkpoint's depth.
         preset: of a checkpoint.
         say: takes lines for the user.
@@ -36,9 +38,9 @@ def find_candidate(
     Raises:
         UsageError: a preset or another depth for what is quantized already.
     """
-    if model.endswith(".gguf"):
+    if (file := gguf_path(model)) is not None:
         _refuse_preset(model, preset)
-        return StorableModel(read_gguf(Path(model)), {})
+        return StorableModel(read_gguf(file), {})
 
     def check(folder: Path) -> None:
         if not is_quantized_folder(folder):
@@ -79,8 +81,7 @@ def find_trained(model: str, choose: ChoosePlan, say: Say) -> Model:
     Raises:
         UsageError: a GGUF file, which nothing trains.
     """
-    if model.endswith(".gguf"):
-        raise UsageError(f"{model} is a GGUF file; training starts from a checkpoint's folder.")
+    refuse_gguf(model, "Training")
     return find_model(model, choose, weights=False, say=say)
 
 

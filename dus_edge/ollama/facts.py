@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gguf import TokenType
 
@@ -69,10 +70,32 @@ def gguf_facts(path: Path) -> ModelFacts:
         raise CheckpointError(f"{path} does not exist.") from None
     except (ValueError, OSError) as e:
         raise CheckpointError(f"{path} is no GGUF file of a model ({e}).") from None
+    return facts_of_values(values, str(path), path.stem)
+
+
+def copied_facts(model: Model) -> ModelFacts:
+    """What a Modelfile says of a GGUF whose layers are about to be copied by the model's plan."""
+    gguf = model.source.gguf
+    assert gguf is not None
+    facts = facts_of_values(gguf.values, gguf.label, model.name.title)
+    return facts if model.plan.is_identity else replace(facts, title=model.name.title, ours=True)
+
+
+def facts_of_values(values: Mapping[str, Any], where: str, title: str) -> ModelFacts:
+    """What a Modelfile says of a GGUF's metadata.
+
+    Args:
+        values: by key, as `read_header` gives them.
+        where: the file, for messages.
+        title: a name for people, where the metadata has none.
+
+    Raises:
+        CheckpointError: they are not of a model.
+    """
     key = f"{values.get('general.architecture')}.context_length"
     context_length = values.get(key)
     if type(context_length) is not int or context_length < 1:
-        raise CheckpointError(f"{path} is no GGUF file of a model ({key} is {context_length!r}).")
+        raise CheckpointError(f"{where} is no GGUF file of a model ({key} is {context_length!r}).")
 
     def text(key: str) -> str | None:
         value = values.get(key)
@@ -85,7 +108,7 @@ def gguf_facts(path: Path) -> ModelFacts:
         if type(token_id) is int and 0 <= token_id < len(tokens):
             ids[kind] = token_id
     return ModelFacts(
-        title=text("general.name") or path.stem,
+        title=text("general.name") or title,
         context_length=context_length,
         licence=text("general.license"),
         chat_template=text("tokenizer.chat_template"),

@@ -15,6 +15,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from dus_edge.checkpoint.gguf.ollama import find_ollama, short_name
+from dus_edge.checkpoint.names import OLLAMA
 from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.errors import CheckpointError, OutputError, UsageError
 from dus_edge.files import check_free_space, check_writable
@@ -78,7 +80,8 @@ def quality(
     Everything that can be refused is refused before the first model runs.
 
     Args:
-        reference: a GGUF file, a folder, ``pico``, or ``org/name[@revision]`` on the hub.
+        reference: a GGUF file, a model of Ollama's, a folder, ``pico``, or
+            ``org/name[@revision]`` on the hub.
         candidates: the same, at least one; all with the reference's vocabulary.
         texts: files and folders of text; none means the built-in evaluation text.
         field: where rows of JSONL files have their text.
@@ -169,6 +172,9 @@ def locate_model(name: str) -> tuple[Path, str | None]:
     Raises:
         UsageError: there is none of that name.
     """
+    if name.startswith(OLLAMA):
+        of_ollama = name.removeprefix(OLLAMA)
+        return find_ollama(of_ollama), short_name(of_ollama)
     path = Path(name).expanduser()
     if path.is_file():
         return path, None

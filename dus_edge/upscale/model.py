@@ -13,6 +13,8 @@ from dus_edge.adapter.fit import is_for_result
 from dus_edge.adapter.folder import check_tokenizer, merged_name, own_tokenizer, with_adapter
 from dus_edge.adapter.merged import MergedCheckpoint
 from dus_edge.checkpoint.config import ModelConfig, load_config, tensor_shapes, with_layers
+from dus_edge.checkpoint.gguf.source import Wanted
+from dus_edge.checkpoint.gguf.weights import GGUFCheckpoint
 from dus_edge.checkpoint.names import CONFIG
 from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint, check_embedding
@@ -70,9 +72,17 @@ class Model:
             base = merged_name(base, self.adapter)
         return name_model(base, self.n_parameters, upscaled=not self.plan.is_identity)
 
-    def open(self) -> Checkpoint:
-        """Open the weights: headers are read and checked, nothing else."""
-        found: Checkpoint = SafetensorsCheckpoint(self.source, self.base_config)
+    def open(self, dequantized: str = "F32") -> Checkpoint:
+        """Open the weights: headers are read and checked, nothing else.
+
+        Args:
+            dequantized: what a GGUF's blocks become, ``F32`` or ``F16``.
+        """
+        found: Checkpoint
+        if self.source.gguf is not None:
+            found = GGUFCheckpoint(self.source, self.base_config, dequantized)
+        else:
+            found = SafetensorsCheckpoint(self.source, self.base_config)
         if self.adapter is not None and not self.on_result:
             found = MergedCheckpoint(found, self.adapter)
         if not self.plan.is_identity:
@@ -112,11 +122,12 @@ def find_model(
     say: Say,
     early: Callable[[Path, ModelConfig], object] = lambda folder, config: None,
     adapter: Path | None = None,
+    tokenizer: Wanted = "always",
 ) -> Model:
     """Resolve a base and its plan.
 
     Args:
-        base: folder, hub id or the built-in base's name.
+        base: folder, hub id, the built-in base's name, a GGUF file or a model of Ollama's.
         choose: gives the plan for a base's depth.
         weights: whether the weights are wanted.
         say: takes lines for the user.
@@ -124,6 +135,7 @@ def find_model(
             before a hub base's gigabytes are fetched.
         adapter: folder of a LoRA adapter that is merged on the way: into the base if it is one of
             the base, else into the up-scaled model.
+        tokenizer: of a GGUF, whether its tokenizer is wanted.
     """
     merged = None if adapter is None else Adapter(adapter)
 
@@ -137,7 +149,7 @@ def find_model(
             check_tokenizer(merged, config)
         early(merged.folder if merged and own_tokenizer(merged) else folder, config)
 
-    source = resolve_base(base, weights=weights, on_config=check, progress=say)
+    source = resolve_base(base, weights=weights, on_config=check, progress=say, tokenizer=tokenizer)
     config = load_config(source.folder / CONFIG)
     plan = choose(config.n_layers)
     if merged is None:

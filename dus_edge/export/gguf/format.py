@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFValueType as Kind
 
+from dus_edge.checkpoint.gguf.types import StoredType
 from dus_edge.checkpoint.gguf_header import GGUF_MAGIC
 from dus_edge.quant.types import QuantType
 
@@ -54,6 +55,19 @@ class KeyValue:
 
 
 @dataclass(frozen=True, slots=True)
+class RawValue:
+    """One metadata entry as it stood in another file.
+
+    Attributes:
+        key: its key.
+        data: the number of the value's type, then the value.
+    """
+
+    key: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One line of the tensor directory.
 
@@ -66,7 +80,7 @@ class TensorInfo:
 
     name: str
     shape: tuple[int, ...]
-    kind: QuantType
+    kind: QuantType | StoredType
     offset: int
 
     @property
@@ -81,7 +95,7 @@ def padded(n: int) -> int:
     return -(-n // GGUF_ALIGNMENT) * GGUF_ALIGNMENT
 
 
-def encode_header(metadata: Sequence[KeyValue], tensors: Sequence[TensorInfo]) -> bytes:
+def encode_header(metadata: Sequence[KeyValue | RawValue], tensors: Sequence[TensorInfo]) -> bytes:
     """Everything before the tensor data, padded to the alignment."""
     parts = [GGUF_MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for kv in metadata:
@@ -100,7 +114,9 @@ def data_size(tensors: Sequence[TensorInfo]) -> int:
     return padded(tensors[-1].offset + tensors[-1].nbytes) if tensors else 0
 
 
-def lay_out(entries: Sequence[tuple[str, tuple[int, ...], QuantType]]) -> list[TensorInfo]:
+def lay_out(
+    entries: Sequence[tuple[str, tuple[int, ...], QuantType | StoredType]],
+) -> list[TensorInfo]:
     """Give every tensor its offset: one after the other, each start aligned."""
     infos, offset = [], 0
     for name, shape, kind in entries:
@@ -120,7 +136,9 @@ def _scalar(value: Any, kind: Kind) -> bytes:
     return struct.pack(_PACK[kind], value)
 
 
-def _value(kv: KeyValue) -> bytes:
+def _value(kv: KeyValue | RawValue) -> bytes:
+    if isinstance(kv, RawValue):
+        return kv.data
     head = struct.pack("<I", kv.kind)
     if kv.kind is not Kind.ARRAY:
         return head + _scalar(kv.value, kv.kind)

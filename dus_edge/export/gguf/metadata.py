@@ -57,7 +57,7 @@ def build_metadata(
     return [
         *_general(config, source, name, plan, adapter),
         *_hyperparameters(config),
-        *_plan(source, plan),
+        *plan_metadata(source, plan),
         *vocab_metadata(vocab),
     ]
 
@@ -127,18 +127,11 @@ def _general(
         yield _text("general.finetune", name.finetune)
     yield _text("general.basename", name.base)
     if not plan.is_identity:
-        then = f"with the adapter {adapter} merged into it" if adapter else "not trained further"
-        changed = plan.method.sentence
-        copies = f" Copies: {changed}." if changed else ""
-        yield _text(
-            "general.description",
-            f"{source.name} up-scaled in depth from {plan.n_base} to {plan.depth} layers "
-            f"({plan.spelled}), {then}.{copies}",
-        )
+        yield _text("general.description", upscaled_description(source, plan, adapter))
     yield _text("general.size_label", name.size)
     if source.licence:
         yield _text("general.license", source.licence)
-    yield from _base_models(source, plan)
+    yield from base_model_metadata(source, plan)
     labels = [t for t in tags(source.folder) if t != "depth-up-scaling"]
     if not plan.is_identity:
         labels.append("depth-up-scaling")
@@ -148,7 +141,18 @@ def _general(
         yield KeyValue("general.languages", spoken, Kind.ARRAY, Kind.STRING)
 
 
-def _base_models(source: Source, plan: DepthPlan) -> Iterator[KeyValue]:
+def upscaled_description(source: Source, plan: DepthPlan, adapter: str | None) -> str:
+    """What was done to a base; `adapter` is the name of one merged into the result."""
+    then = f"with the adapter {adapter} merged into it" if adapter else "not trained further"
+    changed = plan.method.sentence
+    copies = f" Copies: {changed}." if changed else ""
+    return (
+        f"{source.name} up-scaled in depth from {plan.n_base} to {plan.depth} layers "
+        f"({plan.spelled}), {then}.{copies}"
+    )
+
+
+def base_model_metadata(source: Source, plan: DepthPlan) -> Iterator[KeyValue]:
     """The source itself if it was up-scaled; else what the source's card names."""
     itself = [source.repo_id or source.name]
     names = read_base_models(source.folder) if plan.is_identity else itself
@@ -219,7 +223,7 @@ def _longrope_scale(config: ModelConfig, original: int) -> float:
     return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
 
 
-def _plan(source: Source, plan: DepthPlan) -> Iterator[KeyValue]:
+def plan_metadata(source: Source, plan: DepthPlan) -> Iterator[KeyValue]:
     """Our own keys, so that a file says how it was made."""
     if plan.is_identity:
         return

@@ -5,12 +5,12 @@ Names are the family's; the rest follows `conversion/llama.py` of llama.cpp.
 
 from __future__ import annotations
 
-import math
 import re
 
 import numpy as np
 
 from dus_edge.checkpoint.config import ModelConfig
+from dus_edge.checkpoint.gguf.rope import llama3_factors
 
 _BLK = re.compile(r"^blk\.(\d+)\.")
 
@@ -48,25 +48,11 @@ def to_interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
 def rope_factors(config: ModelConfig) -> dict[str, np.ndarray]:
     """Per-frequency divisors by GGUF's name, ``(rotary_dim / 2,)`` float32; none for most ropes.
 
-    Formula of Llama 3's: transformers `modeling_rope_utils._compute_llama3_parameters`; stored as
-    llama.cpp's converter does. The steps are in float32 as they are there.
+    They are stored as llama.cpp's converter does.
     """
     p = config.rope.params
     if config.rope.kind == "longrope":
         return {name: np.array(p[key], np.float32) for name, key in _LONGROPE.items()}
     if config.rope.kind != "llama3":
         return {}
-    factor, low, high = (float(p[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
-    original = float(p["original_max_position_embeddings"])
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    wavelengths = 2 * math.pi * np.power(np.float32(config.rope.theta), exponents)
-    factors = np.empty_like(exponents)
-    for i, wavelength in enumerate(wavelengths):
-        if wavelength < original / high:
-            factors[i] = 1
-        elif wavelength > original / low:
-            factors[i] = factor
-        else:
-            smooth = (original / wavelength - low) / (high - low)
-            factors[i] = 1 / ((1 - smooth) / factor + smooth)
-    return {ROPE_FREQS: factors}
+    return {ROPE_FREQS: llama3_factors(config.head_dim, config.rope.theta, p)}

@@ -50,6 +50,8 @@ def export_bnb(
 class BnbJob(Job[list[TensorSpec]]):
     """See `export_bnb`."""
 
+    dequantized = "F16"
+
     folder: Path
     scheme: bnb.Scheme
     writing: Writing

@@ -94,7 +94,7 @@ def run_collector(
 
 def run_identity(model: Model, chunks: Chunks, compute: Compute, more: object) -> dict[str, Any]:
     """All that a run of text through a model depends on, as JSON takes it."""
-    weights = sorted(model.source.weights_folder.glob("*.safetensors"))
+    weights = model.source.weight_files
     return {
         "version": __version__,
         "config": dict(model.config.raw),

@@ -12,6 +12,7 @@ from dus_edge.export.card import model_card
 from dus_edge.jobs.job import Job, Result, Writing, Written, quiet, run_job
 from dus_edge.progress import progress
 from dus_edge.upscale.model import ChoosePlan, Model, Say
+from dus_edge.words import counts_text, wrap
 
 
 def export_checkpoint(
@@ -34,6 +35,8 @@ def export_checkpoint(
 class CheckpointJob(Job[None]):
     """See `export_checkpoint`."""
 
+    dequantized = "F16"
+
     folder: Path
     writing: Writing
 
@@ -49,6 +52,7 @@ class CheckpointJob(Job[None]):
         self, model: Model, checkpoint: Checkpoint, planned: None, say: Say
     ) -> tuple[tuple[Written, ...], tuple[str, ...]]:
         """Copy the tensors under their new names."""
+        _say_dequantized(model, say)
         specs = checkpoint.specs().values()
         total = sum(s.nbytes for s in specs)
         with progress("Writing", total) as tick:
@@ -62,3 +66,14 @@ class CheckpointJob(Job[None]):
                 advance=tick,
             )
         return (Written(self.folder, total, types=Counter(s.dtype for s in specs)),), ()
+
+
+def _say_dequantized(model: Model, say: Say) -> None:
+    gguf = model.source.gguf
+    if gguf is not None and gguf.is_quantized:
+        say(
+            wrap(
+                f"{gguf.label}: quantized tensors ({counts_text(gguf.types)}) become float16; what "
+                "was lost when they were quantized stays lost."
+            )
+        )

@@ -26,6 +26,7 @@ from dus_edge.quant import choose
 from dus_edge.quant.imatrix import Importance, match
 from dus_edge.quant.recipe import Preset
 from dus_edge.upscale.model import ChoosePlan, Model, Say
+from dus_edge.words import counts_text, wrap
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class GGUFJob(Job[GGUFPlan]):
     ) -> tuple[tuple[Written, ...], tuple[str, ...]]:
         """Quantize and write; Modelfiles and links follow when all files are whole."""
         files, weights, notes = planned.files, None, []
+        _say_requantized(model, say)
         if self.imatrix is not None:
             weights, said, notes = _importance(model, checkpoint, self.imatrix)
             files = self._files(model, planned.metadata, said)
@@ -176,6 +178,19 @@ class GGUFJob(Job[GGUFPlan]):
         ]
 
 
+def _say_requantized(model: Model, say: Say) -> None:
+    """What quantizing a quantized GGUF costs."""
+    gguf = model.source.gguf
+    if gguf is not None and gguf.is_quantized:
+        say(
+            wrap(
+                f"{gguf.label} is quantized already ({counts_text(gguf.types)}): quantizing again "
+                "adds its own error to the one that is there. Without -q tensors are copied as "
+                "they are."
+            )
+        )
+
+
 def _modelfile(file: GGUFFile) -> Path:
     return file.path.with_suffix(".Modelfile")
 
@@ -206,9 +221,12 @@ def _importance(
     return matched.weights, quantize_metadata(imatrix.label, found), notes
 
 
+def link_alias(alias: str, path: Path) -> None:
+    """A name that does not depend on the base, for Modelfiles that are the same for every base."""
+    point_to(path.with_name(f"{alias}.gguf"), path)
+
+
 def _link(alias: str, files: Sequence[GGUFFile]) -> None:
-    """Names that do not depend on the base, for Modelfiles that are the same for every base."""
-    last = files[-1].path
-    point_to(last.with_name(f"{alias}.gguf"), last)
+    link_alias(alias, files[-1].path)
     for f in files:
         point_to(f.path.with_name(f"{alias}-{f.preset.name}.gguf"), f.path)

@@ -55,6 +55,8 @@ class GPTQPlan:
 class GPTQJob(Job[GPTQPlan]):
     """See `export_gptq`."""
 
+    dequantized = "F16"
+
     folder: Path
     settings: GPTQSettings
     text: TextChoice

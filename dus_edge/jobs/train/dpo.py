@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dus_edge.checkpoint.gguf.source import refuse_gguf
 from dus_edge.jobs.job import Result, Writing, quiet, run_job
 from dus_edge.jobs.train.tuning import TuneJob, TuneOptions
 from dus_edge.text.dialogues import TuningData, read_preferences
@@ -23,6 +24,7 @@ def tune_on_preferences(
     say: Say = quiet,
 ) -> tuple[Result, dict[str, Any]]:
     """Tune a model on preferences, itself as the reference; see `tune_on_dialogues`."""
+    refuse_gguf(model, "Training")
     job = DpoJob(folder, options, Writing(n_threads, overwrite))
     return run_job(job, model, plan_chooser(None, None, (), False), say), job.figures
 

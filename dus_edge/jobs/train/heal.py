@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dus_edge.checkpoint.config import ModelConfig
+from dus_edge.checkpoint.gguf.source import refuse_gguf
 from dus_edge.checkpoint.names import RECOVERY_PLOT, TRAINING_LOG
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.errors import UsageError
@@ -67,6 +68,7 @@ def heal(
     Raises:
         DusEdgeError: base, plan, text or options cannot be used, or the loss is no number.
     """
+    refuse_gguf(base, "Training")
     options.check()
     require("hf", "healing needs")
     from dus_edge.train.heal.parallel import joined_world

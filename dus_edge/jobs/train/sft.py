@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dus_edge.checkpoint.gguf.source import refuse_gguf
 from dus_edge.jobs.job import Result, Writing, quiet, run_job
 from dus_edge.jobs.train.tuning import TuneJob, TuneOptions
 from dus_edge.text.dialogues import TuningData, read_dialogues
@@ -38,6 +39,7 @@ def tune_on_dialogues(
         DusEdgeError: model, data, chat format, options or output cannot be used; the loss is NaN.
         KeyboardInterrupt: a stop was asked for; a checkpoint was written.
     """
+    refuse_gguf(model, "Training")
     job = SftJob(folder, options, Writing(n_threads, overwrite))
     return run_job(job, model, plan_chooser(None, None, (), False), say), job.figures
 
