@@ -131,7 +131,7 @@ def _mixed(preset: Preset, name: str, n_cols: int, model: ModelShape) -> QuantTy
     layer, part = _layer_and_part(name)
     rule = {
         "attn_v": _attn_v,
-        "attn_qkv": _attn_qkv,
+        "attn_qkv": _attn_v,  # `category_is_attn_v`
         "ffn_down": _ffn_down,
         "attn_output": _attn_output,
     }.get(part)
@@ -165,10 +165,6 @@ def _attn_v(preset: Preset, layer: int, model: ModelShape) -> QuantType:
         # Eight heads share attn_v there, so a better type costs next to nothing.
         chosen = t.Q5_K
     return chosen
-
-
-def _attn_qkv(preset: Preset, layer: int, model: ModelShape) -> QuantType:
-    return {"q3_k_m": t.Q4_K, "q4_k_m": t.Q5_K, "q5_k_m": t.Q6_K}.get(preset.name, preset.default)
 
 
 def _ffn_down(preset: Preset, layer: int, model: ModelShape) -> QuantType:
