@@ -88,7 +88,7 @@ def test_predicted_and_measured_are_told_apart(tables, rows):
         "predicted": {"predicted"},
         "measured": {"measured"},
         "quality": {"measured"},
-        "tasks": set(),
+        "tasks": {"measured"},
     }
     by_table = {name: [r for r in rows if r["table"] == name] for name in tables}
     assert {k: len(v) for k, v in by_table.items()} == {k: len(v) for k, v in tables.items()}
