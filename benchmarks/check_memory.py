@@ -32,7 +32,8 @@ from dus_edge.predict.stored_model import (
     TensorSize,
     kv_types,
 )
-from dus_edge.quant.recipe import ModelShape, Preset, find_preset, tensor_type
+from dus_edge.quant import types as quant_types
+from dus_edge.quant.recipe import Preset, find_preset
 from dus_edge.words import markdown_table
 
 LIMIT = 0.03
@@ -46,6 +47,8 @@ SPECIAL: Mapping[int, Mapping[str, Any]] = {
 }
 #: Rows of models whose queries, keys and values are one matrix.
 FUSED = (86, 87)
+#: The type of that matrix where it is not the preset's own.
+FUSED_TYPES = {"q3_k_m": quant_types.Q4_K, "q4_k_m": quant_types.Q5_K, "q5_k_m": quant_types.Q6_K}
 #: Why a row is off; by row number.
 REASONS: Mapping[int, str] = {
     8: "August 2023: the cache's buffer holds 2 MiB for ggml's own headers; the cache is 256",
@@ -94,14 +97,16 @@ def model_of(row: Mapping[str, Any]) -> StoredModel:
 
 
 def fused(model: StoredModel, preset: Preset) -> StoredModel:
-    """The same model with one matrix for queries, keys and values, of the type that the mix has."""
-    shape = ModelShape(model.n_layers, model.n_heads, model.n_kv_heads, model.tied_head)
+    """The same model with one matrix for queries, keys and values.
+
+    Files of the time had a rule of their own for it; llama-quantize treats it as v's now.
+    """
     kept = [x for x in model.tensors if ".attn_" not in x.name or ".attn_output." in x.name]
     kept += [x for x in model.tensors if ".attn_norm." in x.name]
     rows, cols = model.q_width + 2 * model.kv_width, model.hidden_size
     for i in range(model.n_layers):
         name = f"blk.{i}.attn_qkv"
-        kind = tensor_type(preset, f"{name}.weight", (rows, cols), shape)
+        kind = FUSED_TYPES.get(preset.name, preset.default)
         kept.append(
             TensorSize(f"{name}.weight", kind.name, rows, cols, rows * kind.row_bytes(cols))
         )

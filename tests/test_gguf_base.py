@@ -40,7 +40,9 @@ def values(path: Path) -> dict[str, object]:
 
 def made(out: str) -> Path:
     """The file that a command says it wrote."""
-    return Path(next(line for line in out.splitlines() if line.endswith(".gguf")))
+    # A message may name the base before.
+    named = [Path(line) for line in out.splitlines() if line.endswith(".gguf")]
+    return [path for path in named if path.is_file()][-1]
 
 
 # -- copied as they are -------------------------------------------------------------------------

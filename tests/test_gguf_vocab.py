@@ -23,7 +23,7 @@ from dus_edge.export.vocab.vocab import Vocab, read_vocab
 from .vocab_cases import CASES, TEXTS, LlamaVocab, newer_unicode, not_nfc, write_folder, write_gguf
 
 #: llama.cpp's own code for these words differs from the pattern: `data/pretokenizers.toml`.
-APART = ("tekken",)
+APART = ("tekken", "gpt-4o")
 
 
 def rebuilt(vocab: Vocab, folder: Path) -> Path:

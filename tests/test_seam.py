@@ -342,7 +342,7 @@ def test_a_plan_that_breaks_a_pattern_is_refused(run, text, monkeypatch):
     assert code != 0 and "follow a pattern of 4" in err and "choose --drop 2." in err
     code, out, err = run(*words, "--drop", "2")
     assert code == 0, err
-    assert "The pattern of 4 layers goes on across every seam." in out
+    assert "The pattern of 4 layers goes on across every seam." in " ".join(out.split())
     found = json.loads(run(*words, "--drop", "2", "--json")[1])
     assert found["period"] == 4 and [b["size"] for b in found["best_blocks"]] == [4, 8]
 

@@ -49,6 +49,7 @@ def quick_page(monkeypatch):
 def test_the_tracked_tables_are_what_is_written(run, tmp_path):
     results = TRACKED / "results"
     found = ("--measured", results / "measured.jsonl", "--quality", results / "quality.json")
+    found += ("--evaluation", results / "eval.json")
     code, out, err = run("bench", "tables", "-o", tmp_path, *found)
     assert code == 0, err
     for name in ("TABLES.md", "tables.csv", "tables.json"):

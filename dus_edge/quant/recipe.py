@@ -189,11 +189,6 @@ def _attn_output(preset: Preset, layer: int, model: ModelShape) -> QuantType:
     return {"q2_k": t.Q3_K, "q3_k_m": t.Q4_K}.get(preset.name, preset.default)
 
 
-def _attn_qkv(preset: Preset, layer: int, model: ModelShape) -> QuantType:
-    more = {"q3_k_m": t.Q4_K, "q4_k_m": t.Q5_K, "q5_k_m": t.Q6_K}
-    return more.get(preset.name, preset.default)
-
-
 #: What stands in for a 256-weight block type when a row is no whole number of such blocks.
 _NARROWER = {t.Q2_K: t.Q4_0, t.Q3_K: t.Q4_0, t.Q4_K: t.Q5_0, t.Q5_K: t.Q5_1, t.Q6_K: t.Q8_0}
 
