@@ -54,7 +54,7 @@ def _h6() -> Suite:
 
 @pytest.fixture(scope="module")
 def tasks(rows: Path) -> tuple[LoadedTask, ...]:
-    return load_tasks(_h6(), rows, 4, 1)
+    return load_tasks(_h6(), rows, 2, 1)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_answers_are_the_harness_own(
     found, raw = evaluate_model(info, tasks, tmp_path, n_threads=1)
     for scores in found.tasks:
         own, other = raw["samples"][scores.task], theirs["samples"][scores.task]
-        n = 2 if scores.group == "mmlu" else 4  # of two subjects together four
+        n = 1 if scores.group == "mmlu" else 2  # of two subjects together two
         assert len(scores.values) == n and len(own) == len(other)
         for a, b in zip(own, other, strict=True):
             assert a["arguments"] == b["arguments"] and a["doc_hash"] == b["doc_hash"]
@@ -102,7 +102,7 @@ def test_answers_are_the_harness_own(
         assert mean == pytest.approx(theirs["results"][scores.task][key], abs=1e-3)
     assert {s.n_available for s in found.tasks} == {6}
     # ARC's 25 solved examples are more than pico's 512 tokens.
-    assert found.tokens > 0 and found.n_cut >= 16
+    assert found.tokens > 0 and found.n_cut >= 8
 
 
 def _filter(tasks: tuple[LoadedTask, ...], name: str) -> str:
