@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,13 +41,26 @@ def render_seams(results: SeamResults, form: str) -> bytes:
     Raises:
         DependencyError: matplotlib is not installed.
     """
+    return render_figure(lambda: draw_seams(results), form)
+
+
+def render_figure(draw: Callable[[], Any], form: str) -> bytes:
+    """The bytes of a figure, the same each time.
+
+    Args:
+        draw: makes the figure.
+        form: ``png`` or ``svg``.
+
+    Raises:
+        DependencyError: matplotlib is not installed.
+    """
     check_seam_plot()
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "dus-edge", "font.family": "DejaVu Sans"}):
         out = io.BytesIO()
         date = {"Date": None} if form == "svg" else {"Software": None}
-        draw_seams(results).savefig(out, format=form, metadata=date)
+        draw().savefig(out, format=form, metadata=date)
     return out.getvalue()
 
 

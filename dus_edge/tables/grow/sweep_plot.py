@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dus_edge.quality.plot import FAINT, INK
-from dus_edge.tables.grow.seam_plot import check_seam_plot
+from dus_edge.tables.grow.seam_plot import render_figure
 from dus_edge.tables.grow.swept import SweepResults, SweptPlan
 from dus_edge.upscale.blocks import repeated_outliers
 from dus_edge.words import cut_middle
@@ -31,14 +30,7 @@ def render_sweep(results: SweepResults, form: str) -> bytes:
     Raises:
         DependencyError: matplotlib is not installed.
     """
-    check_seam_plot()
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.hashsalt": "dus-edge", "font.family": "DejaVu Sans"}):
-        out = io.BytesIO()
-        date = {"Date": None} if form == "svg" else {"Software": None}
-        draw_sweep(results).savefig(out, format=form, metadata=date)
-    return out.getvalue()
+    return render_figure(lambda: draw_sweep(results), form)
 
 
 def draw_sweep(results: SweepResults) -> Any:

@@ -169,15 +169,13 @@ class SweepResults:
         """What foretells the loss that is left after training; intervals are over plans."""
         return tuple(_healed_correlations(self))
 
-    def half_width(self, estimate: Estimate, n_chunks: int, n_languages: int) -> float | None:
-        """Of a 95 % interval: Student's t, chunks drawn within each language."""
-        if estimate.error is None:
-            return None
-        return t_quantile(_ALPHA, max(1, n_chunks - n_languages)) * estimate.error
-
     def loss_width(self, plan: SweptPlan) -> float | None:
-        """Half the width of the interval of a plan's loss above the base's."""
-        return self.half_width(plan.total.log_ratio, plan.total.n_chunks, len(plan.languages))
+        """Half of the 95 % interval of a plan's loss above the base's; None for a single chunk.
+
+        Student's t; chunks are drawn within each language.
+        """
+        error, n_free = plan.total.log_ratio.error, plan.total.n_chunks - len(plan.languages)
+        return None if error is None else t_quantile(_ALPHA, max(1, n_free)) * error
 
 
 def _correlations(results: SweepResults) -> Iterator[PlanCorrelation]:
