@@ -179,8 +179,18 @@ def next_token_logits(
         head: ``(vocab, hidden)``.
         c: of the model.
     """
+    return logits_of(head_input(h, norm, c), head, c)
+
+
+def head_input(h: torch.Tensor, norm: torch.Tensor, c: ModelConfig) -> torch.Tensor:
+    """Hidden states ``(n, hidden)`` behind the last layer → what the head takes."""
     weight = norm + c.family.norm_shift if c.family.norm_shift else norm
-    logits = (rms_norm(h, weight, c.rms_norm_eps) @ head.T).float()
+    return rms_norm(h, weight, c.rms_norm_eps)
+
+
+def logits_of(x: torch.Tensor, head: torch.Tensor, c: ModelConfig) -> torch.Tensor:
+    """The head, or rows of it ``(n_some, hidden)``, on its input → float32 ``(n, n_some)``."""
+    logits = (x @ head.T).float()
     if c.logit_divisor != 1:
         logits /= c.logit_divisor
     return logits if c.logit_softcap is None else _capped(logits, c.logit_softcap)

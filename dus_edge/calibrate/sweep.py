@@ -22,7 +22,8 @@ from dus_edge.calibrate.engine import DTYPES, ComputeSettings, check_finite, emb
 from dus_edge.calibrate.layer import (
     DecoderLayer,
     as_tensor,
-    next_token_logits,
+    head_input,
+    logits_of,
     positions,
     read_layer,
 )
@@ -32,8 +33,8 @@ from dus_edge.upscale.plan import DepthPlan
 from dus_edge.upscale.shared_run import LayerStep, SharedSchedule
 from dus_edge.upscale.view import UpscaledCheckpoint
 
-#: Tokens whose logits are in memory at once: with a vocabulary of 49,152 they are 24 MiB.
-_ROWS = 128
+#: Entries of the vocabulary whose logits are in memory at once: of 512 tokens 4 MiB.
+_COLUMNS = 2048
 
 
 def run_schedule(
@@ -121,8 +122,9 @@ class NextTokenHead:
     ) -> np.ndarray:
         """Next-token scores of one chunk, at all its tokens but the last.
 
-        KL is Σ p (a − b) − lse(a) + lse(b) of the logits a and b, in the engine's precision; of
-        float32 it is good to some 1e-6 nats.
+        The vocabulary comes a part at a time, so that what is done to logits finds them in a
+        processor's cache. KL is Σ p (a − b) − lse(a) + lse(b) of the logits a and b, in the
+        engine's precision; of float32 it is good to some 1e-6 nats.
 
         Args:
             states: that hold final states, before the norm.
@@ -134,38 +136,79 @@ class NextTokenHead:
         Returns:
             ``(1 + n_candidates, 3, n_ctx - 1)`` float64, the reference first: the negative
             log-likelihood of the token that came and KL(reference || candidate), both in nats, and
-            whether both put the same token first, 0 or 1.
+            whether the candidate puts nothing before the reference's first token, 0 or 1.
         """
         n = len(targets)
-        found = np.zeros((1 + len(candidates), 3, n))
-        wanted = torch.from_numpy(targets.astype(np.int64)).to(self._settings.device)
+        wanted = torch.from_numpy(targets.astype(np.int64)).to(self._settings.device)[:, None]
+        slots = [reference, *sorted({*candidates} - {reference})]
         with torch.inference_mode():
-            for first in range(0, n, _ROWS):
-                rows = slice(first, min(first + _ROWS, n))
-                a = self._logits(states.read(reference, chunk, rows))
-                lse_a, top = a.logsumexp(-1), a.argmax(-1)
-                p, target = (a - lse_a[:, None]).exp_(), wanted[rows, None]
-                known = {reference: 0}
-                found[0, :, rows] = _rows(lse_a - a.gather(1, target)[:, 0], lse_a * 0, top == top)
-                for k, slot in enumerate(candidates, start=1):
-                    if slot not in known:
-                        b = self._logits(states.read(slot, chunk, rows))
-                        lse_b = b.logsumexp(-1)
-                        nll, same = lse_b - b.gather(1, target)[:, 0], b.argmax(-1) == top
-                        kl = torch.linalg.vecdot(p, torch.sub(a, b, out=b)) - lse_a + lse_b
-                        found[k, :, rows] = _rows(nll, kl.clamp_(min=0), same)
-                        known[slot] = k
-                    found[k, :, rows] = found[known[slot], :, rows]
-        return found
+            inputs = [self._input(states.read(slot, chunk, slice(0, n))) for slot in slots]
+            sums = [_LogitSums(wanted) for _ in slots]
+            for first in range(0, len(self._head), _COLUMNS):
+                head = self._head[first : first + _COLUMNS]
+                a = logits_of(inputs[0], head, self._config)
+                top, at = a.max(-1, keepdim=True)
+                leads = top > sums[0].highest
+                weights, fading = sums[0].add(a, first)
+                for x, tokens in zip(inputs, sums, strict=True):
+                    b = a
+                    if tokens is not sums[0]:
+                        b = logits_of(x, head, self._config)
+                        tokens.add(b, first)
+                    tokens.at_top = torch.where(leads, b.gather(1, at), tokens.at_top)
+                    gap = torch.linalg.vecdot(weights, a - b)[:, None]
+                    tokens.gap = tokens.gap * fading + gap
+        known = {slot: found.scores(sums[0]) for slot, found in zip(slots, sums, strict=True)}
+        return np.stack([known[slot] for slot in (reference, *candidates)])
 
-    def _logits(self, h: np.ndarray) -> torch.Tensor:
-        """Of states ``(n, hidden)`` float32, as float32 ``(n, vocab)``."""
+    def _input(self, h: np.ndarray) -> torch.Tensor:
+        """What the head takes of states ``(n, hidden)`` float32."""
         x = torch.tensor(h).to(self._settings.device, self._head.dtype)
-        return next_token_logits(x, self._norm, self._head, self._config)
+        return head_input(x, self._norm, self._config)
 
 
-def _rows(*parts: torch.Tensor) -> np.ndarray:
-    return np.stack([part.double().cpu().numpy() for part in parts])
+class _LogitSums:
+    """Of each token, what its logits come to while the vocabulary comes; all ``(n, 1)`` float32.
+
+    Attributes:
+        highest: logit.
+        total: of exponentials under the highest.
+        target: logit of the token that came.
+        at_top: logit at the reference's highest.
+        gap: of the reference's exponentials times how far its logits lie above these.
+    """
+
+    def __init__(self, wanted: torch.Tensor) -> None:
+        """
+        Args:
+            wanted: ``(n, 1)`` int64, the tokens that came.
+        """
+        zero = torch.zeros(wanted.shape, dtype=torch.float32, device=wanted.device)
+        self._wanted, self.highest = wanted, zero - torch.inf
+        self.total = self.target = self.at_top = self.gap = zero
+
+    def add(self, logits: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits ``(n, n_some)`` of the entries from `first` on.
+
+        Returns:
+            their exponentials under the highest so far, and by what the earlier ones shrink.
+        """
+        at = self._wanted - first
+        inside = (at >= 0) & (at < logits.shape[1])
+        found = logits.gather(1, at.clamp(0, logits.shape[1] - 1))
+        self.target = torch.where(inside, found, self.target)
+        highest = torch.maximum(self.highest, logits.amax(-1, keepdim=True))
+        fading, self.highest = (self.highest - highest).exp(), highest
+        weights = (logits - highest).exp_()
+        self.total = self.total * fading + weights.sum(-1, keepdim=True)
+        return weights, fading
+
+    def scores(self, reference: _LogitSums) -> np.ndarray:
+        """``(3, n)`` float64: negative log-likelihood, KL from the reference, equal first token."""
+        lse, other = self.highest + self.total.log(), reference.highest + reference.total.log()
+        kl = (self.gap / reference.total - other + lse).clamp_(min=0)
+        parts = (lse - self.target, kl, self.at_top == self.highest)
+        return np.stack([part[:, 0].double().cpu().numpy() for part in parts])
 
 
 class SweepState:
