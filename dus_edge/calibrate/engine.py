@@ -28,6 +28,7 @@ from dus_edge.calibrate.layer import (
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.errors import CheckpointError, UsageError
 from dus_edge.files import check_free_space
+from dus_edge.machine import keep_freed_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -136,6 +137,7 @@ def run_layers(
     Raises:
         CheckpointError: activations became NaN or infinite (the layer is named).
     """
+    keep_freed_memory()
     config = checkpoint.config
     dtype = DTYPES[settings.dtype]
     n_chunks, n_ctx = tokens.shape

@@ -29,6 +29,7 @@ from dus_edge.calibrate.layer import (
 )
 from dus_edge.calibrate.streams import KeptStates
 from dus_edge.checkpoint.spec import Checkpoint
+from dus_edge.machine import keep_freed_memory
 from dus_edge.upscale.plan import DepthPlan
 from dus_edge.upscale.shared_run import LayerStep, SharedSchedule
 from dus_edge.upscale.view import UpscaledCheckpoint
@@ -65,6 +66,7 @@ def run_schedule(
         CheckpointError: activations became NaN or infinite (the layer is named).
         OutputError: the disk is full.
     """
+    keep_freed_memory()
     dtype, steps = DTYPES[settings.dtype], schedule.steps
     advance(start * tokens.size)
     if start == 0:
