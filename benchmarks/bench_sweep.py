@@ -1,12 +1,17 @@
 """`dus-edge sweep` beside building every plan and running it; its memory; angles and losses.
 
     python benchmarks/bench_sweep.py cost CHECKPOINT [--chunks 16] [--rounds 1]
+    python benchmarks/bench_sweep.py exact CHECKPOINT [--chunks 4]
     python benchmarks/bench_sweep.py memory [--work DIR]
 
 `cost`: all m of CHECKPOINT over the same tokens of the built-in mix. One side is one `sweep`; the
 other is, for each m, `dus-edge upscale` and then a process that loads the folder by transformers
 and computes the loss of all tokens, in float32, eight chunks at once. Both get all cores. Wall and
 CPU seconds are of everything: start, imports, building, running. Losses must agree to 1e-4 nats.
+
+`exact`: the same of plans of every kind: two m, a block, repeated ranges, each with branch scales
+of 0, ½ and 1, stacked and interleaved. With a scale of 0 the built model's logits must be the
+base's, bit for bit.
 
 `memory`: three plans of a random base with the layers of Mistral-7B, eight of them, in bfloat16;
 peak RSS (VmHWM) of `sweep`, against three layers in float32 and the activations of a batch.
@@ -52,6 +57,11 @@ def timed(command: list[str]) -> tuple[float, float, str]:
     return time.monotonic() - begun, cpu, done.stdout
 
 
+#: Plans of 30 layers, of every kind.
+EXACT = "--m 2,8 --plan 0:10,5:30 --plan 0:4,3:8,5:9,8:30 --branch-scale 0,0.5,1"
+EXACT += " --place stacked,interleaved"
+
+
 def plain_loss(folder: Path, tokens: Path) -> None:
     """What a person would write: the mean loss of an up-scaled folder, as JSON."""
     import numpy as np
@@ -71,8 +81,8 @@ def plain_loss(folder: Path, tokens: Path) -> None:
     print(json.dumps(sum(losses) / len(losses)))
 
 
-def cost(checkpoint: str, n_chunks: int, rounds: int, work: Path) -> list[dict[str, Any]]:
-    """One `sweep` beside every plan by itself."""
+def saved_tokens(checkpoint: str, n_chunks: int, work: Path) -> Path:
+    """The tokens that `sweep` takes, as a file."""
     import numpy as np
 
     from dus_edge.jobs.export.calibration import TextChoice, read_chunks
@@ -82,34 +92,83 @@ def cost(checkpoint: str, n_chunks: int, rounds: int, work: Path) -> list[dict[s
     model = find_model(checkpoint, identity, weights=True, say=lambda line: None)
     tokens = work / "tokens.npy"
     np.save(tokens, read_chunks(model, TextChoice(n_chunks=n_chunks)).tokens)
+    return tokens
+
+
+def sweep_all(
+    checkpoint: str, n_chunks: int, more: list[str]
+) -> tuple[dict[str, Any], list[float]]:
+    """What a sweep says as JSON, and its wall and CPU seconds."""
+    words = ["sweep", checkpoint, "--chunks", str(n_chunks), "--compute", "cpu", "--json", *more]
+    wall, cpu, out = timed([*CLI, *words])
+    return json.loads(out), [wall, cpu]
+
+
+def build_and_run(
+    checkpoint: str, plan: dict[str, Any], tokens: Path, work: Path
+) -> tuple[float, list[float]]:
+    """Loss of a plan by itself, built and run; wall and CPU seconds of both together."""
+    up = work / "up"
+    shutil.rmtree(up, ignore_errors=True)
+    build = [*CLI, "upscale", checkpoint, "--plan", plan["plan"], "-o", str(up)]
+    build += ["--method", plan["method"], "--branch-scale", str(plan["branch_scale"])]
+    run = [sys.executable, __file__, "loss", str(up), "--tokens", str(tokens)]
+    spent = [0.0, 0.0]
+    for command in (build, run):
+        *seconds, out = timed(command)
+        spent = [a + b for a, b in zip(spent, seconds, strict=True)]
+    return json.loads(out), spent
+
+
+def cost(checkpoint: str, n_chunks: int, rounds: int, work: Path) -> list[dict[str, Any]]:
+    """One `sweep` beside every plan by itself."""
+    tokens = saved_tokens(checkpoint, n_chunks, work)
     lines = []
     for number in range(rounds):
-        words = ["sweep", checkpoint, "--chunks", str(n_chunks), "--compute", "cpu", "--json"]
-        wall, cpu, out = timed([*CLI, *words])
-        found = json.loads(out)
+        found, together = sweep_all(checkpoint, n_chunks, [])
         base_loss = math.log(found["base_perplexity"]["value"])
-        side: dict[str, Any] = {"case": "sweep", "wall_s": wall, "cpu_s": cpu}
-        apart = {"case": "one by one", "wall_s": 0.0, "cpu_s": 0.0}
-        largest = 0.0
+        apart, largest = [0.0, 0.0], 0.0
         for plan in found["plans"]:
-            up = work / "up"
-            shutil.rmtree(up, ignore_errors=True)
-            build = [*CLI, "upscale", checkpoint, "--plan", plan["plan"], "-o", str(up)]
-            run = [sys.executable, __file__, "loss", str(up), "--tokens", str(tokens)]
-            for command in (build, run):
-                wall, cpu, out = timed(command)
-                apart["wall_s"] += wall
-                apart["cpu_s"] += cpu
-            largest = max(largest, abs(json.loads(out) - base_loss - plan["loss"]))
-        for line in (side, apart):
+            loss, spent = build_and_run(checkpoint, plan, tokens, work)
+            apart = [a + b for a, b in zip(apart, spent, strict=True)]
+            largest = max(largest, abs(loss - base_loss - plan["loss"]))
+        for case, (wall, cpu) in (("sweep", together), ("one by one", apart)):
+            line: dict[str, Any] = {"case": case, "wall_s": round(wall, 2), "cpu_s": round(cpu, 2)}
             line |= {"plans": len(found["plans"]), "n_tokens": found["text"]["n_scored"]}
-            line |= {"round": number, "model": found["base"]}
-            line |= {k: round(line[k], 2) for k in ("wall_s", "cpu_s")}
-        side["share_of_wall"] = round(side["wall_s"] / apart["wall_s"], 4)
-        side["share_of_cpu"] = round(side["cpu_s"] / apart["cpu_s"], 4)
-        side["largest_difference_nats"] = largest
-        lines += [side, apart]
-        print(json.dumps(side), json.dumps(apart), sep="\n", flush=True)
+            lines.append(line | {"round": number, "model": found["base"]})
+        lines[-2] |= {
+            "share_of_wall": round(together[0] / apart[0], 4),
+            "share_of_cpu": round(together[1] / apart[1], 4),
+            "largest_difference_nats": largest,
+        }
+        print(json.dumps(lines[-2]), json.dumps(lines[-1]), sep="\n", flush=True)
+    return lines
+
+
+def exact(checkpoint: str, n_chunks: int, work: Path) -> list[dict[str, Any]]:
+    """Losses of plans of every kind, swept and built."""
+    import numpy as np
+    import torch
+    import transformers
+
+    def logits(folder: str | Path) -> torch.Tensor:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.inference_mode():
+            return model.eval()(torch.from_numpy(np.load(tokens)[:1].astype(np.int64))).logits
+
+    tokens = saved_tokens(checkpoint, n_chunks, work)
+    found, _ = sweep_all(checkpoint, n_chunks, EXACT.split())
+    base_loss, of_base = math.log(found["base_perplexity"]["value"]), logits(checkpoint)
+    lines = []
+    for plan in found["plans"]:
+        loss, _ = build_and_run(checkpoint, plan, tokens, work)
+        line = {"case": "exact", "model": found["base"], "n_tokens": found["text"]["n_scored"]}
+        line |= {key: plan[key] for key in ("label", "plan", "method", "branch_scale", "loss")}
+        line["difference_nats"] = loss - base_loss - plan["loss"]
+        if plan["branch_scale"] == 0:
+            line["logits_of_the_base"] = torch.equal(logits(work / "up"), of_base)
+        print(json.dumps(line), flush=True)
+        lines.append(line)
     return lines
 
 
@@ -146,7 +205,7 @@ def memory(work: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("cost", "memory", "loss"))
+    parser.add_argument("what", choices=("cost", "exact", "memory", "loss"))
     parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=1)
@@ -161,6 +220,8 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         if args.what == "memory":
             lines = memory(work)
+        elif args.what == "exact":
+            lines = exact(args.checkpoint, args.chunks, work)
         else:
             lines = cost(args.checkpoint, args.chunks, args.rounds, work)
     append(RESULTS / "sweep.jsonl", [line | machine() for line in lines])

@@ -38,7 +38,7 @@ COMMON = [
 UP = plan_chooser(None, None, (), True)
 STEPS = 16
 #: How often a run is killed.
-KILLS = 5
+KILLS = 3
 
 
 def start(out: Path, *more: str, processes: int = 1) -> subprocess.Popen[str]:
@@ -180,11 +180,11 @@ def test_the_healed_loss_is_that_of_the_written_folder(whole):
 
 
 def test_two_processes_make_what_one_makes(tmp_path, whole):
-    more = ("--train", "all", "--steps", "20", "--eval-every", "10")
+    more = ("--train", "all", "--steps", "8", "--eval-every", "4")
     one, two = tmp_path / "one", tmp_path / "two"
     finish(start(one, *more))
     finish(start(two, *more, processes=2))
-    assert len(losses(one)) == 20
+    assert len(losses(one)) == 8
     assert max(abs(a - b) for a, b in zip(losses(one), losses(two), strict=True)) < 1e-5
     ours, theirs = (load_file(x / "model.safetensors") for x in (two, one))
     # Stored as bf16: a digit more or less in a few weights.

@@ -156,11 +156,11 @@ def kept_streams(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder, prefix=".dus-edge-") as file:
         kept = KeptStates(file.fileno(), config, tokens, settings.dtype)
-        run_layers(checkpoint, tokens, _Nobody(), settings, between=kept.put, advance=advance)
+        run_layers(checkpoint, tokens, NullVisitor(), settings, between=kept.put, advance=advance)
         yield kept
 
 
-class _Nobody:
+class NullVisitor:
     """A visitor that looks at nothing."""
 
     replaces = False

@@ -13,6 +13,8 @@ from dus_edge.words import aligned_table, figure, format_bytes, wrap
 
 #: Plans that a terminal is shown; files have them all.
 _MOST_SHOWN = 40
+#: Characters of a plan's label that fit beside all columns.
+_LABEL_WIDTH = 11
 
 
 def sweep_page(results: SweepResults, most: int | None = None) -> str:
@@ -77,6 +79,9 @@ def _plans(results: SweepResults, plans: Sequence[SweptPlan]) -> str:
         for p in plans
     ]
     head = ["plan", "layers", results.preset, "loss", "KL", "same top", "angle"]
+    if max(len(p.candidate.label) for p in plans) > _LABEL_WIDTH:
+        for row in (head, *rows):  # the depth tells the size already
+            del row[2]
     return aligned_table(head, rows)
 
 

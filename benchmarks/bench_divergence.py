@@ -1,0 +1,223 @@
+"""Divergence of quantized files from their model: presets, quantizers, importance, mix, feedback.
+
+    python benchmarks/bench_divergence.py run CHECKPOINT --work DIR [--presets q4_k_m,q3_k_m]
+        [--ways ggml,native] [--seeds 0,1,2]
+    python benchmarks/bench_divergence.py report
+
+CHECKPOINT: `pico`, or SmolLM2-135M as `padded.py` writes it. Each file is made by `dus-edge gguf`,
+read back block by block as float32, and run through the calibration engine over held-out text: the
+English of the built-in evaluation texts, and code of the same (pico: the other way round). What is
+measured is KL(model || file) of every next token, in nats, float32 on both sides; llama.cpp
+quantizes activations too, which adds the same small amount to all. All ways of one seed see the
+same tokens of the calibration texts (24 chunks of 512 by default), for importance, sensitivity and
+feedback alike. Ratios are paired: chunks are drawn together 2,000 times.
+
+A run goes on where it was cut short. Results: `results/divergence.jsonl`, a line a file and text,
+with the mean of each chunk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import RESULTS, append, machine, read
+
+from dus_edge.calibrate.engine import DTYPES, ComputeSettings, run_layers
+from dus_edge.calibrate.layer import as_tensor, next_token_logits
+from dus_edge.calibrate.streams import NullVisitor
+from dus_edge.checkpoint.spec import Checkpoint
+from dus_edge.text.chunks import make_chunks
+from dus_edge.text.documents import builtin_documents
+from dus_edge.text.tokenizers import load_tokenizer
+from dus_edge.upscale.model import find_model
+from dus_edge.upscale.plan import identity
+
+OUT = RESULTS / "divergence.jsonl"
+CLI = [sys.executable, "-c", "from dus_edge.cli.main import main; main()"]
+SETTINGS = ComputeSettings("cpu", "float32", 2048)
+N_CTX, ROWS = 512, 256
+#: Flags of `gguf`; CAL is replaced by the imatrix of the seed, SENS by its sensitivity file.
+WAYS = {
+    "ggml": "-q PRESET --quantizer ggml",
+    "ggml+imatrix": "-q PRESET --quantizer ggml --imatrix CAL",
+    "native": "-q PRESET",
+    "native+imatrix": "-q PRESET --imatrix CAL",
+}
+TABLE = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
+#: Chunks of each held-out text.
+TEXTS = {"en": 16, "code": 8}
+
+
+def text_chunks(checkpoint: str, language: str, n_chunks: int) -> np.ndarray:
+    """Held-out tokens ``(n_chunks, N_CTX)``."""
+    model = find_model(checkpoint, identity, weights=True, say=lambda line: None)
+    documents = [d for d in builtin_documents("evaluation") if d.language == language]
+    tokenizer = load_tokenizer(model.source.folder, model.config.vocab_size)
+    return make_chunks(documents, tokenizer, N_CTX, n_chunks=n_chunks).tokens
+
+
+class Scored:
+    """A model's final states of some tokens, and its head."""
+
+    def __init__(self, checkpoint: Checkpoint, tokens: np.ndarray) -> None:
+        self.config = checkpoint.config
+        self.states = run_layers(checkpoint, tokens, NullVisitor(), SETTINGS)
+        names = ("final_norm", "embedding" if self.config.tied_head else "head")
+        self.norm, self.head = (
+            as_tensor(checkpoint.read(self.config.family.name(n))).to(DTYPES["float32"])
+            for n in names
+        )
+
+    def log_probabilities(self, chunk: int, rows: slice) -> torch.Tensor:
+        h = self.states[chunk, rows]
+        return next_token_logits(h, self.norm, self.head, self.config).log_softmax(-1)
+
+
+def divergences(reference: Scored, candidate: Scored) -> np.ndarray:
+    """Mean KL of each chunk ``(n_chunks,)``, nats."""
+    n_chunks, n_ctx, _ = reference.states.shape
+    found = np.zeros(n_chunks)
+    with torch.inference_mode():
+        for chunk in range(n_chunks):
+            for first in range(0, n_ctx - 1, ROWS):
+                rows = slice(first, min(first + ROWS, n_ctx - 1))
+                p, q = (x.log_probabilities(chunk, rows) for x in (reference, candidate))
+                kl = torch.linalg.vecdot(p.exp(), p - q)
+                found[chunk] += kl.double().sum().item() / (n_ctx - 1)
+    return found
+
+
+def open_file(path: str) -> Checkpoint:
+    return find_model(path, identity, weights=True, say=lambda line: None).open()
+
+
+def call(words: Sequence[str]) -> None:
+    done = subprocess.run([*CLI, *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(words)}\n{done.stderr[-3000:]}")
+
+
+def calibration(checkpoint: str, seed: int, kind: str, work: Path) -> Path:
+    """The imatrix or sensitivity of a seed's tokens, made once."""
+    path = work / f"{kind}-{seed}.{'gguf' if kind == 'imatrix' else 'json'}"
+    if not path.exists():
+        text = ["--chunks", "24", "--seed", str(seed)]
+        call([kind, checkpoint, "--no-upscale", *text, "-o", str(path)])
+    return path
+
+
+def made(checkpoint: str, preset: str, way: str, seed: int, work: Path) -> tuple[Path, float]:
+    """A file, and the seconds that its export took."""
+    words = []
+    for word in WAYS[way].split():
+        if word == "CAL":
+            words.append(str(calibration(checkpoint, seed, "imatrix", work)))
+        elif word == "SENS":
+            words.append(str(calibration(checkpoint, seed, "sensitivity", work)))
+        else:
+            words.append(word.replace("PRESET", preset).replace("SEED", str(seed)))
+    out = work / "files"
+    shutil.rmtree(out, ignore_errors=True)
+    begun = time.monotonic()
+    call(["gguf", checkpoint, "--no-upscale", *words, "-o", str(out)])
+    return next(out.glob("*.gguf")), time.monotonic() - begun
+
+
+def run(args: argparse.Namespace) -> None:
+    args.work.mkdir(parents=True, exist_ok=True)
+    name = Path(args.checkpoint).name
+    known = {(x["model"], x["preset"], x["way"], x["seed"]) for x in read(OUT)}
+    tokens = {t: text_chunks(args.checkpoint, t, n) for t, n in TEXTS.items()}
+    base = find_model(args.checkpoint, identity, weights=True, say=lambda line: None).open()
+    reference = {t: Scored(base, x) for t, x in tokens.items()}
+    for seed in map(int, args.seeds.split(",")):
+        for preset in args.presets.split(","):
+            for way in args.ways.split(","):
+                drawn = seed if "CAL" in WAYS[way] or "SEED" in WAYS[way] else 0
+                if (name, preset, way, drawn) in known:
+                    continue
+                known.add((name, preset, way, drawn))
+                path, seconds = made(args.checkpoint, preset, way, drawn, args.work)
+                checkpoint = open_file(str(path))
+                lines: list[dict[str, Any]] = []
+                for text, held_out in tokens.items():
+                    kl = divergences(reference[text], Scored(checkpoint, held_out))
+                    line = {"model": name, "preset": preset, "way": way, "seed": drawn}
+                    line |= {"text": text, "n_tokens": held_out.size, "kl": float(kl.mean())}
+                    line |= {"bytes": path.stat().st_size, "export_s": round(seconds, 1)}
+                    lines.append(line | {"by_chunk": kl.round(9).tolist()} | machine())
+                append(OUT, lines)
+                print(
+                    *[f"{x['kl']:.6f} {x['text']}" for x in lines], preset, way, drawn, flush=True
+                )
+
+
+def ratio(ours: Sequence[dict], theirs: Sequence[dict]) -> tuple[float, float, float]:
+    """Of mean KL over seeds, with its 95 % interval over chunks drawn together."""
+    a, b = (np.mean([x["by_chunk"] for x in lines], axis=0) for lines in (ours, theirs))
+    draw = np.random.default_rng(0).integers(0, len(a), (2000, len(a)))
+    many = a[draw].mean(axis=1) / b[draw].mean(axis=1)
+    low, high = np.quantile(many, (0.025, 0.975))
+    return a.mean() / b.mean(), low, high
+
+
+def report() -> None:
+    """Tables as Markdown."""
+    lines = read(OUT)
+    ways = [w for w in WAYS if any(x["way"] == w for x in lines)]
+    for model, text in sorted({(x["model"], x["text"]) for x in lines}):
+        print(f"\n### {model}, {text}\n")
+        print("| preset | " + " | ".join(ways) + " |")
+        print("| --- |" + " ---: |" * len(ways))
+        for preset in TABLE:
+            here = {
+                w: [
+                    x
+                    for x in lines
+                    if (x["model"], x["text"], x["preset"], x["way"]) == (model, text, preset, w)
+                ]
+                for w in ways
+            }
+            if not any(here.values()):
+                continue
+            cells = []
+            for way in ways:
+                if not here[way]:
+                    cells.append("")
+                    continue
+                kl = np.median([x["kl"] for x in here[way]])
+                against = "ggml" if way == "native" else "ggml+imatrix"
+                cell = f"{kl:.5f}"
+                if way not in ("ggml", "ggml+imatrix") and here[against]:
+                    r, low, high = ratio(here[way], here[against])
+                    cell += f" ({r:.2f}, {low:.2f}–{high:.2f})"
+                cells.append(cell)
+            print(f"| {preset} | " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("checkpoint", nargs="?")
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--presets", default=",".join(TABLE))
+    parser.add_argument("--ways", default="ggml,native,ggml+imatrix,native+imatrix")
+    parser.add_argument("--seeds", default="0")
+    args = parser.parse_args()
+    if args.what == "report":
+        report()
+    else:
+        run(args)
+
+
+if __name__ == "__main__":
+    main()
