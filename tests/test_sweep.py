@@ -343,6 +343,29 @@ def test_a_run_that_was_killed_goes_on(make_checkpoint, text, tmp_path, monkeypa
     assert sweep_csv(again) == sweep_csv(whole) and not index.parent.exists()
 
 
+def test_a_run_that_was_interrupted_while_it_scored_goes_on(
+    make_checkpoint, text, tmp_path, monkeypatch
+):
+    base = make_checkpoint(num_hidden_layers=3)
+    choice, asked = TextChoice((text,), None, 24, 4), SweepChoice(drops=(1,))
+    outputs = GrowOutputs("sweep", tmp_path / "out", False, tables=("md", "json", "csv"))
+    real, scored = engine.NextTokenHead.scores, []
+
+    def scores(self, states, chunk, *more):
+        scored.append(chunk)
+        if scored == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return real(self, states, chunk, *more)
+
+    monkeypatch.setattr(engine.NextTokenHead, "scores", scores)
+    arguments = (str(base), asked, choice, Machine("cpu"), PlannedUse(), outputs)
+    with pytest.raises(KeyboardInterrupt):
+        sweep_plans(*arguments)
+    results = sweep_plans(*arguments)[0]
+    assert scored == [0, 1, 2, 2, 3]  # no step again, and no chunk that was known
+    assert [p.loss for p in results.plans] == [p.loss for p in swept(base, asked, text).plans]
+
+
 def test_plans_that_are_trained_a_little(run, make_checkpoint, tmp_path):
     base = make_checkpoint(num_hidden_layers=5, dtype="F32")
     text = tmp_path / "text.jsonl"

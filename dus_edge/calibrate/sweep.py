@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ def run_schedule(
     left = [(max(first, start), end) for first, end in schedule.groups if end > start]
     with torch.inference_mode(), ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(_read_step, base, steps[left[0][0]]) if left else None
-        for (first, end), following in zip(left, [*left[1:], None], strict=True):
+        for (first, end), following in zip_longest(left, left[1:]):
             assert ahead is not None
             stored = ahead.result()
             if following is not None:
