@@ -144,7 +144,6 @@ def test_found_by_each_of_its_names():
         ("Qwen2_5_VLForConditionalGeneration", "a multimodal model, .*; take a text-only"),
         ("GraniteMoeHybridForCausalLM", "a hybrid, .*; take a GraniteForCausalLM"),
         ("Exaone4ForCausalLM", "number of layers, .*; take a Korean model"),
-        ("ExaoneForCausalLM", "no code for, .*converted to LlamaForCausalLM"),
         ("FalconMambaForCausalLM", "a hybrid or recurrent model, .*; take"),
         ("GPT2LMHeadModel", "not supported; known are"),
     ],

@@ -34,6 +34,7 @@ from dus_edge.upscale.methods import Method, made_rows, parse_scale
 from dus_edge.upscale.model import find_model, plan_chooser
 from dus_edge.upscale.plan import (
     DepthPlan,
+    check_averaged,
     check_pattern,
     from_block,
     from_drop,
@@ -350,6 +351,22 @@ def test_what_breaks_a_pattern_is_told_what_would_not():
     check_pattern(averaged, 1, "X")
     with pytest.raises(UsageError, match=r"averaged copies would mix .* choose --method copy\."):
         check_pattern(averaged, 4, "X")
+
+
+def test_layers_that_differ_are_not_averaged():
+    """Of a family without a period, such as Gemma 3, whose windows a file lists."""
+    averaged = from_block(12, "2:8").with_method(Method("averaged"))
+    full = [i % 6 == 5 for i in range(12)]
+    with pytest.raises(UsageError) as refused:
+        check_averaged(averaged, {"has a window": full}, "X")
+    assert str(refused.value) == (
+        "Layer 10 would be the mean of layers 4 and 5, and only one of the two has a window in "
+        "this X; choose --method copy."
+    )
+    check_averaged(from_block(12, "2:8"), {"has a window": full}, "X")
+    check_averaged(averaged, {"has a window": [True] * 12}, "X")
+    # The last layer's copy is a copy; a copy of layer 4 would be the mean with layer 5.
+    check_averaged(from_block(12, "6:10").with_method(Method("averaged")), {"x": full}, "X")
 
 
 # Plans in files

@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from dus_edge.upscale.model import plan_chooser
 
 from .cases import check_each
 from .draws import examples
+from .family_models import FAMILY_FORMS, write_model
 
 ROOT = Path(__file__).parents[1]
 MLX_PYTHON = ROOT / ".venv-mlx" / "bin" / "python"
@@ -137,6 +138,7 @@ class Case:
         dtype: what is asked for with `--dtype`.
         runs: whether its logits are computed too.
         converts: whether mlx-lm can read the checkpoint itself.
+        form: in `FAMILY_FORMS`, whose model is the base.
     """
 
     name: str
@@ -146,8 +148,21 @@ class Case:
     dtype: str | None = None
     runs: bool = False
     converts: bool = True
+    form: str = ""
 
 
+#: Families whose code mlx-lm has. Windows are out of sight; Gemma 3's layers keep its pattern.
+FAMILIES = (
+    *("qwen2", "qwen3", "nemo", "smollm3-listed", "granite", "granite-biases", "olmo2", "gemma2"),
+    *("gemma3", "phi3", "phi3-long", "phi4-mini", "glm4", "glm4-no-bias"),
+)
+FAMILY = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+}
+GEMMA3 = {"num_hidden_layers": 12, "sliding_window": 4096}
 CASES = (
     *(Case(f"b{bits}-g{g}", MLXSettings(bits, g), WIDE) for bits in MLX_BITS for g in MLX_GROUPS),
     Case("pico", MLXSettings(), None, runs=True),
@@ -203,6 +218,7 @@ CASES = (
         | {"sliding_window": None},
         runs=True,
     ),
+    *(Case(name, MLXSettings(), FAMILY, runs=True, form=name) for name in FAMILIES),
 )
 RUNNING = tuple(case for case in CASES if case.runs)
 CONVERTED = tuple(case for case in CASES if case.converts)
@@ -223,7 +239,9 @@ def made(tmp_path_factory) -> Iterator[Path]:
     jobs = []
     for case in CASES:
         base = "pico"
-        if case.base is not None:
+        if case.form:
+            base = str(write_family(case, folder / f"{case.name}-base"))
+        elif case.base is not None:
             base = str(make(f"{case.name}-base", dtype=case.stored, **case.base))
         if case.name == "spelled":
             config = load_json(Path(base) / "config.json") | {"dtype": "bfloat16"}
@@ -256,6 +274,13 @@ def made(tmp_path_factory) -> Iterator[Path]:
     yield folder
 
 
+def write_family(case: Case, folder: Path) -> Path:
+    """A family's model, as wide as groups need it."""
+    form = FAMILY_FORMS[case.form]
+    more = GEMMA3 if "gemma" in case.form else {}
+    return write_model(replace(form, config={**form.config, **case.base, **more}), folder)
+
+
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors, read by the safetensors package."""
     with safe_open(folder / SINGLE, framework="pt") as f:
@@ -286,7 +311,7 @@ def test_config_and_index_are_theirs(made):
         # What mlx-lm leaves as it is: all but what our folder says more.
         del expected["quantization"], expected["quantization_config"]
         changed = {k for k, v in expected.items() if config.get(k) != v}
-        assert changed <= ({"rope_scaling"} if case.name == "yarn" else set()) | (
+        assert changed <= ({"rope_scaling"} if case.name in ("yarn", "phi3-long") else set()) | (
             {"torch_dtype", "dtype"} if case.dtype else set()
         )
         index, other = (load_json(f / "model.safetensors.index.json") for f in (ours, theirs))
@@ -446,6 +471,42 @@ def test_a_rope_that_mlx_lm_would_compute_otherwise(make_checkpoint, tmp_path):
     with pytest.raises(UnsupportedError, match="mlx-lm computes yarn's attention_factor itself"):
         write(base, tmp_path / "out")
     assert left_of(tmp_path) == ["base"]
+
+
+def test_what_mlx_lm_does_not_know_of_a_family_is_refused(tmp_path):
+    """And plans that move windows which it would not, with an m that does not."""
+    cases = {
+        "head size": ("qwen2", {"head_dim": 32}, "mlx-lm's qwen2 does not know head_dim, which"),
+        "biases": ("qwen3", {"attention_bias": True}, "qwen3 does not know attention_bias"),
+        "factor": ("phi3-long", {"attention": 1.5}, "computes longrope's attention_factor itself"),
+        "plan": ("gemma3", GEMMA3 | {"num_hidden_layers": 16}, "gemma3_text .* choose --drop 5"),
+        "list": ("gemma3", {"layer_types": ["full_attention"] * 8}, "reads no layer_types"),
+    }
+
+    def check(name: str) -> None:
+        form, changes, message = cases[name]
+        config = {**FAMILY_FORMS[form].config, **FAMILY, **changes}
+        if factor := config.pop("attention", None):
+            config["rope_scaling"] = {**config["rope_scaling"], "attention_factor": factor}
+        base = write_model(replace(FAMILY_FORMS[form], config=config), tmp_path / name)
+        with pytest.raises((UnsupportedError, UsageError), match=message):
+            write(base, tmp_path / f"{name}-out")
+        assert not (tmp_path / f"{name}-out").exists()
+
+    check_each(check, cases)
+
+
+def test_what_mlx_lm_computes_otherwise_is_said(tmp_path):
+    def notes(form: str, **changes: Any) -> str:
+        config = {**FAMILY_FORMS[form].config, **FAMILY, **changes}
+        name = f"{form}-{len(changes)}"
+        base = write_model(replace(FAMILY_FORMS[form], config=config), tmp_path / name)
+        return " ".join(write(base, tmp_path / f"{name}-out").notes)
+
+    assert "long factors at every length: within 32 tokens" in notes("phi3-long")
+    assert "no sliding window: beyond 8 tokens" in notes("gemma2")
+    assert not notes("gemma3", num_hidden_layers=12)
+    assert not notes("qwen3")
 
 
 def spoil(base: Path, value: float) -> None:

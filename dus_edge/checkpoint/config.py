@@ -16,6 +16,7 @@ from dus_edge.checkpoint.rope import Rope, is_number, read_rope
 from dus_edge.errors import CheckpointError, UnsupportedError
 from dus_edge.families.family import Family, find_family, load_families, named_architecture
 from dus_edge.families.refused import refusal
+from dus_edge.families.renamed import RenamedForm, find_renamed
 from dus_edge.families.rules import FieldRule, each
 from dus_edge.families.shape import Shape
 from dus_edge.jsonfile import read_object
@@ -54,7 +55,8 @@ class ModelConfig(Shape):
         logit_softcap: the same of logits.
         full_layers: of each layer, whether it has no window though others do.
         no_rope_layers: of each layer, whether it knows no positions.
-        raw: config.json.
+        renamed: the form whose names the stored tensors have, where they are not the family's.
+        raw: config.json; of a renamed form, as the family has it.
     """
 
     family: Family = field(repr=False)
@@ -73,6 +75,7 @@ class ModelConfig(Shape):
     logit_softcap: float | None = None
     full_layers: tuple[bool, ...] = field(repr=False, default=())
     no_rope_layers: tuple[bool, ...] = field(repr=False, default=())
+    renamed: RenamedForm | None = field(repr=False, compare=False, default=None)
     raw: Mapping[str, Any] = field(repr=False, compare=False, default_factory=dict)
 
     @property
@@ -118,6 +121,9 @@ def load_config(path: Path) -> ModelConfig:
 
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     """Turn the JSON of a `config.json` into a `ModelConfig`; see `load_config` for errors."""
+    renamed = find_renamed(raw)
+    if renamed is not None:
+        raw = _of_family(renamed, raw, where)
     family = _family(raw, where)
     if method := quantized_by(raw):
         made = "; mlx_lm.convert --dequantize makes one" if method == "MLX" else ""
@@ -159,8 +165,29 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         full_layers=_members(raw, where, family, "full", n_layers),
         no_rope_layers=_members(raw, where, family, "no_rope", n_layers),
         dtype=_DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")),
+        renamed=renamed,
         raw=dict(raw),
     )
+
+
+def refuse_renamed(config: ModelConfig, folder: Path) -> None:
+    """See that transformers can load a folder as it is.
+
+    Raises:
+        UnsupportedError: its architecture is one that transformers has no code of its own for.
+    """
+    if config.renamed is not None:
+        raise UnsupportedError(
+            f"{folder}: transformers has no code for {config.renamed.architecture}; make a "
+            f"{config.architecture} of it first: dus-edge upscale --no-upscale {folder} -o FOLDER"
+        )
+
+
+def _of_family(form: RenamedForm, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    try:
+        return form.config(raw)
+    except ValueError as e:
+        raise UnsupportedError(f"{where}: {e}") from None
 
 
 def quantized_by(raw: Mapping[str, Any]) -> str | None:

@@ -127,12 +127,15 @@ def check_embedding(folder: Path, config: ModelConfig) -> None:
         CheckpointError: it is not, or the header is damaged.
     """
     name = config.family.name("embedding")
+    shape = tensor_shapes(config)[name]
+    if config.renamed is not None:
+        name = config.renamed.stored_name(name)
     file = folder / SINGLE
     if (folder / INDEX).is_file():
         file = folder / _read_index(folder / INDEX).get(name, SINGLE)
     stored = read_header(file).get(name) if file.is_file() else None
     if stored is not None:
-        _check_shape(name, stored, tensor_shapes(config)[name])
+        _check_shape(name, stored, shape)
 
 
 def _file_size(path: Path) -> int:
@@ -215,6 +218,8 @@ class SafetensorsCheckpoint(Checkpoint):
         # Before the headers are read: a change after this is seen at the end.
         self._identities = {file: file_identity(file) for file in shard_files(folder)[0]}
         self._stored = _collect(folder)
+        if (form := self.config.renamed) is not None:
+            self._stored = {form.read_name(name): t for name, t in self._stored.items()}
         self._specs = _check_against_config(folder, self.config, self._stored)
         self._files = OpenFiles(os.O_RDONLY)
 

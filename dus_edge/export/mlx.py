@@ -28,6 +28,8 @@ from dus_edge.quant.mlx.affine import quantize_affine
 from dus_edge.quant.mlx.format import MLXSettings, mlx_quantization, quantized_shapes
 from dus_edge.stream import run_tasks
 
+#: Kinds of rope whose factor of attention mlx-lm computes itself.
+_SCALED = ("yarn", "longrope")
 #: What `--dtype` takes: config.json's names, and safetensors'.
 MLX_DTYPES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -65,13 +67,40 @@ def check_config(config: ModelConfig) -> None:
     """Refuse what mlx-lm would read and compute otherwise, silently.
 
     Raises:
-        UnsupportedError: a scaling of rope that it does not know.
+        UnsupportedError: a scaling of rope that it does not know, a field that its code of the
+            family ignores, or windows in other layers than it gives them to.
     """
-    if config.rope.kind == "yarn" and config.rope.params.get("attention_factor") is not None:
+    kind = config.rope.kind
+    if kind in _SCALED and config.rope.params.get("attention_factor") is not None:
         raise UnsupportedError(
-            "mlx-lm computes yarn's attention_factor itself and would ignore the one in this "
+            f"mlx-lm computes {kind}'s attention_factor itself and would ignore the one in this "
             "model's config.json; use a GGUF preset for it."
         )
+    family = config.family
+    usual = {"head_dim": config.hidden_size // config.n_heads, "attention_bias": False}
+    for name in family.mlx_ignores:
+        value = getattr(config, name)
+        if value != usual.get(name):
+            raise UnsupportedError(
+                f"mlx-lm's {family.model_type} does not know {family.fields[name].key}, which is "
+                f"{value} in this model; use a GGUF preset for it."
+            )
+    if family.mlx_window and config.sliding_window is not None:
+        usual_layers = family.patterns["full"].derived(config.raw, config.n_layers)
+        if config.full_layers != usual_layers:
+            raise UnsupportedError(
+                f"mlx-lm's {family.model_type} reads no layer_types, and would give the window of "
+                "this model to other layers; use a GGUF preset for it."
+            )
+
+
+def mlx_period(config: ModelConfig) -> int:
+    """Layers after which mlx-lm's windows repeat: plans must keep it. 1 where it has none."""
+    pattern = config.family.patterns.get("full")
+    if not config.family.mlx_window or config.sliding_window is None or pattern is None:
+        return 1
+    said = config.raw.get(pattern.every_key) if pattern.every_key else None
+    return said or pattern.every or 1
 
 
 def plan_tensors(specs: Mapping[str, TensorSpec], form: MLXForm) -> list[TensorSpec]:
@@ -114,10 +143,19 @@ def mlx_config(config: ModelConfig, form: MLXForm) -> dict[str, Any]:
             extra[rule.key] = value
     if config.raw.get("rope_theta") is None:
         extra["rope_theta"] = config.rope.theta
+    local = config.family.rope_local
+    if local is not None and local.key and config.raw.get(local.key) is None:
+        extra[local.key] = config.rope.theta_local
+    if config.family.rope_share is not None:
+        extra["partial_rotary_factor"] = config.rope.share
     if config.rope.kind != "default":
         scaling = {"rope_type": config.rope.kind, **config.rope.params}
         if config.rope.kind == "yarn":
             scaling.setdefault("original_max_position_embeddings", config.context_length)
+        if config.rope.kind == "longrope":  # mlx-lm's Phi-3 knows it by this key
+            scaling["type"] = "longrope"
+            key = "original_max_position_embeddings"
+            extra[key] = scaling[key]
         extra["rope_scaling"] = scaling
     if form.dtype:
         names = {stored: name for name, stored in MLX_DTYPES.items()}

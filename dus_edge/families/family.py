@@ -21,7 +21,9 @@ One TOML for each architecture of transformers. Its entries:
 - ``[[tensors]]``: see `TensorRule`;
 - ``[gguf]``: architecture and keys, see `GGUFKey`; whether llama.cpp's graph has the ``window``;
   and ``scale_into``, the role of the tensor that takes what llama.cpp's own scale of attention is
-  short of.
+  short of;
+- ``[mlx]``: fields that mlx-lm's code of the family ``ignores``, and whether it has the ``window``,
+  in the layers that the pattern without a list gives it to.
 """
 
 from __future__ import annotations
@@ -96,6 +98,8 @@ class Family:
     depths: tuple[DepthRule, ...] = ()
     gguf_window: bool = False
     scale_role: str | None = None
+    mlx_ignores: tuple[str, ...] = ()
+    mlx_window: bool = False
 
     @functools.cached_property
     def _by_hf(self) -> dict[str, TensorRule]:
@@ -197,11 +201,14 @@ class Family:
         """
         if self.scale_role is None or self.find(name)[0].role != self.scale_role:
             return 1.0
+        scale = attention_scale * math.sqrt(self.query_width(shape))
+        return 1.0 if math.isclose(scale, 1.0) else scale
+
+    def query_width(self, shape: Shape) -> int:
+        """The number whose root llama.cpp divides attention's scores by, where it chooses one."""
         width = next((r.query_width for r in self.depths if r.holds(shape)), None) or "head_dim"
         above, _, below = width.partition(" / ")
-        divisor = getattr(shape, below) if below else 1
-        scale = attention_scale * math.sqrt(getattr(shape, above) // divisor)
-        return 1.0 if math.isclose(scale, 1.0) else scale
+        return int(getattr(shape, above) // (getattr(shape, below) if below else 1))
 
     def rope_heads(self, name: str, shape: Shape) -> int | None:
         """Number of heads whose rows are reordered; None for a tensor that is left as it is."""
@@ -269,7 +276,7 @@ def parse_family(tables: Mapping[str, Any], bases: Mapping[str, Mapping[str, Any
     tables = merged_entries(tables, bases)
     known = {
         *("architecture", "spellings", "model_type", "arithmetic", "activations", "norm_shift"),
-        *("activation_key", "fields", "rope", "layers", "tensors", "gguf"),
+        *("activation_key", "fields", "rope", "layers", "tensors", "gguf", "mlx"),
     }
     check_entry(not set(tables) - known, f"unknown entries {sorted(set(tables) - known)}")
     try:
@@ -289,6 +296,8 @@ def parse_family(tables: Mapping[str, Any], bases: Mapping[str, Mapping[str, Any
             gguf_keys=tuple(GGUFKey(**key) for key in tables["gguf"]["keys"]),
             gguf_window=tables["gguf"].get("window", False),
             scale_role=tables["gguf"].get("scale_into"),
+            mlx_ignores=tuple(tables.get("mlx", {}).get("ignores", ())),
+            mlx_window=tables.get("mlx", {}).get("window", False),
         )
     except (KeyError, TypeError) as e:
         raise FamilyError(f"{tables.get('architecture')}: {e}") from None
@@ -314,6 +323,8 @@ def _check_family(family: Family) -> None:
         check_entry(pattern.list in family.layer_lists, f"{where}: {pattern.list} in no lists")
     roles = {rule.role for rule in family.tensors}
     check_entry(family.scale_role in {None, *roles}, f"{where}: scale into {family.scale_role}")
+    ignored = set(family.mlx_ignores) - set(family.fields)
+    check_entry(not ignored, f"{where}: mlx-lm ignores {sorted(ignored)}, which is no field")
     check_entry(family.period >= 1, f"{where}: period {family.period}")
     for rule in family.tensors:
         flags = {rule.bias, rule.unless} - {None}

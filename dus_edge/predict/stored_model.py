@@ -87,11 +87,14 @@ class StoredModel(Shape):
         name: what messages call it.
         tensors: all of them; a tied head is none of its own.
         torch: of a model that transformers runs; None of one that llama.cpp runs.
+        windows: of each layer, the tokens that llama.cpp keeps for its window; None for all. Empty
+            where no layer has one.
     """
 
     name: str
     tensors: tuple[TensorSize, ...] = field(repr=False)
     torch: TorchForm | None = None
+    windows: tuple[int | None, ...] = ()
 
     @classmethod
     def of_shape(
@@ -100,9 +103,10 @@ class StoredModel(Shape):
         name: str,
         tensors: Iterable[TensorSize],
         torch: TorchForm | None = None,
+        windows: tuple[int | None, ...] = (),
     ) -> Self:
         """A model of that shape, a configuration's for one, stored in these tensors."""
-        return cls(**shape.sizes(), name=name, tensors=tuple(tensors), torch=torch)
+        return cls(**shape.sizes(), name=name, tensors=tuple(tensors), torch=torch, windows=windows)
 
     @property
     def runtime(self) -> str:

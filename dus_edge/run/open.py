@@ -8,7 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from dus_edge.checkpoint.config import parse_config, quantized_by, tensor_shapes
+from dus_edge.checkpoint.config import (
+    parse_config,
+    quantized_by,
+    refuse_renamed,
+    tensor_shapes,
+)
 from dus_edge.checkpoint.contained import check_small_files
 from dus_edge.checkpoint.gguf_header import GGUF_MAGIC
 from dus_edge.checkpoint.names import CONFIG
@@ -78,6 +83,7 @@ def _inspect_folder(folder: Path, name: str) -> SourceInfo:
     kind = _kind(raw, folder / CONFIG)
     plain = {k: v for k, v in raw.items() if k != "quantization_config"}
     config = parse_config(plain, str(folder / CONFIG))
+    refuse_renamed(config, folder)
     return SourceInfo(
         path=folder,
         name=name,

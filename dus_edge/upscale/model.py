@@ -144,6 +144,7 @@ def find_model(
         check_embedding(folder, config)
         plan = choose(config.n_layers)
         plans.check_pattern(plan, config.family.period, config.family.architecture)
+        plans.check_averaged(plan, layer_kinds(config), config.family.architecture)
         if merged is not None:
             _is_for_result(merged, config, plan)
             check_tokenizer(merged, config)
@@ -157,6 +158,12 @@ def find_model(
     on_result = _is_for_result(merged, config, plan)
     source = with_adapter(source, merged, of_base=not on_result)
     return Model(source, config, plan, merged, on_result)
+
+
+def layer_kinds(config: ModelConfig) -> dict[str, tuple[bool, ...]]:
+    """What layers of a model do or not, and of each whether it does."""
+    windows = tuple(config.window(i) is not None for i in range(config.n_layers))
+    return {"has a window": windows, "knows no positions": config.no_rope_layers}
 
 
 def _is_for_result(adapter: Adapter, config: ModelConfig, plan: DepthPlan) -> bool:

@@ -7,6 +7,7 @@ s = 2 (n − m) layers. SOLAR has n = 32, m = 8, s = 48.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -160,6 +161,27 @@ def check_pattern(plan: DepthPlan, period: int, name: str) -> None:
         f"The layers of {name} follow a pattern of {period}, and layer {bad} would be a copy of "
         f"layer {plan.sources[bad]}, which stands elsewhere in it; {_fitting(plan, period)}"
     )
+
+
+def check_averaged(plan: DepthPlan, kinds: Mapping[str, Sequence[bool]], name: str) -> None:
+    """See that averaged copies are means of layers that do the same.
+
+    Args:
+        plan: what is asked for.
+        kinds: what a layer of the base does or not, ``has a window`` for one, and which do.
+        name: of the family, for the message.
+
+    Raises:
+        UsageError: a copy would be the mean of two that differ; the method that works is named.
+    """
+    for i in plan.copies:
+        parents = plan.parents(i)
+        for what, members in kinds.items():
+            if len({members[parent] for parent in parents}) > 1:
+                raise UsageError(
+                    f"Layer {i} would be the mean of layers {parents[0]} and {parents[1]}, and "
+                    f"only one of the two {what} in this {name}; choose --method copy."
+                )
 
 
 def _fitting(plan: DepthPlan, period: int) -> str:

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
+from dus_edge.checkpoint.config import parse_config
 from dus_edge.checkpoint.gguf.file import GGUFModel
-from dus_edge.checkpoint.gguf.rope import DIVISORS, llama3_factors
+from dus_edge.checkpoint.gguf.rope import exact, rope_of
 from dus_edge.errors import CheckpointError, UnsupportedError
 from dus_edge.families.family import Family
 
-#: Factor of the rotary embeddings of Llama 3.1 and 3.2; the other numbers are those of both. A GGUF
-#: has what they amount to, one divisor a frequency.
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_LLAMA3_CONTEXT = 8192
 _OF_HEADS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 _OF_EXPERTS = ("expert_count", "expert_used_count")
+#: Written by llama.cpp's converter also where its graph has no window.
+_WINDOW = "attention.sliding_window"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 #: GGUF's names of special tokens, and config.json's.
 _TOKENS = {"bos": "bos", "eos": "eos", "padding": "pad"}
-_YARN = {
-    "yarn_ext_factor": "extrapolation_factor",
-    "yarn_attn_factor": "attention_factor",
-    "yarn_beta_fast": "beta_fast",
-    "yarn_beta_slow": "beta_slow",
-}
 
 
 def config_of(gguf: GGUFModel, dtype: str = "float16", *, copied: bool = False) -> dict[str, Any]:
@@ -42,45 +33,26 @@ def config_of(gguf: GGUFModel, dtype: str = "float16", *, copied: bool = False) 
         UnsupportedError: another family, or a rotary embedding that is not known.
     """
     family = gguf.family
-    if not copied:
-        _check_told(gguf, family)
     raw: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         family.activation_key: family.activations[0],
         **_sizes(gguf, family),
         **_flags(gguf, family),
+        **_layers(gguf, family),
     }
     raw[family.fields["n_layers"].key] = gguf.n_layers
     raw[family.fields["vocab_size"].key] = _vocab_size(gguf, family)
-    raw |= {} if copied else _rope(gguf, family)
+    _set_scale(raw, family, gguf.label)
+    if not copied:
+        raw |= rope_of(gguf, family, parse_config(raw, gguf.label).head_dim)
     for name, key in _TOKENS.items():
         token = gguf.values.get(f"tokenizer.ggml.{name}_token_id")
-        if type(token) is int:
-            raw[f"{key}_token_id"] = token
+        # Said where there is none, too: transformers has other families' numbers as defaults.
+        raw[f"{key}_token_id"] = token if type(token) is int else None
     stored = {t.kind.name for t in gguf.tensors.values() if len(t.shape) > 1}
     raw["dtype"] = _DTYPES.get(stored.pop(), dtype) if len(stored) == 1 else dtype
     return raw
-
-
-def _check_told(gguf: GGUFModel, family: Family) -> None:
-    """See that the metadata of a family's models says all of config.json.
-
-    Raises:
-        UnsupportedError: llama.cpp knows something by itself, such as a scale or a pattern.
-    """
-    told = [family.fields[e.value] for e in family.gguf_keys if e.value in family.fields]
-    kinds = [e.type for e in family.gguf_keys]
-    if (
-        family.scale_role
-        or family.rope_local
-        or "bools" in kinds
-        or any(rule.power != 1 for rule in told)
-    ):
-        raise UnsupportedError(
-            f"{gguf.label}: a {family.architecture} cannot be made of its GGUF; `dus-edge gguf` "
-            "without -q up-scales it as it is."
-        )
 
 
 def unread_keys(gguf: GGUFModel, head_dim: int) -> list[str]:
@@ -92,6 +64,7 @@ def unread_keys(gguf: GGUFModel, head_dim: int) -> list[str]:
     """
     family = gguf.family
     known = {entry.key for entry in family.gguf_keys} | {"vocab_size"}
+    known |= {_WINDOW} if _window_key(family) else set()
     idle = dict.fromkeys(_OF_HEADS, head_dim) | dict.fromkeys(_OF_EXPERTS, 0)
     prefix = f"{family.gguf_architecture}."
     return [
@@ -102,11 +75,6 @@ def unread_keys(gguf: GGUFModel, head_dim: int) -> list[str]:
         and not rest.startswith("rope.scaling.")
         and (rest not in idle or idle[rest] != value)
     ]
-
-
-def exact(value: float) -> float:
-    """The shortest number that is the same float32: 1e-05 of 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
 
 
 def _sizes(gguf: GGUFModel, family: Family) -> dict[str, Any]:
@@ -125,7 +93,59 @@ def _sizes(gguf: GGUFModel, family: Family) -> dict[str, Any]:
                 f"{gguf.label}: {key} is {value!r}, and another key means {found[field]!r} for "
                 f"{field}; such a model is not supported."
             )
+    _take_defaults(found, family)
+    window = gguf.values.get(f"{family.gguf_architecture}.{_WINDOW}")
+    if (name := _window_key(family)) and type(window) is int and window > 0:
+        found[name] = window
     return found
+
+
+def _window_key(family: Family) -> str | None:
+    """config.json's key of the window, where that alone says that there is one."""
+    rule = family.fields.get("sliding_window")
+    return None if rule is None or rule.only_if else rule.key
+
+
+def _take_defaults(found: dict[str, Any], family: Family) -> None:
+    """Say what llama.cpp takes for granted where config.json has other defaults."""
+    rules = family.fields
+    hidden, heads = (found.get(str(rules[name].key)) for name in ("hidden_size", "n_heads"))
+    if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1:
+        return
+    for name, value in (("n_kv_heads", heads), ("head_dim", hidden // heads)):
+        rule = rules[name]
+        if rule.key is not None and not isinstance(rule.default, str):
+            found.setdefault(rule.key, value)
+
+
+def _layers(gguf: GGUFModel, family: Family) -> dict[str, Any]:
+    """Which layers are of a kind of their own, where the file says it."""
+    found: dict[str, Any] = {}
+    entries = [entry for entry in family.gguf_keys if entry.value == "sliding_layers"]
+    for entry in entries:
+        key, pattern = f"{family.gguf_architecture}.{entry.key}", family.patterns["full"]
+        every = gguf.values.get(key)
+        if type(every) is int and pattern.every_key:
+            found[pattern.every_key] = every
+        windows = gguf.array(key) if every is None else None
+        if windows is None:
+            continue
+        if len(windows) != gguf.n_layers:
+            raise CheckpointError(
+                f"{gguf.label}: {key} has {len(windows)} entries for {gguf.n_layers} layers; fetch "
+                "the file again."
+            )
+        members = tuple(not window for window in windows)
+        if members != pattern.derived({}, gguf.n_layers):
+            found[pattern.list] = pattern.as_list(members)
+    return found
+
+
+def _set_scale(raw: dict[str, Any], family: Family, where: str) -> None:
+    """Say the scale of attention that llama.cpp chooses by itself: weights were made to fit it."""
+    rule = family.fields.get("attention_scale")
+    if family.scale_role is not None and rule is not None and rule.key is not None:
+        raw[rule.key] = family.query_width(parse_config(raw, where))
 
 
 def _one(gguf: GGUFModel, key: str) -> Any:
@@ -161,45 +181,3 @@ def _vocab_size(gguf: GGUFModel, family: Family) -> int:
     if tensor is None or len(tensor.shape) != 2:
         raise CheckpointError(f"{gguf.label}: tensor {name} is missing; fetch the file again.")
     return tensor.shape[0]
-
-
-def _rope(gguf: GGUFModel, family: Family) -> dict[str, Any]:
-    """Rotary embedding, in the spelling that every transformers reads."""
-    values, a = gguf.values, f"{family.gguf_architecture}.rope"
-    theta = values.get(f"{a}.freq_base")
-    theta = exact(theta) if isinstance(theta, float) else 10000.0
-    found: dict[str, Any] = {"rope_theta": theta}
-    kind = values.get(f"{a}.scaling.type", "none")
-    if DIVISORS in gguf.tensors:
-        return found | {"rope_scaling": _llama3(gguf, theta)}
-    if kind == "none":
-        return found
-    if kind not in ("linear", "yarn"):
-        raise UnsupportedError(f"{gguf.label}: {a}.scaling.type is {kind!r}, which is not known.")
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": values.get(f"{a}.scaling.factor")}
-    original = values.get(f"{a}.scaling.original_context_length")
-    if kind == "yarn" and original is not None:
-        scaling["original_max_position_embeddings"] = original
-    for key, name in _YARN.items():
-        if isinstance(value := values.get(f"{a}.scaling.{key}"), float):
-            scaling[name] = exact(value)
-    return found | {"rope_scaling": scaling}
-
-
-def _llama3(gguf: GGUFModel, theta: float) -> dict[str, Any]:
-    """Llama 3's scaling, from the divisors that it amounts to."""
-    tensor = gguf.tensors[DIVISORS]
-    data = gguf.read(tensor.file, tensor.offset, tensor.nbytes)
-    stored = np.frombuffer(data, np.float32) if tensor.kind.name == "F32" else np.zeros(1)
-    params = {
-        "factor": exact(float(stored.max())),
-        **_LLAMA3,
-        "original_max_position_embeddings": _LLAMA3_CONTEXT,
-    }
-    made = llama3_factors(2 * len(stored), theta, params)
-    if not np.allclose(made, stored, rtol=1e-4, atol=0):
-        raise UnsupportedError(
-            f"{gguf.label}: {DIVISORS} has divisors of no rotary embedding that is known; the "
-            "file can be up-scaled as it is, by `dus-edge gguf` without -q."
-        )
-    return {"rope_type": "llama3", **params}

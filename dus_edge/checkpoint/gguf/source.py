@@ -12,9 +12,10 @@ from weakref import finalize
 
 from dus_edge.checkpoint.card import CARD
 from dus_edge.checkpoint.config import parse_config
-from dus_edge.checkpoint.gguf.config import config_of, exact
+from dus_edge.checkpoint.gguf.config import config_of
 from dus_edge.checkpoint.gguf.file import GGUFModel, is_gguf, without_part
 from dus_edge.checkpoint.gguf.ollama import find_ollama, short_name
+from dus_edge.checkpoint.gguf.rope import exact
 from dus_edge.checkpoint.gguf.vocab import (
     StoredVocab,
     end_ids,

@@ -9,7 +9,7 @@ import numpy as np
 from dus_edge.checkpoint.config import ModelConfig, tensor_shapes
 from dus_edge.checkpoint.gguf.config import unread_keys
 from dus_edge.checkpoint.gguf.file import PlacedTensor
-from dus_edge.checkpoint.gguf.rope import DIVISORS
+from dus_edge.checkpoint.gguf.rope import DIVISORS, LONGROPE_DIVISORS
 from dus_edge.checkpoint.spec import Checkpoint, Source, TensorSpec
 from dus_edge.errors import CheckpointError, UnsupportedError
 
@@ -122,7 +122,8 @@ class GGUFCheckpoint(Checkpoint):
             yield name, TensorSpec(name, "F32" if family.shift(name) else dtype, shape, name)
 
     def _check_extra(self) -> None:
-        known = {placed.name for placed in self._placed.values()} | {DIVISORS}
+        known = {placed.name for placed in self._placed.values()}
+        known |= {DIVISORS, *LONGROPE_DIVISORS}
         extra = [name for name in self.gguf.tensors if name not in known]
         if extra:
             raise UnsupportedError(

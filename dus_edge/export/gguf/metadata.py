@@ -6,7 +6,6 @@ Keys and their order follow `conversion/base.py` (`TextModel.set_gguf_parameters
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import gguf
@@ -15,6 +14,7 @@ from gguf import GGUFValueType as Kind
 from dus_edge import __version__
 from dus_edge.checkpoint.card import languages, read_base_models, tags
 from dus_edge.checkpoint.config import ModelConfig
+from dus_edge.checkpoint.gguf.rope import longrope_scale
 from dus_edge.checkpoint.spec import Source
 from dus_edge.errors import UnsupportedError
 from dus_edge.export.gguf.format import KeyValue
@@ -220,7 +220,7 @@ def _longrope_scale(config: ModelConfig, original: int) -> float:
     if (said := config.rope.params.get("attention_factor")) is not None:
         return float(said)
     factor = config.rope.params.get("factor") or config.context_length / original
-    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return longrope_scale(factor, original)
 
 
 def plan_metadata(source: Source, plan: DepthPlan) -> Iterator[KeyValue]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from gguf import GGUFValueType as Kind
 
 from dus_edge.checkpoint.gguf.file import GGUFModel, PlacedTensor, in_layer, layer_of
+from dus_edge.checkpoint.gguf.rope import DIVISORS, LONGROPE_DIVISORS
 from dus_edge.errors import OutputError, UnsupportedError
 from dus_edge.export.gguf.format import (
     KeyValue,
@@ -38,7 +39,7 @@ from dus_edge.upscale.plan import DepthPlan
 #: Bytes in one piece of work.
 _PIECE = 1 << 22
 #: Tensors outside layers that are computed from the metadata, in families whose rope needs them.
-_COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_COMPUTED = (DIVISORS, *LONGROPE_DIVISORS)
 #: Keys of a file's layout, which the new one has its own of.
 _LAYOUT = ("general.alignment", "split.no", "split.count", "split.tensors.count")
 #: Arrays whose length is another thing's than the layers'.

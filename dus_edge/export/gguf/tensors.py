@@ -10,16 +10,9 @@ import re
 import numpy as np
 
 from dus_edge.checkpoint.config import ModelConfig
-from dus_edge.checkpoint.gguf.rope import llama3_factors
+from dus_edge.checkpoint.gguf.rope import DIVISORS, LONGROPE_DIVISORS, llama3_factors
 
 _BLK = re.compile(r"^blk\.(\d+)\.")
-
-#: Divisors of rope's frequencies: Llama 3's, and longrope's for long and short contexts.
-ROPE_FREQS = "rope_freqs.weight"
-_LONGROPE = {
-    "rope_factors_long.weight": "long_factor",
-    "rope_factors_short.weight": "short_factor",
-}
 
 
 def file_order(name: str) -> tuple[int, str]:
@@ -52,7 +45,7 @@ def rope_factors(config: ModelConfig) -> dict[str, np.ndarray]:
     """
     p = config.rope.params
     if config.rope.kind == "longrope":
-        return {name: np.array(p[key], np.float32) for name, key in _LONGROPE.items()}
+        return {name: np.array(p[key], np.float32) for name, key in LONGROPE_DIVISORS.items()}
     if config.rope.kind != "llama3":
         return {}
-    return {ROPE_FREQS: llama3_factors(config.head_dim, config.rope.theta, p)}
+    return {DIVISORS: llama3_factors(config.head_dim, config.rope.theta, p)}

@@ -17,6 +17,7 @@ from dus_edge.progress import progress
 from dus_edge.quant.mlx.affine import compile_affine
 from dus_edge.quant.mlx.format import MLXSettings
 from dus_edge.upscale.model import ChoosePlan, Model, Say
+from dus_edge.upscale.plan import check_pattern
 
 #: What `Checkpoint.read` gives of each dtype.
 _READ_AS = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
@@ -80,6 +81,9 @@ class MLXJob(Job[list[TensorSpec]]):
     def check(self, model: Model, checkpoint: Checkpoint) -> list[TensorSpec]:
         """The folder's tensors; its name and the disk must do."""
         form = self._form(model)
+        config = model.config
+        check_pattern(model.plan, mlx.mlx_period(config), f"mlx-lm's {config.family.model_type}")
+        mlx.check_config(config)
         mlx.check_outputs(checkpoint, self.folder, form, self.writing.overwrite)
         return mlx.plan_tensors(checkpoint.specs(), form)
 
@@ -111,10 +115,17 @@ class MLXJob(Job[list[TensorSpec]]):
 
 
 def _notes(config: ModelConfig) -> tuple[str, ...]:
-    window = config.sliding_window
-    if window is None or window >= config.context_length:
-        return ()
-    return (
-        f"mlx-lm gives this model no sliding window: beyond {window:,} tokens of context it "
-        "computes what its base does not.",
-    )
+    notes = []
+    window = None if config.family.mlx_window else config.sliding_window
+    if window is not None and window < config.context_length and not all(config.full_layers):
+        notes.append(
+            f"mlx-lm gives this model no sliding window: beyond {window:,} tokens of context it "
+            "computes what its base does not."
+        )
+    if config.rope.kind == "longrope":
+        original = int(config.rope.params["original_max_position_embeddings"])
+        notes.append(
+            f"mlx-lm takes longrope's long factors at every length: within {original:,} tokens of "
+            "context it computes what its base does not."
+        )
+    return tuple(notes)

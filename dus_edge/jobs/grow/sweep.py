@@ -41,8 +41,8 @@ from dus_edge.text.chunks import Chunks
 from dus_edge.upscale.blocks import measure_seams
 from dus_edge.upscale.candidates import Candidate, SweepChoice, sweep_candidates
 from dus_edge.upscale.geometry import StreamGeometry, measure_streams
-from dus_edge.upscale.model import Model, Say, find_model
-from dus_edge.upscale.plan import identity
+from dus_edge.upscale.model import Model, Say, find_model, layer_kinds
+from dus_edge.upscale.plan import check_averaged, identity
 from dus_edge.upscale.shared_run import SharedSchedule, share_layers
 from dus_edge.words import format_bytes
 
@@ -108,8 +108,11 @@ def sweep_plans(
     compute = choose_settings(machine.device, machine.dtype)
 
     def candidates_for(config: ModelConfig) -> tuple[Candidate, ...]:
-        family = config.family
-        return sweep_candidates(config.n_layers, asked, family.period, family.architecture)
+        family, kinds = config.family, layer_kinds(config)
+        found = sweep_candidates(config.n_layers, asked, family.period, family.architecture)
+        for candidate in found:
+            check_averaged(candidate.plan, kinds, family.architecture)
+        return found
 
     # Before a hub base's gigabytes are fetched.
     model = find_model(

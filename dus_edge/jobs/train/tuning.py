@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dus_edge import __version__
-from dus_edge.checkpoint.config import ModelConfig
+from dus_edge.checkpoint.config import ModelConfig, refuse_renamed
 from dus_edge.checkpoint.contained import carried_files
 from dus_edge.checkpoint.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINING_LOG
 from dus_edge.checkpoint.spec import Checkpoint
@@ -153,6 +153,7 @@ class TuneJob(Job[Prepared]):
 
     def early(self, folder: Path, config: ModelConfig) -> None:
         """Data and chat format must do before gigabytes are fetched."""
+        refuse_renamed(config, folder)
         self.read()
         find_format(folder, config, self.options.chat_format)
 

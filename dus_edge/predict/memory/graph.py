@@ -41,6 +41,15 @@ def padded_context(settings: RunSettings) -> int:
     return round_up(context, 256 if wide else 32)
 
 
+def windowed_context(settings: RunSettings, window: int | None) -> int:
+    """Cells of the cache of a layer that looks back at so many tokens; None for all."""
+    cells = padded_context(settings)
+    if window is None or settings.era != "2025+":
+        return cells
+    ubatch = min(settings.n_parallel * settings.context, settings.batch, settings.ubatch)
+    return round_up(min(cells, window + ubatch), 256)
+
+
 def tokens_at_once(settings: RunSettings) -> int:
     """Tokens of the largest ubatch; the context counts before it is rounded up.
 
@@ -60,7 +69,7 @@ def outputs_at_once(settings: RunSettings) -> int:
 
 def shape_only(model: StoredModel) -> StoredModel:
     """The same shape without its tensors: all that the graph depends on, and quick to hash."""
-    return replace(model, name="", context_length=1, tensors=())
+    return replace(model, name="", context_length=1, tensors=(), windows=())
 
 
 @functools.lru_cache(maxsize=4096)

@@ -12,11 +12,13 @@ import mmap
 from collections.abc import Iterable
 from pathlib import Path
 
-from dus_edge.checkpoint.config import ModelConfig, tensor_shapes
+from dus_edge.checkpoint.config import ModelConfig, parse_config, tensor_shapes
+from dus_edge.checkpoint.gguf.config import config_of
+from dus_edge.checkpoint.gguf.file import GGUFModel
 from dus_edge.checkpoint.gguf_header import GGUFTensor, read_header
 from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
 from dus_edge.export.gguf.sink import plan_tensors
-from dus_edge.families.family import find_gguf_family, gguf_architectures
+from dus_edge.families.family import Family, find_gguf_family, gguf_architectures
 from dus_edge.predict.devices import Device, load_rules
 from dus_edge.predict.memory import torch as torch_memory
 from dus_edge.predict.memory.cuda import cuda_overhead_bytes
@@ -25,10 +27,10 @@ from dus_edge.predict.memory.graph import (
     cache_streams,
     graph_bytes,
     outputs_at_once,
-    padded_context,
     round_up,
     shape_only,
     tokens_at_once,
+    windowed_context,
 )
 from dus_edge.predict.stored_model import (
     EMBEDDING,
@@ -65,7 +67,14 @@ def model_of_config(config: ModelConfig, preset: Preset, name: str = "the model"
         )
         for i in infos
     )
-    return StoredModel.of_shape(config, name, tensors)
+    return StoredModel.of_shape(config, name, tensors, windows=_windows(config))
+
+
+def _windows(config: ModelConfig) -> tuple[int | None, ...]:
+    """Of each layer, the window that llama.cpp's graph of the family has; empty without any."""
+    if config.sliding_window is None or not config.family.gguf_window:
+        return ()
+    return tuple(map(config.window, range(config.n_layers)))
 
 
 def read_gguf(path: Path) -> StoredModel:
@@ -126,7 +135,15 @@ def read_gguf(path: Path) -> StoredModel:
         vocab_size=named[EMBEDDING].n_rows,
         context_length=number("context_length"),
         tensors=tuple(named.values()),
+        windows=_stored_windows(path, family),
     )
+
+
+def _stored_windows(path: Path, family: Family) -> tuple[int | None, ...]:
+    """`_windows` of a file, of a family that llama.cpp gives windows."""
+    if not family.gguf_window:
+        return ()
+    return _windows(parse_config(config_of(GGUFModel(path), copied=True), str(path)))
 
 
 def check_context(context: int) -> None:
@@ -219,8 +236,11 @@ def _padded_sizes(tensors: Iterable[TensorSize], settings: RunSettings) -> int:
 
 
 def kv_cache_bytes(model: StoredModel, settings: RunSettings, layers: int | None = None) -> int:
-    """Exact bytes of the key/value cache of so many layers; None means all."""
-    cells = padded_context(settings) * cache_streams(settings)
+    """Exact bytes of the key/value cache of so many layers, counted from the last; None means all.
+
+    A layer with a window keeps the tokens that it looks at and those of a ubatch, as llama-server,
+    Ollama and llama-bench ask for (`llama_kv_cache_iswa`; before 2025 it kept all).
+    """
     k, v = KV_TYPES[settings.type_k], KV_TYPES[settings.type_v]
     for key, kind in (("keys", k), ("values", v)):
         if model.kv_width % kind.block_weights or model.head_dim % kind.block_weights:
@@ -228,8 +248,11 @@ def kv_cache_bytes(model: StoredModel, settings: RunSettings, layers: int | None
                 f"{model.name}: {key} of head size {model.head_dim} are no whole blocks of "
                 f"{kind.name.lower()}; use f16."
             )
-    per_layer = cells * (k.row_bytes(model.kv_width) + v.row_bytes(model.kv_width))
-    return per_layer * (model.n_layers if layers is None else layers)
+    n = model.n_layers if layers is None else layers
+    windows = model.windows[model.n_layers - n :] or (None,) * n
+    cells = sum(windowed_context(settings, window) for window in windows)
+    row = k.row_bytes(model.kv_width) + v.row_bytes(model.kv_width)
+    return cells * cache_streams(settings) * row
 
 
 def compute_buffer_bytes(model: StoredModel, settings: RunSettings) -> int:
