@@ -72,12 +72,14 @@ class TextCase:
         """Whether llama.cpp is known to read a text otherwise, whatever a file says.
 
         Its tables are of an older Unicode; it composes no characters; its expressions for GPT-4o's
-        words and Tekken's know case in ASCII only.
+        words and Tekken's know case in ASCII only; where ▁▁ is a token, that is two blanks to it, and
+        of runs longer than any token it cuts the longest first, as SentencePiece does.
         """
         return (
             newer_unicode(text)
             or (self.words == "qwen2" and not_nfc(text))
             or (self.words in ("tekken", "gpt-4o") and beyond_tekken(text))
+            or (self.words == "gemma" and ("▁" in text or " " * 32 in text))
         )
 
     @property
@@ -108,7 +110,9 @@ _TOOLS = ("<tool_call>", "</tool_call>")
 _MISTRAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[TOOL_CALLS]")
 _GEMMA_TURNS = ("<start_of_turn>", "<end_of_turn>")
 _GEMMA_RUNS = (
-    *("\n", "\n\n", "\n\n\n", "▁▁", "▁▁▁", "▁▁▁▁", "<table>", "</table>", "<h1>", "</h1>"),
+    *("\n" * n for n in range(1, 32)),
+    *("▁" * n for n in range(2, 32)),
+    *("<table>", "</table>", "<h1>", "</h1>"),
 )
 _PHI3 = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
 _PHI4 = ("<|endoftext|>", "<|fim_prefix|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>")
@@ -189,7 +193,9 @@ def write_text_model(case: TextCase, folder: Path, lines: list[str]) -> Tokenize
     for file in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
         (folder / file).unlink(missing_ok=True)
     named = {"bos_token": case.bos, "eos_token": case.eos}
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
+    about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
+    if case.words == "phi-3":
+        about["add_bos_token"] = False
     files: dict[str, Any] = {"tokenizer": tokenizer, "tokenizer_config": about}
     write_folder(folder, **files, **({"model": proto} if proto else {}))
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == n

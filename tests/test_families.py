@@ -143,7 +143,7 @@ def test_found_by_each_of_its_names():
         ("Mistral3ForConditionalGeneration", "a multimodal model, .*such as Mistral Small 3"),
         ("Qwen2_5_VLForConditionalGeneration", "a multimodal model, .*; take a text-only"),
         ("GraniteMoeHybridForCausalLM", "a hybrid, .*; take a GraniteForCausalLM"),
-        ("Exaone4ForCausalLM", "number of layers, .*; take a Korean model"),
+        ("Exaone4ForCausalLM", "number of layers, .*; take EXAONE 3.5, or a Korean model"),
         ("FalconMambaForCausalLM", "a hybrid or recurrent model, .*; take"),
         ("GPT2LMHeadModel", "not supported; known are"),
     ],

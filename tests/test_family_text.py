@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from .cases import check_each
 from .family_models import FAMILY_FORMS
 from .family_texts import TEXT_CASES, TextCase, write_text_model
 from .format_cases import FORMATS, FormatCase
+from .gguf_cases import SILENT
 from .test_chat_formats import KNOWN, reference
 from .test_chat_templates import TALKS
 from .vocab_cases import TEXTS, LlamaVocab, corpus
@@ -28,6 +30,8 @@ FORMAT_CASES = {case.name: case for case in (*KNOWN, *FORMATS)}
 #: With lines of code and prose: words of other scripts are left out for some.
 MANY = list(dict.fromkeys([*TEXTS, *corpus()[::3]]))
 AS_IT_IS = plan_chooser(None, None, (), False)
+
+assert SILENT, "llama.cpp's log would fill the screen"
 
 Get = Callable[[TextCase], tuple[Path, Tokenizer]]
 
@@ -73,7 +77,7 @@ def test_ids_are_those_of_the_source(made: Get, exported) -> None:
         llama, _ = exported(folder)
         texts = [text for text in MANY if not case.differs(text)]
         assert len(texts) >= 400
-        for text in [*texts, *case.special_texts]:
+        for text in [*texts, *(t for t in case.special_texts if not case.differs(t))]:
             for special in (False, True):
                 tokenizer.encode_special_tokens = not special
                 ids = tokenizer.encode(text).ids
@@ -89,7 +93,7 @@ def check_prompts(case: TextCase, chat: FormatCase, made: Get, exported) -> None
     commands = {command.name: command.value for command in parse_modelfile(text)}
     # What is left to the Jinja in the GGUF says so, and says why.
     assert ("template" not in commands) is chat.left
-    assert "Ollama runs the" in " ".join(text.split()) or not chat.left
+    assert "own chat template, which Ollama" in re.sub(r"\n# +", " ", text) or not chat.left
     tokenizer.encode_special_tokens = False
     for conversation in TALKS:
         wanted = reference(chat, conversation)

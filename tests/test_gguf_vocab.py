@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from dus_edge.checkpoint.gguf.vocab import (
     rebuilt_tokenizer,
     rebuilt_tokenizer_config,
 )
+from dus_edge.data import read_text
 from dus_edge.errors import CheckpointError, UnsupportedError
 from dus_edge.export.vocab.vocab import Vocab, read_vocab
 
+from .cases import check_each
 from .vocab_cases import CASES, TEXTS, LlamaVocab, newer_unicode, not_nfc, write_folder, write_gguf
 
 #: llama.cpp's own code for these words differs from the pattern: `data/pretokenizers.toml`.
@@ -53,6 +56,28 @@ def test_ids_equal_llama_cpps(vocab_case: Any, name: str, tmp_path: Path) -> Non
         for text in texts:
             ids = fast.encode(text, add_special_tokens=True).ids
             assert ids == llama.encode(text, add_special=True, parse_special=parse_special), text
+
+
+KINDS = tomllib.loads(read_text("pretokenizers.toml"))["kind"]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind["pre"])
+def test_other_names_of_a_cut_are_the_same_to_llama_cpp(
+    vocab_case: Any, load_vocab: Any, kind: dict[str, Any]
+) -> None:
+    """Ids, and whether a text begins with a BOS token where the file does not say."""
+    case, vocab, llama = vocab_case(kind["pre"])
+    texts = [text for text in TEXTS if not case.excluded(text, True)]
+    bos = [vocab.special_ids["bos"]] * kind.get("adds_bos", False)
+
+    def check(name: str) -> None:
+        other: LlamaVocab = load_vocab(replace(vocab, pre=name, flags={}))
+        for text in texts:
+            ids = llama.encode(text, add_special=False, parse_special=True)
+            assert other.encode(text, add_special=False, parse_special=True) == ids, text
+            assert other.encode(text, add_special=True, parse_special=True) == bos + ids, text
+
+    check_each(check, (kind["pre"], *kind.get("also", ())))
 
 
 @pytest.mark.parametrize("name", ["spm-added", "fast-never", "llama-bpe", "smollm"])

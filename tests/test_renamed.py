@@ -94,7 +94,8 @@ def folders(request, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("exaone")
     raw = CONFIG | {"tie_word_embeddings": request.param == "2.4B"}
     known = {key: raw[key] for key in ("rope_scaling", "rope_theta", "head_dim")}
-    form = Form("llama", {**known, "tie_word_embeddings": raw["tie_word_embeddings"]})
+    known |= {"rms_norm_eps": 1e-5, "tie_word_embeddings": raw["tie_word_embeddings"]}
+    form = Form("llama", known)
     llama = write_model(form, folder / "llama")
     theirs = folder / "EXAONE-3.5"
     shutil.copytree(llama, theirs)
