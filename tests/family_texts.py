@@ -72,14 +72,16 @@ class TextCase:
         """Whether llama.cpp is known to read a text otherwise, whatever a file says.
 
         Its tables are of an older Unicode; it composes no characters; its expressions for GPT-4o's
-        words and Tekken's know case in ASCII only; where ▁▁ is a token, that is two blanks to it, and
-        of runs longer than any token it cuts the longest first, as SentencePiece does.
+        words and Tekken's know case in ASCII only. Where ▁▁ is a token, that is two blanks to it,
+        and of runs longer than any token it cuts the longest first, as SentencePiece does. Phi-3's
+        </s> is special in one of its files, and in another it is not.
         """
         return (
             newer_unicode(text)
             or (self.words == "qwen2" and not_nfc(text))
             or (self.words in ("tekken", "gpt-4o") and beyond_tekken(text))
             or (self.words == "gemma" and ("▁" in text or " " * 32 in text))
+            or (self.words == "phi-3" and "</s>" in text)
         )
 
     @property
@@ -168,7 +170,7 @@ TEXT_CASES = (
         "Gemma-3", "gemma3", "gemma", _GEMMA_TURNS, _GEMMA_RUNS, "<bos>", "<eos>",
         formats=("gemma3",),
     ),
-    TextCase("Phi-3", "phi3", "phi-3", _PHI3, formats=("phi3", "phi3_5")),
+    TextCase("Phi-3-mini-4k-instruct", "phi3", "phi-3", _PHI3, formats=("phi3", "phi3_5")),
     TextCase("Phi-4", "phi3", "cl100k", _PHI4, eos="<|endoftext|>", formats=("Phi-4",)),
     TextCase("Phi-4-mini", "phi4-mini", "gpt-4o", _PHI3, formats=("Phi-4-mini",)),
     TextCase("GLM-4-0414", "glm4", "cl100k", _GLM, formats=("GLM-4",)),
@@ -249,9 +251,11 @@ def _of_pieces(case: TextCase, proto: bytes) -> Tokenizer:
     made.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
+    phi = case.words == "phi-3"
     for text in ("<unk>", "<s>", "</s>", *case.special):
-        after = case.words == "phi-3" and text in case.special and text != "<|endoftext|>"
-        made.add_special_tokens([AddedToken(text, normalized=False, special=True, rstrip=after)])
+        after = phi and text not in ("<unk>", "<s>", "<|endoftext|>")
+        token = AddedToken(text, normalized=False, special=text != "</s>" or not phi, rstrip=after)
+        (made.add_special_tokens if token.special else made.add_tokens)([token])
     if case.bos:
         made.post_processor = _begins(case.bos, made)
     return made

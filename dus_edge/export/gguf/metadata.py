@@ -6,6 +6,7 @@ Keys and their order follow `conversion/base.py` (`TextModel.set_gguf_parameters
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import gguf
@@ -55,7 +56,7 @@ def build_metadata(
         adapter: name of the adapter that was merged into the up-scaled model, if one was.
     """
     return [
-        *_general(config, source, name, plan, adapter),
+        *_general(config, source, name, plan, adapter, phi3=vocab.strips_as_phi3),
         *_hyperparameters(config),
         *plan_metadata(source, plan),
         *vocab_metadata(vocab),
@@ -111,8 +112,24 @@ def _f32(key: str, value: float) -> KeyValue:
     return KeyValue(key, value, Kind.FLOAT32)
 
 
+def general_name(title: str, phi3: bool) -> str:
+    """``general.name``: the title, spelled as llama.cpp looks for it where it must know a Phi-3.
+
+    Args:
+        title: of the model.
+        phi3: whether its added tokens swallow blanks, which llama.cpp knows by the name alone.
+    """
+    return re.sub(r"\b(phi) (3)", r"\1-\2", title, flags=re.IGNORECASE) if phi3 else title
+
+
 def _general(
-    config: ModelConfig, source: Source, name: ModelName, plan: DepthPlan, adapter: str | None
+    config: ModelConfig,
+    source: Source,
+    name: ModelName,
+    plan: DepthPlan,
+    adapter: str | None,
+    *,
+    phi3: bool,
 ) -> Iterator[KeyValue]:
     yield _text("general.architecture", config.family.gguf_architecture)
     yield _text("general.type", "model")
@@ -121,7 +138,7 @@ def _general(
         value = generation.get(field)
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9:
             yield KeyValue(key, int(value) if kind is Kind.INT32 else float(value), kind)
-    yield _text("general.name", name.title)
+    yield _text("general.name", general_name(name.title, phi3))
     yield _text("general.version", name.version)
     if name.finetune:
         yield _text("general.finetune", name.finetune)

@@ -27,6 +27,7 @@ from dus_edge.export.gguf.format import (
 )
 from dus_edge.export.gguf.metadata import (
     base_model_metadata,
+    general_name,
     plan_metadata,
     upscaled_description,
 )
@@ -199,8 +200,9 @@ def _metadata(gguf: GGUFModel, model: Model) -> Iterator[KeyValue | RawValue]:
 def _changed(gguf: GGUFModel, model: Model) -> dict[str, KeyValue]:
     """Entries with a value of the result's own."""
     name, plan = model.name, model.plan
+    said = (gguf.text("general.name") or "").lower()
     texts = {
-        "general.name": name.title,
+        "general.name": general_name(name.title, "phi-3" in said or "phi3" in said),
         "general.basename": name.base,
         "general.size_label": name.size,
         "general.description": upscaled_description(model.source, plan, None),

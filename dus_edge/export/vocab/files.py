@@ -17,7 +17,8 @@ class AddedToken:
     """One token that the tokenizer cuts out of the text before its model sees the rest.
 
     ``strips`` is true when the token swallows neighbouring white space (``lstrip``,
-    ``rstrip``) or matches whole words only (``single_word``).
+    ``rstrip``) or matches whole words only (``single_word``); ``strips_after`` where it swallows
+    what follows and does no more.
     """
 
     id: int
@@ -25,6 +26,7 @@ class AddedToken:
     special: bool
     normalized: bool
     strips: bool
+    strips_after: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ def _added(entry: object, token_id: object, where: str) -> AddedToken:
         special=bool(entry.get("special")),
         normalized=bool(entry.get("normalized")),
         strips=any(bool(entry.get(flag)) for flag in ("lstrip", "rstrip", "single_word")),
+        strips_after=bool(entry.get("rstrip"))
+        and not (entry.get("lstrip") or entry.get("single_word")),
     )
 
 

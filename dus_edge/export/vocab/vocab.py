@@ -69,6 +69,8 @@ class Vocab:
         chat_template: the default chat template.
         chat_templates: further ones by name.
         notes: what llama.cpp cannot do as the source tokenizer does, one sentence each.
+        strips_as_phi3: whether added tokens swallow blanks as llama.cpp has them do in a model
+            whose name says that it is a Phi-3.
     """
 
     model: str
@@ -82,6 +84,11 @@ class Vocab:
     chat_template: str | None = None
     chat_templates: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    strips_as_phi3: bool = False
+
+
+#: Tokens that swallow no blanks in a Phi-3 (`llama_vocab::impl::load`).
+_NOT_IN_PHI3 = ("<unk>", "<s>", "<|endoftext|>")
 
 
 def read_vocab(folder: Path, vocab_size: int) -> Vocab:
@@ -231,6 +238,7 @@ def _finish(
         chat_template=template,
         chat_templates=named,
         notes=(*notes, *vocab_special.end_notes(table.tokens, table.types), *special.notes),
+        strips_as_phi3=_strips_as_phi3(files.added),
     )
 
 
@@ -255,10 +263,23 @@ def _asked_prefix(files: TokenizerFiles) -> bool | None:
     return asked if isinstance(asked, bool) else None
 
 
+def _strips_as_phi3(added: tuple[AddedToken, ...]) -> bool:
+    stripping = any(token.strips for token in added)
+    return stripping and all(
+        (token.strips, token.strips_after) == (token.content not in _NOT_IN_PHI3,) * 2
+        for token in added
+    )
+
+
 def _added_notes(added: tuple[AddedToken, ...]) -> list[str]:
     stripping = [token.content for token in added if token.strips]
     if not stripping:
         return []
+    if _strips_as_phi3(added):
+        return [
+            f"added tokens such as {stripping[0]!r} swallow the blanks behind them; llama.cpp does "
+            "so where general.name says Phi-3, as it does if the base's name does."
+        ]
     return [
         f"added tokens such as {stripping[0]!r} swallow spaces beside them or match whole words "
         "only (lstrip, rstrip, single_word); llama.cpp matches the bare text."

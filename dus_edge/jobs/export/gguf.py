@@ -221,12 +221,8 @@ def _importance(
     return matched.weights, quantize_metadata(imatrix.label, found), notes
 
 
-def link_alias(alias: str, path: Path) -> None:
-    """A name that does not depend on the base, for Modelfiles that are the same for every base."""
-    point_to(path.with_name(f"{alias}.gguf"), path)
-
-
 def _link(alias: str, files: Sequence[GGUFFile]) -> None:
-    link_alias(alias, files[-1].path)
+    """Names that do not depend on the base, for Modelfiles that are the same for every base."""
+    point_to(files[-1].path.with_name(f"{alias}.gguf"), files[-1].path)
     for f in files:
         point_to(f.path.with_name(f"{alias}-{f.preset.name}.gguf"), f.path)

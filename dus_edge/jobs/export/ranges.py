@@ -9,8 +9,14 @@ from pathlib import Path
 
 from dus_edge.errors import UsageError
 from dus_edge.export.gguf.ranges import CopiedFile, plan_copies, write_copies
-from dus_edge.files import check_absent, check_free_space, check_writable, held_outputs, write_text
-from dus_edge.jobs.export.gguf import link_alias
+from dus_edge.files import (
+    check_absent,
+    check_free_space,
+    check_writable,
+    held_outputs,
+    point_to,
+    write_text,
+)
 from dus_edge.jobs.job import Result, Writing, Written, quiet
 from dus_edge.ollama.facts import copied_facts, render_facts
 from dus_edge.progress import progress
@@ -59,7 +65,7 @@ def copy_ranges(
             write_copies(gguf, file, n_threads=writing.threads, advance=tick)
         write_text(modelfile, text)
         if alias:
-            link_alias(alias, path)
+            point_to(path.with_name(f"{alias}.gguf"), path)
     written = Written(path, file.nbytes, gguf.type_label.lower(), modelfile, types)
     return Result(model, (written,), time.monotonic() - start)
 
