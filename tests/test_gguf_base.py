@@ -308,3 +308,18 @@ def test_commands_that_read_weights_take_a_gguf(quantized, tmp_path, run):
         data = () if "heal" in command else ("--data", text)
         code, _, err = run(*command, quantized, *data, "-o", tmp_path / "tuned")
         assert code == 2 and "dus-edge upscale --no-upscale" in err, err
+
+
+def test_copying_loses_nothing_of_a_text(pico, tmp_path, run):
+    """Perplexity: the copied layers in llama.cpp, and the same dequantized, run in float32."""
+    base = export(pico, tmp_path, "q4_1", plan="0:8")["q4_1"]
+    code, out, err = run("gguf", base, "--drop", "2", "-o", tmp_path / "copied")
+    assert code == 0, err
+    assert run("upscale", base, "--drop", "2", "-o", tmp_path / "folder")[0] == 0
+    few = ("--ctx", "256", "--chunks", "4", "--threads", "1", "--json")
+    code, said, err = run("quality", tmp_path / "folder", made(out), *few)
+    assert code == 0, err
+    total = json.loads(said.splitlines()[-1])["candidates"][0]["total"]
+    # llama.cpp rounds activations to 8 bits where weights are quantized.
+    assert total["perplexity"] / total["perplexity_reference"] == pytest.approx(1, abs=1e-2)
+    assert total["kl_nats"] < 2e-3
