@@ -339,7 +339,7 @@ def test_a_plan_that_breaks_a_pattern_is_refused(run, text, monkeypatch):
     monkeypatch.setitem(vars(load_families()["llama"]), "period", 4)
     words = ("seam", "pico", "--text", text, "--ctx", "24", "--chunks", "1", "--device", "cpu")
     code, _, err = run(*words, "--drop", "3")
-    assert code != 0 and "follow a pattern of 4" in err and "choose --drop 2." in err
+    assert code != 0 and "follow a pattern of 4" in err and "choose --drop 2, which makes" in err
     code, out, err = run(*words, "--drop", "2")
     assert code == 0, err
     assert "The pattern of 4 layers goes on across every seam." in " ".join(out.split())

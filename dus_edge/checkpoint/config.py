@@ -16,7 +16,7 @@ from dus_edge.checkpoint.rope import Rope, is_number, read_rope
 from dus_edge.errors import CheckpointError, UnsupportedError
 from dus_edge.families.family import Family, find_family, load_families, named_architecture
 from dus_edge.families.refused import refusal
-from dus_edge.families.renamed import RenamedForm, find_renamed
+from dus_edge.families.renamed import RenamedForm, find_renamed, renamed_forms
 from dus_edge.families.rules import FieldRule, each
 from dus_edge.families.shape import Shape
 from dus_edge.jsonfile import read_object
@@ -270,7 +270,8 @@ def _family(raw: Mapping[str, Any], where: str) -> Family:
         named = named_architecture(raw)
         if (kind := refusal(named)) is not None:
             raise UnsupportedError(f"{where}: {named} is {kind}.")
-        known = ", ".join(f.architecture for f in load_families().values())
+        names = {f.architecture for f in (*load_families().values(), *renamed_forms())}
+        known = ", ".join(sorted(names))
         raise UnsupportedError(
             f"{where}: the architecture is {named}, which is not supported; known are {known}."
         )

@@ -187,12 +187,15 @@ def check_averaged(plan: DepthPlan, kinds: Mapping[str, Sequence[bool]], name: s
 def _fitting(plan: DepthPlan, period: int) -> str:
     """What to choose in place of a plan that breaks a pattern."""
     n, m, keep = plan.n_base, plan.drop, "choose ranges that keep the pattern"
+    block = plan.block
     if m is not None:
         fitting = [k for k in range((n + 1) // 2) if (n - 2 * k) % period == 0]
         if fitting:
-            return f"choose --drop {min(fitting, key=lambda k: (abs(k - m), -k))}."
-    elif plan.block is not None:
-        start, end = plan.block
+            best = min(fitting, key=lambda k: (abs(k - m), -k))
+            return f"choose --drop {best}, which makes {2 * (n - best)} layers."
+        block = (m, n - m)
+    if block is not None:
+        start, end = block
         ends = range(start + period, n + 1, period)
         if ends:
             return f"{keep}, such as --block {start}:{min(ends, key=lambda e: abs(e - end))}."
