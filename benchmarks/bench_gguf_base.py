@@ -3,8 +3,8 @@
     python benchmarks/bench_gguf_base.py MODEL.gguf [--drop M] [--chunks 12] [--work DIR]
 
 Method: see README.md in this folder. The file is up-scaled by ranges of its layers, several times,
-each in a process of its own. Then it is dequantized into an up-scaled checkpoint, which transformers
-runs in float32, and `dus-edge quality` reads the same text with both. Results go to
+each in a process of its own. Then it is dequantized into an up-scaled checkpoint, which
+transformers runs in float32, and `dus-edge quality` reads the same text with both. Results go to
 `results/gguf_base.jsonl`, one line a run.
 """
 
@@ -29,7 +29,8 @@ def scores(folder: Path, file: Path, chunks: int, threads: int) -> dict[str, Any
     more = ["--ctx", "256", "--threads", str(threads)]
     done = subprocess.run([*CLI, *words, *more], check=True, capture_output=True, text=True)
     total = json.loads(done.stdout.splitlines()[-1])["candidates"][0]["total"]
-    return {key: total[key] for key in ("n_tokens", "perplexity", "perplexity_reference", "kl_nats")}
+    keys = ("n_tokens", "perplexity", "perplexity_reference", "kl_nats")
+    return {key: total[key] for key in keys}
 
 
 def main() -> None:
