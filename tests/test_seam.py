@@ -120,7 +120,7 @@ def test_what_is_kept_is_what_was_computed(make_checkpoint, text, tmp_path, dtyp
         assert h.dtype == engine.DTYPES[dtype]
         shown[layer] = h.float().numpy().copy()
 
-    visitor = streams._Nobody()
+    visitor = streams.NullVisitor()
     last = engine.run_layers(model.open(), tokens, visitor, settings, between=keep)
     assert sorted(shown) == [0, 1, 2, 3, 4]
     np.testing.assert_array_equal(shown[4], last.float().numpy())
