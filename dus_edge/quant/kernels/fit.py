@@ -181,6 +181,34 @@ def symmetric_sums(x, w, at, n, scale, low, high):
 
 
 @njit(nogil=True)
+def unbounded_sums(x, w, at, n, scale):
+    """`symmetric_sums` where no x · scale rounds to anything outside."""
+    s_qq = f32(0)
+    s_qx = f32(0)
+    for k in range(n):
+        v = load(x, at + k * LANES)
+        q = nearest(v * scale)
+        wq = load(w, at + k * LANES) * q
+        s_qq = fma(wq, q, s_qq)
+        s_qx = fma(wq, v, s_qx)
+    return s_qq, s_qx
+
+
+@njit(nogil=True)
+def topped_sums(x, w, at, n, scale, high):
+    """`symmetric_sums` where no x · scale rounds to anything below."""
+    s_qq = f32(0)
+    s_qx = f32(0)
+    for k in range(n):
+        v = load(x, at + k * LANES)
+        q = least(nearest(v * scale), high)
+        wq = load(w, at + k * LANES) * q
+        s_qq = fma(wq, q, s_qq)
+        s_qx = fma(wq, v, s_qx)
+    return s_qq, s_qx
+
+
+@njit(nogil=True)
 def extreme(x, at, n):
     """The weight of the largest magnitude, with its sign."""
     found = load(x, at)
@@ -201,15 +229,22 @@ def symmetric_grid(x, w, at, n, reach, candidates):
     top = extreme(x, at, n)
     some = absolute(top) > f32(NOTHING)
     per = where(some, f32(-1) / top, zero)
-    low = zero - reach
-    high = reach - f32(1)
+    low = f32(-reach)
+    high = f32(reach - 1)
     best = f32(-1)
     d = where(some, top / low, zero)
     b_qq = zero
     b_qx = zero
     for i in range(candidates.n):
-        scale = f32(candidates.first + candidates.step * i) * per
-        s_qq, s_qx = symmetric_sums(x, w, at, n, scale, low, high)
+        # No weight is further from zero than this, so it tells which ends can be met.
+        furthest = candidates.first + candidates.step * i
+        scale = f32(furthest) * per
+        if furthest < reach - 0.51:
+            s_qq, s_qx = unbounded_sums(x, w, at, n, scale)
+        elif furthest < reach + 0.49:
+            s_qq, s_qx = topped_sums(x, w, at, n, scale, high)
+        else:
+            s_qq, s_qx = symmetric_sums(x, w, at, n, scale, low, high)
         d_i = s_qx * inverse(s_qq)
         gain = s_qx * d_i
         better = (gain > best) & (s_qq > f32(SLIGHT))
