@@ -80,7 +80,7 @@ def _encode_symmetric(source, importance, sigma2, out, weighted, bits, block_byt
     for group in range(0, n_blocks, LANES):
         gather_blocks(source, group, n_blocks, QK, starts, x)
         _weigh(importance, sigma2, weighted, importance.size, starts, columns, x, w)
-        d, _, _ = symmetric_grid(x, w, 0, QK, reach, search.candidates)
+        d, _, _ = symmetric_grid(x, w, 0, QK, reach, search)
         half, over = to_scale(d)
         overflow |= any_lane(over)
         store(scale, 0, half)

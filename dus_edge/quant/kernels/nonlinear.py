@@ -20,7 +20,15 @@ import numpy as np
 from numba import njit
 
 from dus_edge.quant.kernels.blocks import QK, emit_quants
-from dus_edge.quant.kernels.fit import NOTHING, SLIGHT, Steps, clamp, extreme, inverse
+from dus_edge.quant.kernels.fit import (
+    NOTHING,
+    SLIGHT,
+    Steps,
+    better_scale,
+    clamp,
+    extreme,
+    inverse,
+)
 from dus_edge.quant.kernels.half import from_half, to_scale
 from dus_edge.quant.kernels.signed_scales import settle, spaced
 from dus_edge.quant.kernels.superblock import (
@@ -121,21 +129,6 @@ def _sums(x, w, at, scale):
 
 
 @njit(nogil=True)
-def _better(x, w, at, scale, best, d, vv, vx):
-    """The better of the scale so far and the one that fits best to the weights at `scale`."""
-    s_vv, s_vx = _sums(x, w, at, scale)
-    d_i = s_vx * inverse(s_vv)
-    gain = s_vx * d_i
-    better = (gain > best) & (s_vv > f32(SLIGHT))
-    return (
-        where(better, gain, best),
-        where(better, d_i, d),
-        where(better, s_vv, vv),
-        where(better, s_vx, vx),
-    )
-
-
-@njit(nogil=True)
 def _fitted(x, w, at, search):
     """The best scale of a small block, and the sums that it comes from: Σwv², Σwvx."""
     zero = f32(0)
@@ -148,12 +141,15 @@ def _fitted(x, w, at, search):
     vx = zero
     for i in range(search.below.n):
         scale = f32(-search.below.first - search.below.step * i) * per
-        best, d, vv, vx = _better(x, w, at, scale, best, d, vv, vx)
+        s_vv, s_vx = _sums(x, w, at, scale)
+        best, d, vv, vx = better_scale(s_vv, s_vx, best, d, vv, vx)
     for i in range(search.above.n):
         scale = f32(search.above.first + search.above.step * i) * per
-        best, d, vv, vx = _better(x, w, at, scale, best, d, vv, vx)
+        s_vv, s_vx = _sums(x, w, at, scale)
+        best, d, vv, vx = better_scale(s_vv, s_vx, best, d, vv, vx)
     for _ in range(search.refits):
-        best, d, vv, vx = _better(x, w, at, inverse(d), best, d, vv, vx)
+        s_vv, s_vx = _sums(x, w, at, inverse(d))
+        best, d, vv, vx = better_scale(s_vv, s_vx, best, d, vv, vx)
     return d, vv, vx
 
 
@@ -283,7 +279,7 @@ def _pack_indices(q, words):
             store(words, (2 + 4 * j + g) * LANES, word)
 
 
-_ALONE = _Search(Steps(122.0, 6.0, 3), Steps(110.0, 6.0, 2), 1)
+_ALONE = _Search(Steps(110.0, 8.0, 4), Steps(98.0, 8.0, 3), 1)
 
 
 @njit(nogil=True, cache=True)
@@ -292,7 +288,7 @@ def iq4_nl(source, importance, sigma2, out):
     return _encode_small(source, importance, out, False, _ALONE)
 
 
-_BY_IMPORTANCE = _Search(Steps(114.0, 4.0, 7), Steps(102.0, 4.0, 5), 1)
+_BY_IMPORTANCE = _Search(Steps(106.0, 6.0, 7), Steps(94.0, 6.0, 6), 2)
 
 
 @njit(nogil=True, cache=True)
@@ -302,7 +298,7 @@ def iq4_nl_weighted(source, importance, sigma2, out):
 
 
 _COARSE = Steps(29.0, 0.5, 10)
-_ALONE_XS = _Search(Steps(122.0, 6.0, 3), Steps(110.0, 6.0, 2), 0, _COARSE, 2)
+_ALONE_XS = _Search(*_ALONE[:3], _COARSE, 2)
 
 
 @njit(nogil=True, cache=True)
@@ -311,7 +307,7 @@ def iq4_xs(source, importance, sigma2, out):
     return _encode_super(source, importance, out, False, _ALONE_XS)
 
 
-_BY_IMPORTANCE_XS = _Search(Steps(114.0, 4.0, 7), Steps(102.0, 4.0, 5), 0, _COARSE, 2)
+_BY_IMPORTANCE_XS = _Search(*_BY_IMPORTANCE[:3], _COARSE, 2)
 
 
 @njit(nogil=True, cache=True)

@@ -122,7 +122,7 @@ def _search(x, w, importance, columns, weighted, layout, search, found):
             weigh_importance_alone(importance, columns, w, j * _N, _N)
         else:
             weigh_importance(importance, columns, x, w, j * _N, _N, sigma2)
-        d, s_qq, s_qx = symmetric_grid(x, w, at, _N, layout.reach, search.candidates)
+        d, s_qq, s_qx = symmetric_grid(x, w, at, _N, layout.reach, search)
         store(found[0], j * LANES, d)
         store(found[1], j * LANES, s_qq)
         store(found[2], j * LANES, s_qx)
@@ -196,7 +196,7 @@ _COARSE = Steps(30.0, 0.4, 10)
 
 _Q6_K_SEARCH = Search(Steps(30.5, 0.35, 9))
 _Q3_K_ALONE = Search(Steps(3.0, 0.2, 10), spacings=_COARSE)
-_Q3_K_BY_IMPORTANCE = Search(Steps(2.8, 0.08, 28), spacings=_COARSE, rounds=3)
+_Q3_K_BY_IMPORTANCE = Search(Steps(2.8, 0.2, 12), refits=3, spacings=_COARSE, rounds=3)
 
 
 @njit(nogil=True, cache=True)
