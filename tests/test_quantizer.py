@@ -14,7 +14,7 @@ from dus_edge.quant.choose import DEFAULT, QUANTIZERS, find_quantizer
 
 COLUMNS = 512
 #: Types whose search weighs errors by importance, and one whose does not.
-WEIGHTED = (t.Q2_K, t.Q3_K, t.Q4_K, t.Q5_K, t.Q6_K, t.Q4_0, t.Q4_1, t.Q5_0, t.Q5_1)
+WEIGHTED = tuple(kind for kind in t.TYPES.values() if kind.block_weights > 1 and kind != t.Q8_0)
 
 
 def rows_of(seed: int) -> np.ndarray:

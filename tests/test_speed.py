@@ -194,6 +194,26 @@ def test_stored_constants_are_those_of_the_fit(fit_speed, stored):
         assert np.abs(rates - problem.log_rates(thetas[which])).max() < 0.005
 
 
+def test_a_type_that_nobody_measured_is_less_certain(fit_speed, stored):
+    """Q4_0's rows, predicted as if no run of that type were known, tell by how much."""
+    assert all(row["quant"].lower() not in ("iq4_nl", "iq4_xs") for row in read_published("runs"))
+    fresh = fit_speed.fit_unpublished(fit_speed.fit_all()[0])
+    assert stored["unpublished"] == pytest.approx(fresh, abs=0.005)
+    assert min(fresh.values()) > 0
+    shape = attention(32, 32, 8, 128)
+
+    def widths(weights: Mapping[str, float]) -> np.ndarray:
+        x = predict(device(), Work(shape, weights))
+        tg = x.tg_tokens_per_s_high / x.tg_tokens_per_s_low
+        return np.array([tg, x.pp_tokens_per_s_high / x.pp_tokens_per_s_low])
+
+    known, half = widths({"Q4_K": 2e9}), widths({"Q4_K": 1e9, "IQ4_NL": 1e9})
+    whole = widths({"IQ4_NL": 2e9})
+    assert (known < half).all() and (half < whole).all()
+    same = [predict(device(), Work(shape, {kind: 2e9})) for kind in ("Q4_K", "IQ4_NL")]
+    assert same[0].tg_tokens_per_s == same[1].tg_tokens_per_s
+
+
 def test_no_constant_belongs_to_a_device(stored):
     ids = {d.id for d in load_devices()}
     for which in ("tg", "pp"):
@@ -280,8 +300,8 @@ def test_bad_options(options, word):
 def test_bad_models_and_devices():
     with pytest.raises(UsageError, match="hidden"):
         work(hidden_size=-4096)
-    with pytest.raises(UsageError, match="IQ4_NL"):
-        Work(attention(32, 32, 8, 128), {"IQ4_NL": 1e9})
+    with pytest.raises(UsageError, match="IQ2_S"):
+        Work(attention(32, 32, 8, 128), {"IQ2_S": 1e9})
     with pytest.raises(UsageError, match="no weights"):
         Work(attention(32, 32, 8, 128), {})
     with pytest.raises(UsageError, match="negative"):

@@ -19,6 +19,8 @@ NAME = "native"
 
 #: Types that take no importance weights, as in ggml.
 _UNWEIGHTED = (t.F32, t.F16, t.BF16, t.Q8_0)
+#: Types whose errors by importance count by the mean square of the whole row too, as in ggml.
+_BY_ROW = (t.Q4_0, t.Q4_1, t.Q5_0, t.Q5_1)
 _NONE = np.empty(0, np.float32)
 
 
@@ -68,7 +70,7 @@ def quantize(
         # changes no digit.
         if (mean := weights.mean(dtype=np.float64)) > 0:
             weights = np.ldexp(weights, -int(np.frexp(mean)[1]))
-        if kind.block_weights == 32:
+        if kind in _BY_ROW:
             table = source.reshape(-1, n_cols)
             sigma2 = np.einsum("ij,ij->i", table, table) / np.float32(n_cols)
     out = np.empty(rows.size // n_cols * kind.row_bytes(n_cols), np.uint8)
@@ -109,7 +111,7 @@ def prepare(
 
 def _source_dtype(dtype: np.dtype, kind: QuantType, weighted: bool) -> np.dtype:
     """What the kernel is given for rows of `dtype`: bfloat16 as it is, float16 widened."""
-    needs_f32 = weighted and kind.block_weights == 32 and kind not in _UNWEIGHTED
+    needs_f32 = weighted and kind in _BY_ROW
     if dtype == np.uint16 and kind is not t.F32 and not needs_f32:
         return dtype
     return np.dtype(np.float32)

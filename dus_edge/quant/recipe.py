@@ -56,6 +56,8 @@ PRESETS: Mapping[str, Preset] = {
         Preset("q4_k_s", 14, t.Q4_K),
         Preset("q4_1", 3, t.Q4_1),
         Preset("q4_0", 2, t.Q4_0),
+        Preset("iq4_nl", 25, t.IQ4_NL),
+        Preset("iq4_xs", 30, t.IQ4_XS),
         Preset("q3_k_m", 12, t.Q3_K),
         Preset("q2_k", 10, t.Q2_K),
     )
@@ -161,6 +163,8 @@ def _attn_v(preset: Preset, layer: int, model: ModelShape) -> QuantType:
             chosen = t.Q6_K
         case "q4_k_s" if layer < 4:
             chosen = t.Q5_K
+        case "iq4_nl" | "iq4_xs" if model.n_gqa >= 4:
+            chosen = t.Q5_K
     if model.llama_cpp_type == "70B" and chosen in (t.Q3_K, t.Q4_K):
         # Eight heads share attn_v there, so a better type costs next to nothing.
         chosen = t.Q5_K
@@ -178,6 +182,8 @@ def _ffn_down(preset: Preset, layer: int, model: ModelShape) -> QuantType:
             return t.Q6_K
         case "q4_k_s" if layer < n // 8:
             return t.Q5_K
+        case "iq4_nl" | "iq4_xs" if not model.has_imatrix and layer < n // 8:
+            return t.Q5_K
         case "q4_0" if model.has_imatrix and layer < n // 8:
             return t.Q4_1
         case "q5_0" if model.has_imatrix and layer < n // 8:
@@ -190,7 +196,10 @@ def _attn_output(preset: Preset, layer: int, model: ModelShape) -> QuantType:
 
 
 #: What stands in for a 256-weight block type when a row is no whole number of such blocks.
-_NARROWER = {t.Q2_K: t.Q4_0, t.Q3_K: t.Q4_0, t.Q4_K: t.Q5_0, t.Q5_K: t.Q5_1, t.Q6_K: t.Q8_0}
+_NARROWER = {
+    t.Q2_K: t.Q4_0, t.Q3_K: t.Q4_0, t.Q4_K: t.Q5_0, t.Q5_K: t.Q5_1, t.Q6_K: t.Q8_0,
+    t.IQ4_XS: t.IQ4_NL,
+}  # fmt: skip
 
 
 def _fallback(chosen: QuantType, n_cols: int) -> QuantType:

@@ -51,7 +51,9 @@ Q3_K = QuantType("Q3_K", 11, 256, 110)
 Q4_K = QuantType("Q4_K", 12, 256, 144)
 Q5_K = QuantType("Q5_K", 13, 256, 176)
 Q6_K = QuantType("Q6_K", 14, 256, 210)
+IQ4_NL = QuantType("IQ4_NL", 20, 32, 18)
+IQ4_XS = QuantType("IQ4_XS", 23, 256, 136)
 
-TYPES = {
-    t.name: t for t in (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K)
-}
+_SMALL = (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL)
+_SUPER = (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS)
+TYPES = {t.name: t for t in (F32, F16, BF16, *_SMALL, *_SUPER)}

@@ -105,9 +105,21 @@ class Offload:
 
 
 @functools.cache
+def unpublished_scales() -> tuple[float, float]:
+    """Scales of log(measured / predicted), tg and pp, of a type of which no run was fitted."""
+    table = _table()["unpublished"]
+    return table["tg_scale"], table["pp_scale"]
+
+
+@functools.cache
+def _table() -> Mapping[str, Any]:
+    return tomllib.loads(data.read_text("speed.toml"))
+
+
+@functools.cache
 def constants() -> tuple[Fitted, Fitted, Offload]:
     """The fitted constants for tg and pp, and those of partly offloaded models."""
-    table = tomllib.loads(data.read_text("speed.toml"))
+    table = _table()
     tg, pp = (
         Fitted(
             Terms(tuple(table[k]["terms"])),
@@ -176,7 +188,7 @@ def predict(
     case = Case(device, work, era, flash_attn, depth, n_prompt)
     tg_s = float(tg_seconds(tg.theta, features([case], tg.terms, "tg"))[0])
     pp_s = float(pp_seconds(pp.theta, features([case], pp.terms, "pp"))[0])
-    tg_extra = pp_extra = 0.0
+    tg_extra, pp_extra = (work.unpublished_share * scale for scale in unpublished_scales())
     if outside:
         moved = outside * (work.weight_bytes + depth * work.kv_bytes_per_token)
         # The CPU has no more bandwidth than the memory it shares with the device.
@@ -187,7 +199,7 @@ def predict(
         if device.backend != "metal":
             ubatches = math.ceil(n_prompt / UBATCH)
             pp_s += ubatches * outside * work.weight_bytes / (offload.bus_gbps * 1e9)
-        tg_extra = pp_extra = offload.scale
+        tg_extra, pp_extra = (math.hypot(x, offload.scale) for x in (tg_extra, pp_extra))
     if device.estimated:
         pp_extra = math.hypot(pp_extra, _ESTIMATED_SCALE)
     tg_rate, pp_rate = 1 / tg_s, n_prompt / pp_s

@@ -18,7 +18,10 @@ _GROUP_OF = {
     "F32": "f16", "F16": "f16", "BF16": "f16", "Q8_0": "q8",
     "Q4_0": "q4", "Q4_1": "q4", "Q5_0": "q4", "Q5_1": "q4",
     "Q4_K": "k", "Q5_K": "k", "Q6_K": "k", "Q3_K": "k_low", "Q2_K": "k_low",
+    "IQ4_NL": "k", "IQ4_XS": "k",
 }  # fmt: skip
+#: Types of which no run is published: taken for others of as many bits, with wider intervals.
+_UNPUBLISHED = frozenset({"IQ4_NL", "IQ4_XS"})
 #: GPTQ weights by the bits of a code.
 _GPTQ_GROUP_OF = {2: "k_low", 3: "k_low", 4: "q4", 8: "q8"}
 
@@ -72,6 +75,12 @@ class Work:
     def weight_bytes(self) -> float:
         """Bytes of weights that one token reads."""
         return sum(n * bytes_per_weight(t) for t, n in self.weights.items())
+
+    @property
+    def unpublished_share(self) -> float:
+        """Share (0..1) of those bytes in types of which no run is published."""
+        unseen = (n * bytes_per_weight(t) for t, n in self.weights.items() if t in _UNPUBLISHED)
+        return sum(unseen) / self.weight_bytes
 
     @property
     def n_weights(self) -> float:

@@ -4,8 +4,8 @@ Every kernel has the same form, ``kernel(source, importance, sigma2, out) -> ove
 
 - source: C-contiguous 1-D float32 weights, or uint16 for the bits of bfloat16; whole rows;
 - importance: ``(n_cols,)`` float32; empty for a kernel without importance;
-- sigma2: ``(n_rows,)`` float32, mean of the squares of each row, for the weighted kernels of
-  32-weight blocks; else empty;
+- sigma2: ``(n_rows,)`` float32, mean of the squares of each row, for the weighted kernels of Q4_0
+  to Q5_1; else empty;
 - out: uint8, exactly the bytes of the blocks; always filled with finite scales;
 - overflow: whether a scale was too large for float16 and is the largest one instead.
 
@@ -37,6 +37,7 @@ _MODULES = {
     **dict.fromkeys(("q8_0", "q4_0", "q4_1", "q5_0", "q5_1"), "blocks"),
     **dict.fromkeys(("q2_k", "q4_k", "q5_k"), "affine_k"),
     **dict.fromkeys(("q3_k", "q6_k"), "symmetric_k"),
+    **dict.fromkeys(("iq4_nl", "iq4_xs"), "nonlinear"),
     **dict.fromkeys(("mlx_affine", "mlx_affine_bf16"), "mlx"),
 }
 #: Seconds of silence before compiling is spoken of: loading cached code takes less.

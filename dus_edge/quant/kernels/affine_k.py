@@ -87,7 +87,7 @@ def _encode(source, importance, out, weighted, layout, search):
         sigma2 = f32(0)
         if weighted:
             columns_of(starts, importance.size, columns)
-            sigma2 = mean_square(x) * f32(2)
+            sigma2 = mean_square(x, QK_K) * f32(2)
         _search(x, w, importance, columns, sigma2, weighted, layout, search, found)
         d_bits, m_bits, over = _spaced(found, layout, search)
         overflow |= any_lane(over)

@@ -80,7 +80,7 @@ def _encode_symmetric(source, importance, sigma2, out, weighted, bits, block_byt
     for group in range(0, n_blocks, LANES):
         gather_blocks(source, group, n_blocks, QK, starts, x)
         _weigh(importance, sigma2, weighted, importance.size, starts, columns, x, w)
-        d, _, _ = symmetric_grid(x, w, 0, QK, f32(reach), search.candidates)
+        d, _, _ = symmetric_grid(x, w, 0, QK, reach, search)
         half, over = to_scale(d)
         overflow |= any_lane(over)
         store(scale, 0, half)
@@ -92,7 +92,7 @@ def _encode_symmetric(source, importance, sigma2, out, weighted, bits, block_byt
             v = clamp(load(x, k * LANES) * per, low, high)
             store(q, k * LANES, as_i32(v + offset))
         emit_half(scale, starts, QK, out, block_bytes, 0)
-        _emit_quants(q, words, starts, out, block_bytes, 2, bits)
+        emit_quants(q, words, starts, out, block_bytes, 2, bits)
     return overflow
 
 
@@ -134,12 +134,12 @@ def _encode_affine(source, importance, sigma2, out, weighted, bits, block_bytes,
             store(q, k * LANES, to_i32(v))
         emit_half(scale, starts, QK, out, block_bytes, 0)
         emit_half(minimum, starts, QK, out, block_bytes, 2)
-        _emit_quants(q, words, starts, out, block_bytes, 4, bits)
+        emit_quants(q, words, starts, out, block_bytes, 4, bits)
     return overflow
 
 
 @njit(nogil=True)
-def _emit_quants(q, words, starts, out, block_bytes, skip, bits):
+def emit_quants(q, words, starts, out, block_bytes, skip, bits):
     """(qh,) qs of a block: weight k in the low nibble, k + 16 in the high one of byte k."""
     n_words = 4
     if bits == 5:

@@ -42,12 +42,15 @@ class Search(NamedTuple):
     Attributes:
         candidates: scales tried for a small block; the range of its weights on so many steps.
         polish: fit every candidate's d and m a second time.
+        refits: times that the best candidate's scale is fitted again to the weights that it
+            quantizes; symmetric blocks only.
         spacings: grids tried for the scales; the largest of them on this step.
         rounds: times that scales are put on their grid and the weights on those scales.
     """
 
     candidates: Steps
     polish: bool = False
+    refits: int = 0
     spacings: Steps = Steps(0.0, 0.0, 0)
     rounds: int = 2
 
@@ -181,6 +184,34 @@ def symmetric_sums(x, w, at, n, scale, low, high):
 
 
 @njit(nogil=True)
+def unbounded_sums(x, w, at, n, scale):
+    """`symmetric_sums` where no x · scale rounds to anything outside."""
+    s_qq = f32(0)
+    s_qx = f32(0)
+    for k in range(n):
+        v = load(x, at + k * LANES)
+        q = nearest(v * scale)
+        wq = load(w, at + k * LANES) * q
+        s_qq = fma(wq, q, s_qq)
+        s_qx = fma(wq, v, s_qx)
+    return s_qq, s_qx
+
+
+@njit(nogil=True)
+def topped_sums(x, w, at, n, scale, high):
+    """`symmetric_sums` where no x · scale rounds to anything below."""
+    s_qq = f32(0)
+    s_qx = f32(0)
+    for k in range(n):
+        v = load(x, at + k * LANES)
+        q = least(nearest(v * scale), high)
+        wq = load(w, at + k * LANES) * q
+        s_qq = fma(wq, q, s_qq)
+        s_qx = fma(wq, v, s_qx)
+    return s_qq, s_qx
+
+
+@njit(nogil=True)
 def extreme(x, at, n):
     """The weight of the largest magnitude, with its sign."""
     found = load(x, at)
@@ -191,8 +222,22 @@ def extreme(x, at, n):
 
 
 @njit(nogil=True)
-def symmetric_grid(x, w, at, n, reach, candidates):
-    """The best d over scales −`candidates` / extreme, q in −reach … reach − 1.
+def better_scale(s_qq, s_qx, best, d, b_qq, b_qx):
+    """The best gain so far, its d and its sums, or those of the candidate with these sums."""
+    d_i = s_qx * inverse(s_qq)
+    gain = s_qx * d_i
+    better = (gain > best) & (s_qq > f32(SLIGHT))
+    return (
+        where(better, gain, best),
+        where(better, d_i, d),
+        where(better, s_qq, b_qq),
+        where(better, s_qx, b_qx),
+    )
+
+
+@njit(nogil=True)
+def symmetric_grid(x, w, at, n, reach, search):
+    """The best d over scales −candidates / extreme, q in −reach … reach − 1.
 
     Returns:
         d and the sums of the winner: Σwq², Σwqx.
@@ -201,20 +246,24 @@ def symmetric_grid(x, w, at, n, reach, candidates):
     top = extreme(x, at, n)
     some = absolute(top) > f32(NOTHING)
     per = where(some, f32(-1) / top, zero)
-    low = zero - reach
-    high = reach - f32(1)
+    low = f32(-reach)
+    high = f32(reach - 1)
     best = f32(-1)
     d = where(some, top / low, zero)
     b_qq = zero
     b_qx = zero
-    for i in range(candidates.n):
-        scale = f32(candidates.first + candidates.step * i) * per
-        s_qq, s_qx = symmetric_sums(x, w, at, n, scale, low, high)
-        d_i = s_qx * inverse(s_qq)
-        gain = s_qx * d_i
-        better = (gain > best) & (s_qq > f32(SLIGHT))
-        best = where(better, gain, best)
-        d = where(better, d_i, d)
-        b_qq = where(better, s_qq, b_qq)
-        b_qx = where(better, s_qx, b_qx)
+    for i in range(search.candidates.n):
+        # No weight is further from zero than this, so it tells which ends can be met.
+        furthest = search.candidates.first + search.candidates.step * i
+        scale = f32(furthest) * per
+        if furthest < reach - 0.51:
+            s_qq, s_qx = unbounded_sums(x, w, at, n, scale)
+        elif furthest < reach + 0.49:
+            s_qq, s_qx = topped_sums(x, w, at, n, scale, high)
+        else:
+            s_qq, s_qx = symmetric_sums(x, w, at, n, scale, low, high)
+        best, d, b_qq, b_qx = better_scale(s_qq, s_qx, best, d, b_qq, b_qx)
+    for _ in range(search.refits):
+        s_qq, s_qx = symmetric_sums(x, w, at, n, inverse(d), low, high)
+        best, d, b_qq, b_qx = better_scale(s_qq, s_qx, best, d, b_qq, b_qx)
     return d, b_qq, b_qx

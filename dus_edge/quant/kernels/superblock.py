@@ -37,13 +37,13 @@ def gather_blocks(source, group, n_blocks, size, starts, x):
 
 
 @njit(nogil=True)
-def mean_square(x):
-    """Mean of the squares of a super-block."""
+def mean_square(x, n):
+    """Mean of the squares of `n` weights."""
     squares = f32(0)
-    for k in range(QK_K):
+    for k in range(n):
         v = load(x, k * LANES)
         squares = fma(v, v, squares)
-    return squares * f32(1 / QK_K)
+    return squares * f32(1 / n)
 
 
 @njit(nogil=True)

@@ -22,7 +22,8 @@ from dus_edge.quant.kernels.fit import (
     symmetric_grid,
     symmetric_sums,
 )
-from dus_edge.quant.kernels.half import from_half, to_scale
+from dus_edge.quant.kernels.half import from_half
+from dus_edge.quant.kernels.signed_scales import settle, spaced
 from dus_edge.quant.kernels.superblock import (
     QK_K,
     columns_of,
@@ -39,12 +40,9 @@ from dus_edge.quant.kernels.superblock import (
 )
 from dus_edge.quant.simd import (
     LANES,
-    absolute,
     any_lane,
     f32,
-    fma,
     i32,
-    least,
     load,
     nearest,
     store,
@@ -78,18 +76,20 @@ def _encode(source, importance, out, weighted, layout, search):
     scales = np.empty(_N_SUB * LANES, np.int32)
     words = np.empty(layout.block_bytes // 4 * LANES, np.int32)
     last = np.empty(LANES, np.int32)
+    # 0 never beats the smallest step: every weight may still choose q = 0.
+    always = f32(-1)
     overflow = False
     for group in range(0, n_blocks, LANES):
         gather_blocks(source, group, n_blocks, QK_K, starts, x)
         if weighted:
             columns_of(starts, importance.size, columns)
         _search(x, w, importance, columns, weighted, layout, search, found)
-        bits, over = _spaced(found, layout, search)
+        bits, over = spaced(found, _N_SUB, layout.limit, search.spacings)
         overflow |= any_lane(over)
         for turn in range(search.rounds):
             if turn:
                 _requantize(x, w, scales, bits, layout, found)
-            bits, over = _settle(found, layout, bits, scales)
+            bits, over = settle(found, _N_SUB, layout.limit, always, bits, scales)
             overflow |= any_lane(over)
         _quantize(x, scales, bits, layout, q)
         if layout.reach == 32:
@@ -113,7 +113,7 @@ def _search(x, w, importance, columns, weighted, layout, search, found):
     """Weigh every sub-block and find its scale, each as good as can be alone."""
     sigma2 = f32(0)
     if weighted and layout.reach == 4:
-        sigma2 = mean_square(x) * f32(2)
+        sigma2 = mean_square(x, QK_K) * f32(2)
     for j in range(_N_SUB):
         at = j * _N * LANES
         if not weighted:
@@ -122,48 +122,10 @@ def _search(x, w, importance, columns, weighted, layout, search, found):
             weigh_importance_alone(importance, columns, w, j * _N, _N)
         else:
             weigh_importance(importance, columns, x, w, j * _N, _N, sigma2)
-        d, s_qq, s_qx = symmetric_grid(x, w, at, _N, f32(layout.reach), search.candidates)
+        d, s_qq, s_qx = symmetric_grid(x, w, at, _N, layout.reach, search)
         store(found[0], j * LANES, d)
         store(found[1], j * LANES, s_qq)
         store(found[2], j * LANES, s_qx)
-
-
-@njit(nogil=True, inline="always")
-def _spaced(found, layout, search):
-    """D as float16 bits, and which overflowed; several spacings tried, as in `affine_k`."""
-    peak = f32(0)
-    for j in range(_N_SUB):
-        d = load(found[0], j * LANES)
-        peak = where(absolute(d) > absolute(peak), d, peak)
-    # The grid reaches one further below zero: that end for the largest scale.
-    bits, over = to_scale(peak / f32(-layout.limit))
-    if search.spacings.n:
-        best = _grid_error(found, layout, bits)
-        for i in range(search.spacings.n):
-            end = f32(-search.spacings.first - search.spacings.step * i)
-            tried, _ = to_scale(peak / end)
-            error = _grid_error(found, layout, tried)
-            bits = where(error < best, tried, bits)
-            best = least(error, best)
-    return bits, over
-
-
-@njit(nogil=True)
-def _grid_error(found, layout, bits):
-    """Error of a super-block, by the sums, with its scales on this grid."""
-    big = from_half(bits)
-    per = inverse(big)
-    total = f32(0)
-    for j in range(_N_SUB):
-        d = _on_grid(load(found[0], j * LANES) * per, layout) * big
-        total = total + d * (d * load(found[1], j * LANES) - f32(2) * load(found[2], j * LANES))
-    return total
-
-
-@njit(nogil=True)
-def _on_grid(v, layout):
-    """`v` rounded to an s of the grid."""
-    return clamp(nearest(v), f32(-layout.limit), f32(layout.limit - 1))
 
 
 @njit(nogil=True)
@@ -180,32 +142,6 @@ def _requantize(x, w, scales, bits, layout, found):
         store(found[0], at, d)
         store(found[1], at, s_qq)
         store(found[2], at, s_qx)
-
-
-@njit(nogil=True)
-def _settle(found, layout, bits, scales):
-    """Put scales on the grid of D, then fit D to them.
-
-    Returns:
-        the new D as float16 bits, and which overflowed.
-    """
-    zero = f32(0)
-    big = from_half(bits)
-    per = inverse(big)
-    n_dd = zero
-    r_d = zero
-    for j in range(_N_SUB):
-        d = load(found[0], j * LANES) * per
-        s = _on_grid(d, layout)
-        # 0 never beats the smallest step: every weight may still choose q = 0.
-        s = where(absolute(s) > zero, s, where(d < zero, f32(-1), f32(1)))
-        n_dd = fma(s * s, load(found[1], j * LANES), n_dd)
-        r_d = fma(s, load(found[2], j * LANES), r_d)
-        store(scales, j * LANES, to_i32(s))
-    d = r_d * inverse(n_dd)
-    # A fit far from what the search found is rounding noise.
-    sound = (absolute(d) > absolute(big) * f32(0.8)) & (absolute(big) * f32(1.25) > absolute(d))
-    return to_scale(where(sound, d, big))
 
 
 @njit(nogil=True)
@@ -260,7 +196,7 @@ _COARSE = Steps(30.0, 0.4, 10)
 
 _Q6_K_SEARCH = Search(Steps(30.5, 0.35, 9))
 _Q3_K_ALONE = Search(Steps(3.0, 0.2, 10), spacings=_COARSE)
-_Q3_K_BY_IMPORTANCE = Search(Steps(2.8, 0.08, 28), spacings=_COARSE, rounds=3)
+_Q3_K_BY_IMPORTANCE = Search(Steps(2.8, 0.2, 12), refits=3, spacings=_COARSE, rounds=3)
 
 
 @njit(nogil=True, cache=True)
