@@ -57,7 +57,7 @@ TALK_FILE := "$${FILE:-$$OUT/solar-dus-$${QUANT\#\#*,}.gguf}"
 .DEFAULT_GOAL := help
 # Two pips must not write one environment at the same time.
 .NOTPARALLEL:
-.PHONY: help gguf gptq mlx imatrix seam sweep heal sft dpo solar-instruct eval chat serve modelfiles upscale interop tables test fuzz torture lint bench bench-export clean
+.PHONY: help gguf gptq mlx imatrix sensitivity seam sweep heal sft dpo solar-instruct eval chat serve modelfiles upscale interop tables test fuzz torture lint bench bench-export clean
 
 help: ## List the targets.
 	@echo "Targets:"
@@ -102,6 +102,10 @@ mlx: $(VENV)/run.stamp ## Up-scale BASE to a folder for MLX on Macs, OUT/mlx.
 
 imatrix: $(VENV)/hf.stamp ## Collect BASE's importance matrix, OUT/imatrix.gguf.
 	@$(TEXTS); $(BIN)/dus-edge imatrix $(PLAN) "$$@" -o "$$OUT/imatrix.gguf" --overwrite -- "$$BASE"
+
+sensitivity: $(VENV)/hf.stamp ## Estimate what each type costs BASE's tensors, OUT/sensitivity.json.
+	@$(TEXTS); $(BIN)/dus-edge sensitivity $(PLAN) $${IMATRIX:+--imatrix "$$IMATRIX"} "$$@" \
+	  -o "$$OUT/sensitivity.json" --overwrite -- "$$BASE"
 
 seam: $(VENV)/plots.stamp ## Measure BASE's layers, and the seams of DROP: OUT/seam.
 	@$(TEXTS); $(BIN)/dus-edge seam $(PLAN) "$$@" -o "$$OUT/seam" --overwrite -- "$$BASE"

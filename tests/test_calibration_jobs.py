@@ -251,7 +251,7 @@ def test_bnb_and_quality_commands(run, text, tmp_path):
 # Bad input
 
 
-@pytest.mark.parametrize("command", ["imatrix", "gptq"])
+@pytest.mark.parametrize("command", ["imatrix", "gptq", "sensitivity"])
 @pytest.mark.parametrize(
     ("content", "options", "said"),
     [
@@ -307,7 +307,7 @@ def test_activations_that_are_not_finite_name_the_layer(run, text, tmp_path, pic
     tensors = load_file(base / "model.safetensors")
     tensors["model.layers.3.mlp.down_proj.weight"][:] = 3e38
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    for command in ("imatrix", "gptq"):
+    for command in ("imatrix", "gptq", "sensitivity"):
         code, _, err = run(command, base, *short(text), "-o", tmp_path / "out")
         assert code == 3
         assert "behind layer 3 are not finite" in err

@@ -183,7 +183,7 @@ class _Pass:
     ) -> None:
         self.index, self.layer, self.stored, self.visitor = index, layer, stored, visitor
         self.h, self.batches, self.settings = h, batches, settings
-        self.advance = _Shares(advance, h.shape[0] * h.shape[1])
+        self.advance = Shares(advance, h.shape[0] * h.shape[1])
 
     def at_once(self) -> None:
         """Batch by batch through the whole layer: nothing is computed twice."""
@@ -249,7 +249,7 @@ class _Pass:
             self.layer.replace(roles[name], weight.to(now.device, now.dtype))
 
 
-class _Shares:
+class Shares:
     """Whole numbers of work from shares of it: what is left of one amount goes to the next."""
 
     def __init__(self, advance: Callable[[int], None], total: int) -> None:

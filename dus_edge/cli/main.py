@@ -41,6 +41,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "modelfile": ("models", "Write the Modelfile of a GGUF file or a checkpoint."),
     "quality": ("scores.quality", "Measure how far each CANDIDATE is from REFERENCE on text."),
     "seam": ("grow.seam", "Show what a plan's seams do to the stream of BASE's layers."),
+    "sensitivity": (
+        "quants.sensitivity",
+        "Estimate what storing each tensor of BASE in each type costs.",
+    ),
     "serve": ("talk.serve", "Serve FILE by the OpenAI API."),
     "sft": ("train.tune", "Tune MODEL on dialogues."),
     "sweep": ("grow.sweep", "Compare plans for BASE before any training."),

@@ -118,7 +118,7 @@ def tensor_type(preset: Preset, name: str, shape: Sequence[int], model: ModelSha
     if preset.default.block_weights == 1:
         return preset.default
     n_cols = shape[-1]
-    return _fallback(_mixed(preset, name, n_cols, model), n_cols)
+    return fitting_type(_mixed(preset, name, n_cols, model), n_cols)
 
 
 def _mixed(preset: Preset, name: str, n_cols: int, model: ModelShape) -> QuantType:
@@ -202,7 +202,7 @@ _NARROWER = {
 }  # fmt: skip
 
 
-def _fallback(chosen: QuantType, n_cols: int) -> QuantType:
+def fitting_type(chosen: QuantType, n_cols: int) -> QuantType:
     """A type whose blocks divide the row: a 32-weight one, or F16 where not even 32 does."""
     if n_cols % chosen.block_weights == 0:
         return chosen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,7 +81,9 @@ def run_collector(
     compute: Compute,
     state: State,
     say: Say,
+    between: Callable[[int, Any], None] = lambda layer, h: None,
 ) -> None:
+    """Run text through a model layer by layer, with `engine.run_layers`' arguments."""
     from dus_edge.calibrate import engine
 
     n_chunks, n_ctx = chunks.tokens.shape
@@ -89,7 +91,15 @@ def run_collector(
     say(f"Calibrating on {n_chunks} chunks of {n_ctx} tokens ({languages}), {compute.device}")
     total = engine.total_token_layers(checkpoint, chunks.tokens)
     with progress("Calibrating", total, unit="token-layers") as tick:
-        engine.run_layers(checkpoint, chunks.tokens, collector, compute, state=state, advance=tick)
+        engine.run_layers(
+            checkpoint,
+            chunks.tokens,
+            collector,
+            compute,
+            state=state,
+            between=between,
+            advance=tick,
+        )
 
 
 def run_identity(model: Model, chunks: Chunks, compute: Compute, more: object) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.export.gguf.imatrix import write_imatrix
@@ -20,7 +21,11 @@ from dus_edge.jobs.export.gguf import ImatrixSource
 from dus_edge.jobs.job import Job, Result, Written, quiet, run_job
 from dus_edge.packages import require
 from dus_edge.quant.imatrix import Importance, read_imatrix
+from dus_edge.text.chunks import Chunks
 from dus_edge.upscale.model import ChoosePlan, Model, Say
+
+if TYPE_CHECKING:  # this imports torch
+    from dus_edge.calibrate.imatrix import ImatrixCollector
 
 
 def calibrate_importance(
@@ -49,6 +54,13 @@ def calibrate_importance(
     compute = engine.choose_settings(machine.device, machine.dtype)
     with kept_state(keep, model, chunks, compute, "imatrix", say) as state:
         run_collector(checkpoint, chunks, collector, compute, state, say)
+    return collected_importance(model, collector, chunks, text.label)
+
+
+def collected_importance(
+    model: Model, collector: ImatrixCollector, chunks: Chunks, label: str
+) -> Importance:
+    """What a collector has found, by GGUF names; `label` is the text's."""
     gguf_name = model.config.family.gguf_name
     found = {gguf_name(name): value for name, value in collector.results().items()}
     n_chunks, n_ctx = chunks.tokens.shape
@@ -57,7 +69,7 @@ def calibrate_importance(
         counts={name: count for name, (_, count) in found.items()},
         chunk_size=n_ctx,
         n_chunks=n_chunks,
-        datasets=(text.label,),
+        datasets=(label,),
     )
 
 

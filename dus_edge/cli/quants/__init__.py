@@ -1,0 +1,1 @@
+"""The commands and options that say how tensors are stored."""
