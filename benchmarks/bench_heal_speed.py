@@ -56,11 +56,11 @@ def ours(model, batches, mode: str, steps: int, batch: int) -> tuple[float, floa
     """CPU seconds and wall seconds of the steps behind the first."""
     import torch
 
+    from dus_edge.calibrate.world import World
     from dus_edge.train.heal import loop, loss
     from dus_edge.train.heal.mode import learned_layers, parse_mode
     from dus_edge.train.heal.network import empty_network, learned_names, load_weights
     from dus_edge.train.heal.optim import make_optimizer
-    from dus_edge.train.heal.parallel import World
 
     if mode == "full logits":
         loss.CHUNK_TOKENS = 1 << 30

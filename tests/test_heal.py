@@ -18,11 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dus_edge.calibrate.world import World
 from dus_edge.errors import DusEdgeError, UsageError
 from dus_edge.jobs.job import Writing
 from dus_edge.jobs.train.heal import HealJob, heal
 from dus_edge.train.heal.mode import parse_mode
-from dus_edge.train.heal.parallel import World
 from dus_edge.train.recovery.options import HealOptions, TextPart
 from dus_edge.upscale.model import plan_chooser
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dus_edge.calibrate.world import World
 from dus_edge.errors import OutputError, UsageError
 from dus_edge.text.documents import Document
 from dus_edge.train.heal import loss as loss_module
@@ -21,7 +22,6 @@ from dus_edge.train.heal.loss import chunked_cross_entropy
 from dus_edge.train.heal.mode import TrainMode, learned_layers, parse_mode
 from dus_edge.train.heal.network import empty_network, load_weights
 from dus_edge.train.heal.optim import Schedule, make_optimizer
-from dus_edge.train.heal.parallel import World
 from dus_edge.train.heal.state import RunState
 from dus_edge.train.packing.batches import NO_LABEL, Batches, heldout_batches
 from dus_edge.train.packing.tokens import Stream, read_streams, split_heldout, write_tokens

@@ -25,6 +25,7 @@ from dus_edge.calibrate.layer import (
     positions,
     read_layer,
 )
+from dus_edge.calibrate.world import ALONE, World
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.errors import CheckpointError, UsageError
 from dus_edge.files import check_free_space
@@ -293,11 +294,12 @@ class State:
     """Finished layers of a run, in a folder: the visitor's results and the hidden states.
 
     Layers are finished one after the other; the hidden states of the last one replace those of
-    the one before. A folder that belongs to other inputs is not taken up.
+    the one before. A folder that belongs to other inputs is not taken up. Where many processes
+    share a run they share the folder, and each keeps the states of its own chunks in it.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, object]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, identity: Mapping[str, object], world: World = ALONE) -> None:
+        self.folder, self.world = folder, world
         blob = json.dumps(identity, sort_keys=True).encode()
         self.identity = hashlib.sha256(blob).hexdigest()
 
@@ -326,11 +328,14 @@ class State:
         """Keep a finished layer; only when all of it is on disk does the index name it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         check_free_space(self.folder, h.nbytes)
-        visitor.save(layer, self._layer(layer))
         torch.save(h, self._hidden(layer + 1))
-        partial = self._index.with_suffix(".partial")
-        partial.write_text(json.dumps({"identity": self.identity, "n_done": layer + 1}))
-        partial.replace(self._index)
+        self.world.wait()
+        if self.world.first:
+            visitor.save(layer, self._layer(layer))
+            partial = self._index.with_suffix(".partial")
+            partial.write_text(json.dumps({"identity": self.identity, "n_done": layer + 1}))
+            partial.replace(self._index)
+        self.world.wait()
         self._hidden(layer).unlink(missing_ok=True)
 
     def layer_files(self, n_layers: int) -> list[Path]:
@@ -341,4 +346,5 @@ class State:
         return self.folder / f"layer-{layer:04}.safetensors"
 
     def _hidden(self, n_done: int) -> Path:
-        return self.folder / f"hidden-{n_done:04}.pt"
+        own = f"-{self.world.rank}" if self.world.many else ""
+        return self.folder / f"hidden-{n_done:04}{own}.pt"

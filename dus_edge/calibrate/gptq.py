@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dus_edge.calibrate.world import ALONE, World
 from dus_edge.quant import gptq, gptq_format
 
 
@@ -36,14 +37,18 @@ class Outcome:
 
 
 class GptqCollector:
-    """XᵀX by site, then quantized matrices; a `Visitor` of the engine."""
+    """XᵀX by site over all processes, then quantized matrices; a `Visitor` of the engine."""
 
     replaces = True
 
     def __init__(
-        self, settings: gptq.GPTQSettings, on_fallback: Callable[[Outcome], None] = lambda o: None
+        self,
+        settings: gptq.GPTQSettings,
+        on_fallback: Callable[[Outcome], None] = lambda o: None,
+        world: World = ALONE,
     ) -> None:
         self.settings = settings
+        self._world = world
         self.outcomes: dict[str, Outcome] = {}
         self._on_fallback = on_fallback
         self._hessian: torch.Tensor | None = None
@@ -62,6 +67,8 @@ class GptqCollector:
     ) -> Mapping[str, torch.Tensor]:
         hessian, self._hessian = self._hessian, None
         assert hessian is not None
+        # All processes solve the same, from the same bits.
+        hessian = self._world.summed(hessian)
         factor = gptq.prepare(hessian, self.settings)
         replaced = {}
         for tensor, weight in weights.items():

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from dus_edge.calibrate.world import ALONE, World
+
 
 @dataclass
 class _Sums:
@@ -30,11 +32,12 @@ class _Sums:
 
 
 class ImatrixCollector:
-    """Sums of squares by layer and site; a `Visitor` of the engine."""
+    """Sums of squares by layer and site, over all processes; a `Visitor` of the engine."""
 
     replaces = False
 
-    def __init__(self) -> None:
+    def __init__(self, world: World = ALONE) -> None:
+        self._world = world
         self._sums: dict[int, dict[str, _Sums]] = {}
 
     def observe(self, layer: int, site: str, x: torch.Tensor) -> None:
@@ -50,7 +53,10 @@ class ImatrixCollector:
     def finish_site(
         self, layer: int, site: str, weights: Mapping[str, torch.Tensor]
     ) -> Mapping[str, torch.Tensor]:
-        self._sums[layer][site].names = tuple(weights)
+        sums = self._sums[layer][site]
+        sums.names = tuple(weights)
+        sums.squares = self._world.summed(sums.squares)
+        sums.n_tokens = round(self._world.sum(sums.n_tokens)[0])
         return {}
 
     def save(self, layer: int, path: Path) -> None:

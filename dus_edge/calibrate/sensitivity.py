@@ -31,6 +31,7 @@ from dus_edge.calibrate.engine import DTYPES, ComputeSettings, Shares
 from dus_edge.calibrate.gradients import TracedLayer, label_gradients, layer_gradients
 from dus_edge.calibrate.layer import Positions, as_tensor, head_input, positions, read_layer
 from dus_edge.calibrate.streams import KeptStates
+from dus_edge.calibrate.world import ALONE, World
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.errors import CheckpointError
 from dus_edge.quant.quantizer import Conversion
@@ -90,10 +91,11 @@ class DownwardState:
     Args:
         folder: of the run; it is there.
         identity: of all inputs, hex.
+        world: processes that share the run and the folder, each with a file of its own states.
     """
 
-    def __init__(self, folder: Path, identity: str) -> None:
-        self.folder, self.identity = folder, identity
+    def __init__(self, folder: Path, identity: str, world: World = ALONE) -> None:
+        self.folder, self.identity, self.world = folder, identity, world
 
     @property
     def n_done(self) -> int:
@@ -120,8 +122,12 @@ class DownwardState:
 
     def done(self, step: int, costs: Costs) -> None:
         """Keep a step's costs, and say that it and all before it are done."""
-        self._write(self._costs(step), costs)
-        self._write(self._index, {"identity": self.identity, "n_done": step + 1})
+        # The gradient of the step before may be written over only when this one lies whole.
+        self.world.wait()
+        if self.world.first:
+            self._write(self._costs(step), costs)
+            self._write(self._index, {"identity": self.identity, "n_done": step + 1})
+        self.world.wait()
 
     def costs(self, step: int) -> Costs:
         """The costs of a step that is done."""
@@ -129,7 +135,7 @@ class DownwardState:
 
     @property
     def _states(self) -> Path:
-        return self.folder / "states"
+        return self.folder / (f"states-{self.world.rank}" if self.world.many else "states")
 
     @property
     def _index(self) -> Path:
@@ -150,7 +156,12 @@ def n_slots(n_layers: int) -> int:
 
 
 def downward_work(checkpoint: Checkpoint, tokens: np.ndarray) -> int:
-    """Tokens times steps: what `go_down` tells of as it goes."""
+    """Tokens times steps: what `go_down` tells of as it goes.
+
+    Args:
+        checkpoint: the model.
+        tokens: this process's.
+    """
     return tokens.size * (checkpoint.config.n_layers + 2)
 
 
@@ -169,9 +180,9 @@ def go_down(
 
     Args:
         checkpoint: the model.
-        tokens: ``(n_chunks, n_ctx)`` int32.
-        states: of the text, in slot i those before layer i, in slot n those behind the last; see
-            `n_slots`.
+        tokens: ``(n_chunks, n_ctx)`` int32, of all processes.
+        states: of this process's share of the chunks, in slot i those before layer i, in slot n
+            those behind the last; see `n_slots`.
         storing: how weights would be stored.
         settings: device and precision.
         state: what an earlier run of the same has done is not done again.
@@ -185,13 +196,19 @@ def go_down(
         CheckpointError: a cost is no finite number.
         OutputError: the disk is full.
     """
-    way = _Downward(checkpoint, tokens, states, storing, settings, seed, advance)
+    world = state.world
+    n_chunks, n_ctx = tokens.shape
+    drawn = np.random.default_rng(seed).random((n_chunks, n_ctx - first_labelled(n_ctx)), "f4")
+    own = tokens[world.share]
+    way = _Downward(
+        checkpoint, own, drawn[world.share], drawn.size, states, storing, settings, world, advance
+    )
     found: dict[str, dict[str, float]] = {}
     done = state.n_done
     for step in range(checkpoint.config.n_layers + 2):
         if step < done:
             costs = state.costs(step)
-            advance(tokens.size)
+            advance(own.size)
         else:
             costs = way.take(step)
             _check(costs)
@@ -215,14 +232,22 @@ def _check(costs: Costs) -> None:
 
 @dataclass(frozen=True)
 class _Downward:
-    """One step at a time. The gradient that a step leaves lies in the slot of its parity."""
+    """One step at a time. The gradient that a step leaves lies in the slot of its parity.
+
+    Attributes:
+        tokens: this process's.
+        drawn: of each of them that gets a label, a number in [0, 1) that says which.
+        n_labelled: how many get one in all processes.
+    """
 
     checkpoint: Checkpoint
     tokens: np.ndarray
+    drawn: np.ndarray
+    n_labelled: int
     states: KeptStates
     storing: Storing
     settings: ComputeSettings
-    seed: int
+    world: World
     advance: Callable[[int], None]
 
     def take(self, step: int) -> dict[str, dict[str, float]]:
@@ -243,12 +268,6 @@ class _Downward:
     def _kinds(self) -> Mapping[str, tuple[QuantType, ...]]:
         return tensors_of(self.checkpoint)
 
-    @property
-    def _n_labelled(self) -> int:
-        """Tokens that labels are drawn at."""
-        n_chunks, n_ctx = self.tokens.shape
-        return n_chunks * (n_ctx - first_labelled(n_ctx))
-
     def _slot(self, step: int) -> int:
         return self.checkpoint.config.n_layers + 1 + step % 2
 
@@ -257,10 +276,16 @@ class _Downward:
         for i in range(chunks.start, chunks.stop, step):
             yield slice(i, min(i + step, chunks.stop))
 
-    def _named(self, name: str, costs: np.ndarray) -> dict[str, dict[str, float]]:
-        """Costs of a tensor, Hugging Face name, as they are kept."""
-        kinds = self._kinds[name]
-        by_kind = {kind.name: float(c) for kind, c in zip(kinds, costs, strict=True)}
+    def _named(self, name: str, sums: np.ndarray, n_tokens: float) -> dict[str, dict[str, float]]:
+        """Costs of a tensor, Hugging Face name, as they are kept.
+
+        Args:
+            name: the tensor.
+            sums: of this process by type, nats.
+            n_tokens: of all processes.
+        """
+        costs = [c / n_tokens for c in self.world.sum(*sums)]
+        by_kind = {kind.name: c for kind, c in zip(self._kinds[name], costs, strict=True)}
         return {self.checkpoint.config.family.gguf_name(name): by_kind}
 
     # The head
@@ -276,24 +301,26 @@ class _Downward:
         n_chunks, n_ctx = self.tokens.shape
         first, at_once = first_labelled(n_ctx), max(1, _LOGITS_BYTES // (4 * config.vocab_size))
         shares = Shares(self.advance, self.tokens.size)
-        drawn = np.random.default_rng(self.seed).random((n_chunks, n_ctx - first), np.float32)
-        every = -(-self._n_labelled // _HEAD_TOKENS)
+        every = -(-self.n_labelled // _HEAD_TOKENS)
         taken: list[torch.Tensor] = []
         for chunk in range(n_chunks):
             one = slice(chunk, chunk + 1)
             h = self.states.load(config.n_layers, one).to(settings.device)
             gradient = torch.zeros_like(h)
-            u = torch.from_numpy(drawn[chunk]).to(settings.device)
+            u = torch.from_numpy(self.drawn[chunk]).to(settings.device)
             for i in range(first, n_ctx, at_once):
                 some = slice(i, min(i + at_once, n_ctx))
                 gradient[0, some] = label_gradients(
                     h[0, some], norm, head, config, u[i - first : i - first + at_once]
                 )
             self.states.put(self._slot(0), gradient.cpu(), chunk)
-            offset = -chunk * (n_ctx - first) % every
+            place = chunk * self.world.size + self.world.rank
+            offset = -place * (n_ctx - first) % every
             taken.append(head_input(h[0, first + offset :: every], norm, config).float())
             shares(n_ctx, 0.5)
-        return self._named(name, self._head_costs(name, torch.cat(taken), shares))
+        x = torch.cat(taken)
+        sums = self._head_costs(name, x, shares) * len(x)
+        return self._named(name, sums, self.world.sum(len(x))[0])
 
     def _head_costs(self, name: str, x: torch.Tensor, shares: Shares) -> np.ndarray:
         config, device = self.checkpoint.config, self.settings.device
@@ -326,7 +353,7 @@ class _Downward:
                 shares(len(group) * n_ctx, 0.5 / len(rules))
         found: dict[str, dict[str, float]] = {}
         for role, name in names.items():
-            found |= self._named(name, sums[role] / self._n_labelled)
+            found |= self._named(name, sums[role], self.n_labelled)
         return found
 
     def _groups(self, names: Mapping[str, str]) -> Iterator[range]:
@@ -384,7 +411,7 @@ class _Downward:
         errors = self.storing.errors(config.family.gguf_name(name), rows, kinds)
         found = embedding_kl(torch.from_numpy(at.reshape(self.tokens.shape)), d, errors)
         self.advance(self.tokens.size)
-        return self._named(name, found / self._n_labelled)
+        return self._named(name, found, self.n_labelled)
 
 
 def _joined(parts: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:

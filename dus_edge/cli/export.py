@@ -233,6 +233,8 @@ def imatrix_command(
         overwrite=overwrite,
         say=say_to(as_json),
     )
+    if result is None:  # the first process speaks
+        return
     keep_digests(result, digest)
     if as_json:
         print_json(result)
@@ -328,6 +330,8 @@ def gptq_command(
         say=say_to(as_json),
         **writing,
     )
+    if result is None:  # the first process speaks
+        return
     keep_digests(result, digest)
     print_folder(result, out, as_json, plain=False)
 

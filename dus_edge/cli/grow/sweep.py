@@ -220,7 +220,7 @@ def _healing(
     named = heal_texts or tuple(map(str, text.paths))
     if not named:
         raise UsageError("--heal trains on text of yours: name it by --heal-text, or --text.")
-    from dus_edge.train.heal.parallel import pick_device
+    from dus_edge.calibrate.world import pick_device
 
     device = pick_device(machine.device)
     options = HealOptions(

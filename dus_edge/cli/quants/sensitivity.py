@@ -74,6 +74,8 @@ def sensitivity_command(
         overwrite=overwrite,
         say=say_to(as_json),
     )
+    if result is None:  # the first process speaks
+        return
     if as_json:
         print_json(result)
         return

@@ -214,7 +214,7 @@ def heal_command(
     from dus_edge.train.recovery.options import HealOptions, text_part
 
     require("hf", "healing needs")
-    from dus_edge.train.heal.parallel import pick_device
+    from dus_edge.calibrate.world import pick_device
 
     if licences and len(licences) != len(texts):
         raise UsageError("give --text-licence once for each --text, or not at all.")

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dus_edge import __version__
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.errors import CheckpointError, UsageError
-from dus_edge.progress import progress
+from dus_edge.jobs.job import Job, Result, quiet, run_job
+from dus_edge.progress import Advance, progress
 from dus_edge.text.chunks import DEFAULT_N_CTX, Chunks, make_chunks
 from dus_edge.text.documents import builtin_documents, read_documents
 from dus_edge.text.tokenizers import load_tokenizer
-from dus_edge.upscale.model import Model, Say
+from dus_edge.upscale.model import ChoosePlan, Model, Say, find_model
 
 if TYPE_CHECKING:  # these import torch
     from dus_edge.calibrate.engine import ComputeSettings as Compute
     from dus_edge.calibrate.engine import State
+    from dus_edge.calibrate.world import World
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,61 @@ def read_chunks(model: Model, text: TextChoice, split: Any = "calibration") -> C
     return make_chunks(documents, tokenizer, n_ctx, n_chunks=text.n_chunks, seed=text.seed)
 
 
+@contextmanager
+def joined_machine(machine: Machine) -> Iterator[tuple[World, Machine]]:
+    """This process's place among those that torchrun started, and the device that is its own.
+
+    Raises:
+        UsageError: there is no such device, or torchrun's variables are not all there.
+    """
+    from dus_edge.calibrate.world import ALONE, joined_world, pick_device
+
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield ALONE, machine
+        return
+    with joined_world(pick_device(machine.device)) as world:
+        yield world, Machine(str(world.device), machine.dtype)
+
+
+def run_shared(
+    job: Job[Any],
+    base: str,
+    choose: ChoosePlan,
+    say: Say,
+    adapter: Path | None,
+    world: World,
+    take_part: Callable[[Model, Checkpoint], object],
+) -> Result | None:
+    """Do a job in the first process, and in the others what they have a part in.
+
+    Args:
+        job: of the first; it speaks and writes for all.
+        base: as in `run_job`.
+        choose: the same.
+        say: the same.
+        adapter: the same.
+        world: the processes.
+        take_part: what the others do with the open model: all that exchanges sums.
+
+    Returns:
+        the first's result, None in the others.
+    """
+    if world.first:
+        return run_job(job, base, choose, say, adapter)
+    model = find_model(
+        base, choose, weights=True, say=quiet, adapter=adapter, tokenizer=job.tokenizer
+    )
+    take_part(model, model.open(job.dequantized))
+    return None
+
+
+def progress_of(world: World, title: str, total: int) -> AbstractContextManager[Advance]:
+    """Progress in token-layers, shown by the first process alone."""
+    if world.first:
+        return progress(title, total, unit="token-layers")
+    return nullcontext(lambda n: None)
+
+
 def run_collector(
     checkpoint: Checkpoint,
     chunks: Chunks,
@@ -83,17 +141,30 @@ def run_collector(
     say: Say,
     between: Callable[[int, Any], None] = lambda layer, h: None,
 ) -> None:
-    """Run text through a model layer by layer, with `engine.run_layers`' arguments."""
+    """Run this process's share of a text through a model, with `engine.run_layers`' arguments.
+
+    Raises:
+        UsageError: a process would have no chunk.
+    """
     from dus_edge.calibrate import engine
 
+    world = state.world
+    if len(chunks.tokens) < world.size:
+        raise UsageError(
+            f"{len(chunks.tokens)} chunks of text cannot be divided among {world.size} processes; "
+            "give more text, or start fewer."
+        )
     n_chunks, n_ctx = chunks.tokens.shape
     languages = ", ".join(f"{n} {lang}" for lang, n in Counter(chunks.languages).items())
-    say(f"Calibrating on {n_chunks} chunks of {n_ctx} tokens ({languages}), {compute.device}")
-    total = engine.total_token_layers(checkpoint, chunks.tokens)
-    with progress("Calibrating", total, unit="token-layers") as tick:
+    among = f", in {world.size} processes" if world.many else ""
+    say(
+        f"Calibrating on {n_chunks} chunks of {n_ctx} tokens ({languages}), {compute.device}{among}"
+    )
+    own = chunks.tokens[world.share]
+    with progress_of(world, "Calibrating", engine.total_token_layers(checkpoint, own)) as tick:
         engine.run_layers(
             checkpoint,
-            chunks.tokens,
+            own,
             collector,
             compute,
             state=state,
@@ -120,13 +191,23 @@ def run_identity(model: Model, chunks: Chunks, compute: Compute, more: object) -
 
 @contextmanager
 def kept_state(
-    output: Path, model: Model, chunks: Chunks, compute: Compute, more: str, say: Say
+    output: Path,
+    model: Model,
+    chunks: Chunks,
+    compute: Compute,
+    more: str,
+    say: Say,
+    world: World | None = None,
 ) -> Iterator[State]:
     """Where finished layers are kept while `output` is made; it stays when the run is cut short."""
     from dus_edge.calibrate.engine import State
+    from dus_edge.calibrate.world import ALONE
 
-    identity = run_identity(model, chunks, compute, more)
-    state = State(_state_folder(output), identity)
+    world = world or ALONE
+    # The processes of a run keep their states under one identity, whatever card each has.
+    same = replace(compute, device=world.device.type) if world.many else compute
+    more = f"{more}, {world.size} processes" if world.many else more
+    state = State(_state_folder(output), run_identity(model, chunks, same, more), world)
     if done := state.n_done():
         say(f"Going on behind layer {done - 1}: an earlier run of the same was cut short")
     try:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
 from dus_edge.export import gptq as sink
@@ -14,15 +17,22 @@ from dus_edge.jobs.export.calibration import (
     Machine,
     TextChoice,
     forget_state,
+    joined_machine,
     kept_state,
     read_chunks,
     run_collector,
+    run_shared,
 )
-from dus_edge.jobs.job import Job, Result, Writing, Written, quiet, run_job
+from dus_edge.jobs.job import Job, Result, Writing, Written, quiet
 from dus_edge.packages import require
 from dus_edge.quant.gptq_format import GPTQSettings
 from dus_edge.text.chunks import Chunks
 from dus_edge.upscale.model import ChoosePlan, Model, Say
+
+if TYPE_CHECKING:  # these import torch
+    from dus_edge.calibrate.engine import State
+    from dus_edge.calibrate.gptq import GptqCollector
+    from dus_edge.calibrate.world import World
 
 
 def export_gptq(
@@ -37,10 +47,20 @@ def export_gptq(
     n_threads: int | None = None,
     overwrite: bool = False,
     say: Say = quiet,
-) -> Result:
-    """Base to a GPTQ checkpoint of its up-scaled model; no other copy of it is written."""
-    job = GPTQJob(folder, settings, text, machine, Writing(n_threads, overwrite))
-    return run_job(job, base, choose, say, adapter)
+) -> Result | None:
+    """Base to a GPTQ checkpoint of its up-scaled model; no other copy of it is written.
+
+    Under torchrun processes divide the chunks; all but the first return None.
+    """
+    require("hf", "calibration needs")
+    with joined_machine(machine) as (world, own):
+        job = GPTQJob(folder, settings, text, own, Writing(n_threads, overwrite), world)
+
+        def take_part(model: Model, checkpoint: Checkpoint) -> None:
+            with job.calibrated(model, checkpoint, read_chunks(model, text), quiet):
+                pass
+
+        return run_shared(job, base, choose, say, adapter, world, take_part)
 
 
 @dataclass(frozen=True)
@@ -62,6 +82,7 @@ class GPTQJob(Job[GPTQPlan]):
     text: TextChoice
     machine: Machine
     writing: Writing
+    world: World | None = None
 
     def need(self, say: Say) -> None:
         """PyTorch must be there."""
@@ -82,14 +103,8 @@ class GPTQJob(Job[GPTQPlan]):
         self, model: Model, checkpoint: Checkpoint, planned: GPTQPlan, say: Say
     ) -> tuple[tuple[Written, ...], tuple[str, ...]]:
         """Calibrate layer by layer, then write the folder."""
-        from dus_edge.calibrate import engine
-        from dus_edge.calibrate.gptq import GptqCollector
-
-        compute = engine.choose_settings(self.machine.device, self.machine.dtype)
-        collector = GptqCollector(self.settings)
-        more = f"gptq {self.settings}"
-        with kept_state(self.folder, model, planned.chunks, compute, more, say) as state:
-            run_collector(checkpoint, planned.chunks, collector, compute, state, say)
+        calibrated = self.calibrated(model, checkpoint, planned.chunks, say)
+        with calibrated as (collector, state):
             sink.write_checkpoint(
                 checkpoint,
                 self.folder,
@@ -108,3 +123,18 @@ class GPTQJob(Job[GPTQPlan]):
         total = sum(s.nbytes for s in planned.tensors)
         types = Counter(s.dtype for s in planned.tensors)
         return (Written(self.folder, total, types=types),), notes
+
+    @contextmanager
+    def calibrated(
+        self, model: Model, checkpoint: Checkpoint, chunks: Chunks, say: Say
+    ) -> Iterator[tuple[GptqCollector, State]]:
+        """All layers are quantized, and kept while the block runs."""
+        from dus_edge.calibrate import engine
+        from dus_edge.calibrate.gptq import GptqCollector
+
+        compute = engine.choose_settings(self.machine.device, self.machine.dtype)
+        more = f"gptq {self.settings}"
+        with kept_state(self.folder, model, chunks, compute, more, say, self.world) as state:
+            collector = GptqCollector(self.settings, world=state.world)
+            run_collector(checkpoint, chunks, collector, compute, state, say)
+            yield collector, state

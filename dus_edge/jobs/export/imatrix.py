@@ -13,19 +13,22 @@ from dus_edge.jobs.export.calibration import (
     Machine,
     TextChoice,
     forget_state,
+    joined_machine,
     kept_state,
     read_chunks,
     run_collector,
+    run_shared,
 )
 from dus_edge.jobs.export.gguf import ImatrixSource
-from dus_edge.jobs.job import Job, Result, Written, quiet, run_job
+from dus_edge.jobs.job import Job, Result, Written, quiet
 from dus_edge.packages import require
 from dus_edge.quant.imatrix import Importance, read_imatrix
 from dus_edge.text.chunks import Chunks
 from dus_edge.upscale.model import ChoosePlan, Model, Say
 
-if TYPE_CHECKING:  # this imports torch
+if TYPE_CHECKING:  # these import torch
     from dus_edge.calibrate.imatrix import ImatrixCollector
+    from dus_edge.calibrate.world import World
 
 
 def calibrate_importance(
@@ -35,6 +38,7 @@ def calibrate_importance(
     machine: Machine,
     keep: Path,
     say: Say,
+    world: World | None = None,
 ) -> Importance:
     """The importance matrix of a model that is open already.
 
@@ -45,14 +49,15 @@ def calibrate_importance(
         machine: where.
         keep: beside which file the state of an interrupted run is kept.
         say: takes lines for the user.
+        world: processes that share the chunks; this one alone if None.
     """
     from dus_edge.calibrate import engine
     from dus_edge.calibrate.imatrix import ImatrixCollector
 
     chunks = read_chunks(model, text)
-    collector = ImatrixCollector()
     compute = engine.choose_settings(machine.device, machine.dtype)
-    with kept_state(keep, model, chunks, compute, "imatrix", say) as state:
+    with kept_state(keep, model, chunks, compute, "imatrix", say, world) as state:
+        collector = ImatrixCollector(state.world)
         run_collector(checkpoint, chunks, collector, compute, state, say)
     return collected_importance(model, collector, chunks, text.label)
 
@@ -112,9 +117,19 @@ def export_imatrix(
     adapter: Path | None = None,
     overwrite: bool = False,
     say: Say = quiet,
-) -> Result:
-    """Base to the importance matrix of its up-scaled model, in llama.cpp's GGUF format."""
-    return run_job(ImatrixJob(path, text, machine, overwrite), base, choose, say, adapter)
+) -> Result | None:
+    """Base to the importance matrix of its up-scaled model, in llama.cpp's GGUF format.
+
+    Under torchrun processes divide the chunks; all but the first return None.
+    """
+    require("hf", "calibration needs")
+    with joined_machine(machine) as (world, own):
+        job = ImatrixJob(path, text, own, overwrite, world)
+
+        def take_part(model: Model, checkpoint: Checkpoint) -> None:
+            calibrate_importance(model, checkpoint, text, own, path, quiet, world)
+
+        return run_shared(job, base, choose, say, adapter, world, take_part)
 
 
 @dataclass(frozen=True)
@@ -125,10 +140,10 @@ class ImatrixJob(Job[None]):
     text: TextChoice
     machine: Machine
     overwrite: bool
+    world: World | None = None
 
     def need(self, say: Say) -> None:
-        """PyTorch must be there, and the output's name free."""
-        require("hf", "calibration needs")
+        """The output's name must be free."""
         check_absent([self.path], self.overwrite)
         check_writable(self.path.parent)
 
@@ -143,7 +158,9 @@ class ImatrixJob(Job[None]):
         self, model: Model, checkpoint: Checkpoint, planned: None, say: Say
     ) -> tuple[tuple[Written, ...], tuple[str, ...]]:
         """Collect and write."""
-        found = calibrate_importance(model, checkpoint, self.text, self.machine, self.path, say)
+        found = calibrate_importance(
+            model, checkpoint, self.text, self.machine, self.path, say, self.world
+        )
         write_imatrix(self.path, found)
         forget_state(self.path)
         n_bytes = self.path.stat().st_size

@@ -18,15 +18,17 @@ from dus_edge.jobs.export.calibration import (
     Machine,
     TextChoice,
     forget_state,
+    joined_machine,
     kept_state,
+    progress_of,
     read_chunks,
     run_collector,
+    run_shared,
 )
 from dus_edge.jobs.export.imatrix import collected_importance
-from dus_edge.jobs.job import Job, Result, Written, quiet, run_job
+from dus_edge.jobs.job import Job, Result, Written, quiet
 from dus_edge.machine import default_threads
 from dus_edge.packages import require
-from dus_edge.progress import progress
 from dus_edge.quant import choose as quantizers
 from dus_edge.quant.imatrix import Importance, match, read_imatrix
 from dus_edge.quant.sensitivity import Sensitivity, weights_identity, write_sensitivity
@@ -35,8 +37,9 @@ from dus_edge.text.chunks import Chunks
 from dus_edge.upscale.model import ChoosePlan, Model, Say
 from dus_edge.words import format_bytes
 
-if TYPE_CHECKING:  # this imports torch
+if TYPE_CHECKING:  # these import torch
     from dus_edge.calibrate.engine import ComputeSettings, State
+    from dus_edge.calibrate.world import World
 
 #: The `--imatrix` that is collected from the text itself.
 AUTO = "auto"
@@ -71,6 +74,7 @@ def measure_sensitivity(
     storage: AssumedStorage,
     keep: Path,
     say: Say,
+    world: World | None = None,
 ) -> Sensitivity:
     """The sensitivity of a model that is open already.
 
@@ -82,6 +86,7 @@ def measure_sensitivity(
         storage: how weights would be stored.
         keep: beside which file the state of an interrupted run is kept.
         say: takes lines for the user.
+        world: processes that share the chunks; this one alone if None.
 
     Raises:
         CheckpointError: the importance matrix is of another model, or states are not finite.
@@ -94,7 +99,7 @@ def measure_sensitivity(
     chunks = read_chunks(model, text)
     compute = engine.choose_settings(machine.device, machine.dtype)
     more = f"sensitivity, {storage.identity}, labels {text.seed}"
-    with kept_state(keep, model, chunks, compute, more, say) as state:
+    with kept_state(keep, model, chunks, compute, more, say, world) as state:
         costs = _measure(model, checkpoint, chunks, compute, storage, given, state, keep, text, say)
     n_chunks, n_ctx = chunks.tokens.shape
     n_tokens = n_chunks * (n_ctx - first_labelled(n_ctx))
@@ -132,16 +137,19 @@ def _measure(
     from dus_edge.calibrate.imatrix import ImatrixCollector
     from dus_edge.calibrate.streams import KeptStates, states_bytes
 
-    tokens, config = chunks.tokens, checkpoint.config
-    down = way.DownwardState(state.folder, state.identity)
-    if not down.has_states:
+    config, world = checkpoint.config, state.world
+    tokens = chunks.tokens[world.share]
+    down = way.DownwardState(state.folder, state.identity, world)
+    all_there = round(world.sum(down.has_states)[0]) == world.size
+    if world.first and not all_there:
         forget_state(keep)
+    world.wait()
     state.folder.mkdir(parents=True, exist_ok=True)
     n_bytes = states_bytes(config, tokens, compute.dtype, way.n_slots(config.n_layers))
     if not state.n_done():
         check_free_space(state.folder, n_bytes)
     say(f"A file of hidden states in {state.folder}: {format_bytes(n_bytes)}")
-    collector = ImatrixCollector()
+    collector = ImatrixCollector(world)
     with down.states() as fd, ThreadPoolExecutor(default_threads()) as pool:
         kept = KeptStates(fd, config, tokens, compute.dtype)
         run_collector(checkpoint, chunks, collector, compute, state, say, kept.put)
@@ -152,10 +160,10 @@ def _measure(
         quantizer.prepare(way.storing_conversions(checkpoint, tuple(given)), say)
         if down.n_done:
             say(f"{down.n_done} of {config.n_layers + 2} steps of the way down are done already")
-        with progress("Measuring", way.downward_work(checkpoint, tokens), unit="token-layers") as tick:
+        with progress_of(world, "Measuring", way.downward_work(checkpoint, tokens)) as tick:
             return way.go_down(
                 checkpoint,
-                tokens,
+                chunks.tokens,
                 kept,
                 Storing(quantizer, pool, given),
                 compute,
@@ -176,10 +184,19 @@ def export_sensitivity(
     adapter: Path | None = None,
     overwrite: bool = False,
     say: Say = quiet,
-) -> Result:
-    """Base to the sensitivities of its up-scaled model's tensors, as a file."""
-    job = SensitivityJob(path, text, machine, storage, overwrite)
-    return run_job(job, base, choose, say, adapter)
+) -> Result | None:
+    """Base to the sensitivities of its up-scaled model's tensors, as a file.
+
+    Under torchrun processes divide the chunks; all but the first return None.
+    """
+    require("hf", "calibration needs")
+    with joined_machine(machine) as (world, own):
+        job = SensitivityJob(path, text, own, storage, overwrite, world)
+
+        def take_part(model: Model, checkpoint: Checkpoint) -> None:
+            measure_sensitivity(model, checkpoint, text, own, storage, path, quiet, world)
+
+        return run_shared(job, base, choose, say, adapter, world, take_part)
 
 
 @dataclass(frozen=True)
@@ -191,10 +208,10 @@ class SensitivityJob(Job[None]):
     machine: Machine
     storage: AssumedStorage
     overwrite: bool
+    world: World | None = None
 
     def need(self, say: Say) -> None:
-        """Packages must be there, the importance matrix sound, and the output's name free."""
-        require("hf", "calibration needs")
+        """The quantizer must be there, the importance matrix sound, and the output's name free."""
         quantizers.find_quantizer(self.storage.quantizer).prepare((), say)
         if self.storage.imatrix not in (None, AUTO):
             read_imatrix(Path(str(self.storage.imatrix)))
@@ -214,7 +231,14 @@ class SensitivityJob(Job[None]):
     ) -> tuple[tuple[Written, ...], tuple[str, ...]]:
         """Measure and write."""
         found = measure_sensitivity(
-            model, checkpoint, self.text, self.machine, self.storage, self.path, say
+            model,
+            checkpoint,
+            self.text,
+            self.machine,
+            self.storage,
+            self.path,
+            say,
+            self.world,
         )
         write_sensitivity(self.path, found)
         forget_state(self.path)

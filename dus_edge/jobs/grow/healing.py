@@ -85,7 +85,7 @@ class _Runs:
     """Runs of one seed: their text is tokenized once, their losses are in ``losses.json``."""
 
     def __init__(self, model: Model, options: HealOptions, work: Path, texts: object) -> None:
-        from dus_edge.train.heal.parallel import joined_world
+        from dus_edge.calibrate.world import joined_world
 
         self.model, self.options, self.work, self.texts = model, options, work, texts
         self.base = model.open()

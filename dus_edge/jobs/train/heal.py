@@ -33,8 +33,8 @@ from dus_edge.upscale.view import UpscaledCheckpoint
 from dus_edge.words import format_bytes
 
 if TYPE_CHECKING:  # these import torch
+    from dus_edge.calibrate.world import World
     from dus_edge.jobs.train.heal_card import Recovery
-    from dus_edge.train.heal.parallel import World
     from dus_edge.train.recovery.data import HealData, HealTexts
 
 #: Checkpoints that are there at once: two are kept while the next is written.
@@ -71,7 +71,7 @@ def heal(
     refuse_gguf(base, "Training")
     options.check()
     require("hf", "healing needs")
-    from dus_edge.train.heal.parallel import joined_world
+    from dus_edge.calibrate.world import joined_world
 
     with joined_world(options.device) as world:
         job = HealJob(folder, options, Writing(n_threads, overwrite), world, say)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dus_edge.calibrate.world import World
 from dus_edge.train.heal.network import Network
-from dus_edge.train.heal.parallel import World
 from dus_edge.train.packing.batches import NO_LABEL, Batch
 
 

@@ -12,11 +12,11 @@ from types import FrameType
 
 import torch
 
+from dus_edge.calibrate.world import World
 from dus_edge.errors import DusEdgeError
 from dus_edge.train.heal.heldout import HeldoutLoss, heldout_loss
 from dus_edge.train.heal.network import Network
 from dus_edge.train.heal.optim import Schedule, set_rate
-from dus_edge.train.heal.parallel import World
 from dus_edge.train.heal.state import RunState
 from dus_edge.train.packing.batches import NO_LABEL, Batch, Batches
 

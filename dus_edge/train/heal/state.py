@@ -19,9 +19,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from dus_edge.calibrate.world import World
 from dus_edge.errors import OutputError, UsageError
 from dus_edge.files import write_text
-from dus_edge.train.heal.parallel import World
 
 _PREFIX = "step-"
 _PARTIAL = ".partial"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dus_edge.calibrate.world import World
 from dus_edge.checkpoint.card import read_licence
 from dus_edge.checkpoint.hub.dataset import HubDataset, dataset_documents, find_dataset
 from dus_edge.errors import UsageError
@@ -16,7 +17,6 @@ from dus_edge.jsonfile import find_object
 from dus_edge.progress import progress
 from dus_edge.text.documents import read_documents
 from dus_edge.text.tokenizers import Tokenizer, load_tokenizer
-from dus_edge.train.heal.parallel import World
 from dus_edge.train.packing.batches import Batch, Batches, heldout_batches
 from dus_edge.train.packing.tokens import (
     Stream,

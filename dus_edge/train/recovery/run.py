@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dus_edge.calibrate.world import World
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.progress import progress
 from dus_edge.train.heal import lora
@@ -25,7 +26,6 @@ from dus_edge.train.heal.network import (
 )
 from dus_edge.train.heal.optim import Schedule, make_optimizer
 from dus_edge.train.heal.parallel import (
-    World,
     load_shards,
     named_parameters,
     shard_network,

@@ -1,0 +1,106 @@
+"""Calibration under torchrun: two processes divide the chunks and find what one finds alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dus_edge.jobs.export.calibration import Machine, TextChoice
+from dus_edge.jobs.export.gptq import export_gptq
+from dus_edge.jobs.export.imatrix import export_imatrix
+from dus_edge.jobs.export.sensitivity import AssumedStorage, export_sensitivity
+from dus_edge.quant.gptq_format import GPTQSettings
+from dus_edge.quant.imatrix import read_imatrix
+from dus_edge.quant.sensitivity import read_sensitivity
+from dus_edge.upscale.model import plan_chooser
+
+pytestmark = pytest.mark.usefixtures("compiled")
+CHOOSE = plan_chooser(None, None, (), True)
+#: An odd number: the second process has fewer.
+TEXT = TextChoice(n_ctx=32, n_chunks=5)
+CPU = Machine("cpu")
+#: After how many layers of gradients each process ends at once.
+CUT = 4
+
+
+def calibrate(base: str, out: Path, cut: bool = False) -> None:
+    """Everything that runs text through a model; in each process, under torchrun."""
+    if cut:
+        from dus_edge.calibrate import sensitivity as way
+
+        whole, left = way.layer_gradients, [CUT]
+
+        def cutting(*args):
+            if not left[0]:
+                os._exit(9)
+            left[0] -= 1
+            return whole(*args)
+
+        way.layer_gradients = cutting
+    else:
+        export_imatrix(base, CHOOSE, out / "i.gguf", TEXT, CPU)
+        export_gptq(base, CHOOSE, out / "gptq", GPTQSettings(group_size=32), TEXT, CPU)
+    export_sensitivity(base, CHOOSE, out / "s.json", TEXT, CPU, AssumedStorage("auto"))
+
+
+def start(base: Path, out: Path, *cut: str) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "tests.test_many_processes", base, out, *cut],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_two_processes_find_what_one_finds(make_checkpoint, tmp_path):
+    base, alone, both = make_checkpoint(), tmp_path / "alone", tmp_path / "both"
+    calibrate(str(base), alone)
+    cut = start(base, both, "cut")
+    assert cut.returncode != 0
+    assert not (both / "s.json").exists() and (both / "s.json.calibration").is_dir()
+    run = start(base, both)
+    assert run.returncode == 0, run.stderr
+    assert sorted(p.name for p in both.iterdir()) == sorted(p.name for p in alone.iterdir())
+
+    one, two = (read_imatrix(folder / "i.gguf") for folder in (alone, both))
+    assert one.counts == two.counts and set(one.counts.values()) == {5 * 32}
+    for name, sums in one.sums.items():
+        np.testing.assert_allclose(two.sums[name], sums, rtol=1e-6, err_msg=name)
+    # A weight that lies between two codes may fall to either side.
+    a, b = (load_file(folder / "gptq" / "model.safetensors") for folder in (alone, both))
+    assert a.keys() == b.keys()
+    codes = [k for k in a if k.endswith("qweight")]
+    assert sum((a[k] != b[k]).sum() for k in codes) <= 0.001 * sum(a[k].size for k in codes)
+    for name in (k for k in a if not k.endswith(("qweight", "qzeros"))):
+        np.testing.assert_allclose(b[name], a[name], rtol=1e-3, err_msg=name)
+
+    one, two = (read_sensitivity(folder / "s.json") for folder in (alone, both))
+    assert (one.identity, one.n_tokens, one.text) == (two.identity, two.n_tokens, two.text)
+    for name, by_kind in one.kl.items():
+        assert two.kl[name] == pytest.approx(by_kind, rel=1e-5), name
+
+
+def test_fewer_chunks_than_processes_is_refused(make_checkpoint, monkeypatch, tmp_path):
+    from dus_edge.calibrate.engine import State
+    from dus_edge.calibrate.world import ALONE, World
+    from dus_edge.errors import UsageError
+    from dus_edge.jobs.export.calibration import run_collector
+    from dus_edge.text.chunks import Chunks
+
+    chunks = Chunks(np.zeros((1, 8), np.int32), ("en",), 0, "")
+    state = State(tmp_path, {}, World(0, 2, ALONE.device))
+    with pytest.raises(UsageError, match="1 chunks of text cannot be divided among 2 processes"):
+        run_collector(None, chunks, None, None, state, print)
+
+
+if __name__ == "__main__":
+    calibrate(sys.argv[1], Path(sys.argv[2]), cut=len(sys.argv) > 3)
