@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from dus_edge.jobs.export import gptq, imatrix, sensitivity
 from dus_edge.jobs.export.calibration import Machine, TextChoice
 from dus_edge.jobs.export.gptq import export_gptq
 from dus_edge.jobs.export.imatrix import export_imatrix
@@ -29,24 +31,46 @@ CPU = Machine("cpu")
 CUT = 4
 
 
-def calibrate(base: str, out: Path, cut: bool = False) -> None:
-    """Everything that runs text through a model; in each process, under torchrun."""
-    if cut:
-        from dus_edge.calibrate import sensitivity as way
-
-        whole, left = way.layer_gradients, [CUT]
-
-        def cutting(*args):
-            if not left[0]:
-                os._exit(9)
-            left[0] -= 1
-            return whole(*args)
-
-        way.layer_gradients = cutting
-    else:
-        export_imatrix(base, CHOOSE, out / "i.gguf", TEXT, CPU)
-        export_gptq(base, CHOOSE, out / "gptq", GPTQSettings(group_size=32), TEXT, CPU)
+def find_sensitivity(base: str, out: Path) -> None:
     export_sensitivity(base, CHOOSE, out / "s.json", TEXT, CPU, AssumedStorage("auto"))
+
+
+def calibrate(base: str, out: Path) -> None:
+    """Everything that runs text through a model."""
+    export_imatrix(base, CHOOSE, out / "i.gguf", TEXT, CPU)
+    export_gptq(base, CHOOSE, out / "gptq", GPTQSettings(group_size=32), TEXT, CPU)
+    find_sensitivity(base, out)
+
+
+def cut_short(base: str, out: Path) -> None:
+    """A process that ends at once, on the way down."""
+    from dus_edge.calibrate import sensitivity as way
+
+    whole, left = way.layer_gradients, [CUT]
+
+    def cutting(*args):
+        if not left[0]:
+            os._exit(9)
+        left[0] -= 1
+        return whole(*args)
+
+    way.layer_gradients = cutting
+    find_sensitivity(base, out)
+
+
+def calibrate_joined(base: str, out: Path) -> None:
+    """`calibrate`, where torchrun's store knows only one meeting of the processes."""
+    from dus_edge.calibrate.world import joined_world
+
+    with joined_world("cpu") as world:
+
+        @contextmanager
+        def joined(machine: Machine):
+            yield world, machine
+
+        for job in (imatrix, gptq, sensitivity):
+            job.joined_machine = joined
+        calibrate(base, out)
 
 
 def start(base: Path, out: Path, *cut: str) -> subprocess.CompletedProcess[str]:
@@ -103,4 +127,5 @@ def test_fewer_chunks_than_processes_is_refused(make_checkpoint, monkeypatch, tm
 
 
 if __name__ == "__main__":
-    calibrate(sys.argv[1], Path(sys.argv[2]), cut=len(sys.argv) > 3)
+    work = cut_short if len(sys.argv) > 3 else calibrate_joined
+    work(sys.argv[1], Path(sys.argv[2]))

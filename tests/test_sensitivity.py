@@ -243,6 +243,7 @@ def short(**more) -> TextChoice:
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, make_checkpoint):
     base = str(make_checkpoint())
     storage, machine = AssumedStorage("auto"), Machine("cpu")
+    monkeypatch.setitem(engine._BATCH_TOKENS, "cpu", 64)  # two batches of two chunks
 
     def run(path):
         export_sensitivity(base, CHOOSE, path, short(), machine, storage)
@@ -270,7 +271,6 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, mak
         assert path.read_bytes() == (tmp_path / "whole.json").read_bytes()
         assert not list(tmp_path.glob("*.calibration"))
 
-    monkeypatch.setitem(engine._BATCH_TOKENS, "cpu", 64)  # two batches of two chunks
     check_each(check, ["ffn"], [0, 5])
     check_each(check, ["layer_gradients"], [1, 4])
     check_each(check, ["embedding_kl", "head_kl"], [0])
