@@ -13,7 +13,7 @@ from dus_edge.quant.choose import DEFAULT, QUANTIZERS
 from dus_edge.words import duration, format_bytes
 
 #: Chunks of text that are enough; see docs/calibration.md.
-DEFAULT_CHUNKS = 32
+DEFAULT_CHUNKS = 16
 
 
 @click.command("sensitivity")

@@ -89,6 +89,10 @@ def joined_machine(machine: Machine) -> Iterator[tuple[World, Machine]]:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield ALONE, machine
         return
+    if machine.device not in ("auto", "cpu", "cuda"):
+        raise UsageError(
+            f"--device {machine.device} is not for many processes; under torchrun take cpu or cuda."
+        )
     with joined_world(pick_device(machine.device)) as world:
         yield world, Machine(str(world.device), machine.dtype)
 
