@@ -155,7 +155,7 @@ def test_the_cost_of_the_head_is_its_divergence():
 
 def test_types_fit_the_width():
     assert candidate_types(512) == CANDIDATES
-    assert candidate_types(96) == (t.Q4_0, t.Q5_0, t.Q5_1, t.Q8_0)
+    assert candidate_types(96) == (t.Q4_0, t.IQ4_NL, t.Q5_0, t.Q5_1, t.Q8_0)
     assert candidate_types(100) == (t.F16,)
 
 
@@ -212,7 +212,7 @@ def test_costs_foretell_measured_divergence(pico_found):
         tensors = [n for n in checkpoint.specs() if n in way.tensors_of(checkpoint)]
         for i, name in enumerate(tensors[::4]):
             kinds = candidate_types(checkpoint.specs()[name].shape[-1])
-            kind = kinds[i % 5]
+            kind = kinds[i % len(kinds)]
             (error,) = storing.errors(family.gguf_name(name), checkpoint.read(name), [kind])
             parameters[name].data += error
             measured = measured_kl(network, reference, tokens)

@@ -7,7 +7,9 @@ from dus_edge.quant.recipe import fitting_type
 from dus_edge.quant.types import QuantType
 
 #: From the fewest bits to the most.
-CANDIDATES: tuple[QuantType, ...] = (t.Q2_K, t.Q3_K, t.Q4_0, t.Q4_K, t.Q5_K, t.Q6_K, t.Q8_0)
+CANDIDATES: tuple[QuantType, ...] = (
+    *(t.Q2_K, t.Q3_K, t.IQ4_XS, t.Q4_0, t.Q4_K, t.Q5_K, t.Q6_K, t.Q8_0),
+)
 
 
 def candidate_types(n_cols: int) -> tuple[QuantType, ...]:
