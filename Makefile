@@ -103,7 +103,7 @@ mlx: $(VENV)/run.stamp ## Up-scale BASE to a folder for MLX on Macs, OUT/mlx.
 imatrix: $(VENV)/hf.stamp ## Collect BASE's importance matrix, OUT/imatrix.gguf.
 	@$(TEXTS); $(BIN)/dus-edge imatrix $(PLAN) "$$@" -o "$$OUT/imatrix.gguf" --overwrite -- "$$BASE"
 
-sensitivity: $(VENV)/hf.stamp ## Estimate what each type costs BASE's tensors, OUT/sensitivity.json.
+sensitivity: $(VENV)/hf.stamp ## What types cost BASE's tensors: OUT/sensitivity.json.
 	@$(TEXTS); $(BIN)/dus-edge sensitivity $(PLAN) $${IMATRIX:+--imatrix "$$IMATRIX"} "$$@" \
 	  -o "$$OUT/sensitivity.json" --overwrite -- "$$BASE"
 
