@@ -9,6 +9,8 @@ DROP      ?=
 OUT       ?= build
 QUANTIZER ?= native
 IMATRIX   ?=
+FIT       ?=
+LIKE      ?=
 BITS      ?= 4
 GROUP     ?=
 TEXT      ?=
@@ -37,7 +39,7 @@ LLAMA_BUILD := CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" CMAKE_GENERATOR=Ninj
 
 # What a person sets reaches the shell through its environment and is quoted there: neither make nor
 # the shell reads anything in it.
-SET := QUANT BASE DROP OUT QUANTIZER IMATRIX BITS GROUP TEXT MINUTES TRAIN TOKENS MODEL DATA FILE SUITE DOCS ROWS PORT TESTS
+SET := QUANT BASE DROP OUT QUANTIZER IMATRIX FIT LIKE BITS GROUP TEXT MINUTES TRAIN TOKENS MODEL DATA FILE SUITE DOCS ROWS PORT TESTS
 $(foreach v,$(SET),$(eval override $(v) := $$(value $(v))))
 export $(SET)
 PLAN  := $${DROP:+--drop "$$DROP"}
@@ -48,7 +50,9 @@ TEXTS := set -f; if [ -e "$$TEXT" ]; then set -- --text "$$TEXT"; \
 
 # What `make gguf` needs set up: ggml's quantizers come with llama-cpp-python, calibrating needs torch.
 GGUF_STAMPS := $(VENV)/$(if $(filter ggml,$(QUANTIZER)),llama,run).stamp \
-  $(if $(filter auto,$(IMATRIX)),$(VENV)/hf.stamp)
+  $(if $(filter auto,$(IMATRIX))$(FIT)$(LIKE),$(VENV)/hf.stamp)
+# A mix of types is chosen by text that runs through the model; a preset is not.
+MIXED := $${FIT:+--fit "$$FIT"} $${LIKE:+--like "$$LIKE"}
 
 # What a model is run by: llama.cpp, or transformers where FILE is a folder.
 TALK_STAMPS := $(VENV)/$(if $(wildcard $(FILE)/config.json),hf,llama).stamp
@@ -71,6 +75,8 @@ help: ## List the targets.
 	  "OUT=$$OUT" "Folder to write results to." \
 	  "QUANTIZER=$$QUANTIZER" "Quantize with native, or llama.cpp's ggml, compiled once." \
 	  "IMATRIX=$$IMATRIX" "Importance matrix of gguf: a file, or auto to collect it." \
+	  "FIT=$$FIT" "Device whose memory gguf makes the best mix for." \
+	  "LIKE=$$LIKE" "Preset whose size gguf makes the best mix of." \
 	  "BITS=$$BITS" "Bits of gptq and mlx; empty: bench without gptq." \
 	  "GROUP=$$GROUP" "Columns that share a scale; empty: gptq 128, mlx 64." \
 	  "TEXT=$$TEXT" "Calibration text, files or folders; empty: built in." \
@@ -85,8 +91,9 @@ help: ## List the targets.
 	  "PORT=$$PORT" "Port of serve." \
 	  "MINUTES=$$MINUTES" "Minutes for which fuzz tries what was never tried."
 
-gguf: $(GGUF_STAMPS) ## Up-scale BASE to a GGUF of preset QUANT, and a Modelfile.
-	@$(TEXTS); [ -n "$$IMATRIX" ] || set --; $(BIN)/dus-edge gguf $(PLAN) -q "$$QUANT" \
+gguf: $(GGUF_STAMPS) ## Up-scale BASE to a GGUF of preset QUANT, or a mix (FIT, LIKE).
+	@$(TEXTS); [ -n "$$IMATRIX$$FIT$$LIKE" ] || set --; \
+	  [ -n "$$FIT$$LIKE" ] || set -- -q "$$QUANT" "$$@"; $(BIN)/dus-edge gguf $(PLAN) $(MIXED) \
 	  --quantizer "$$QUANTIZER" $${IMATRIX:+--imatrix "$$IMATRIX"} "$$@" \
 	  -o "$$OUT" --alias solar-dus --overwrite -- "$$BASE"
 

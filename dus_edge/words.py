@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from dus_edge.errors import UsageError
 
 #: Columns of everything that is printed.
 WIDTH = 80
@@ -41,6 +44,32 @@ def format_bytes(n: float) -> str:
             break
         n /= 1024
     return f"{n:.0f} B" if unit == "B" else f"{n:.{2 if n < 10 else 1}f} {unit}"
+
+
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?) ?([KMGT]?)(I?)B?", re.ASCII)
+
+
+def parse_bytes(text: str, where: str) -> int:
+    """Bytes that a size spells: ``6GiB``, ``5.5 G``, ``700 MB``, ``123456``.
+
+    GB is 10⁹ bytes, GiB and G are 2³⁰.
+
+    Args:
+        text: in any case.
+        where: names the option in the message.
+
+    Raises:
+        UsageError: it is none, or not even one byte.
+    """
+    found = _SIZE.fullmatch(text.strip().upper())
+    if found is not None:
+        number, prefix, binary = found.groups()
+        decimal = prefix and not binary and text.strip().upper().endswith("B")
+        unit = 1000 ** (_UNITS[prefix] // 10) if decimal else 1 << _UNITS[prefix]
+        if (nbytes := int(float(number) * unit)) > 0:
+            return nbytes
+    raise UsageError(f"{where} is {text!r}; give a size such as 6GiB or 700MiB.")
 
 
 def format_rate(amount: float, seconds: float, unit: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import llama_cpp
@@ -10,6 +12,7 @@ import llama_cpp
 from dus_edge.jobs.export.gguf import export_gguf
 from dus_edge.quant.choose import DEFAULT
 from dus_edge.quant.recipe import PRESETS
+from dus_edge.quant.types import TYPES
 from dus_edge.upscale.model import plan_chooser
 
 SILENT = llama_cpp.llama_log_callback(lambda level, text, data: None)
@@ -63,6 +66,25 @@ def llama_quantize(source: Path, target: Path, preset: str) -> None:
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = PRESETS[preset].file_type
     params.nthread = 2
+    code = llama_cpp.llama_model_quantize(
+        str(source).encode(), str(target).encode(), ctypes.byref(params)
+    )
+    assert code == 0
+
+
+def llama_quantize_as(source: Path, target: Path, types: Mapping[str, str]) -> None:
+    """llama-quantize with --tensor-type for each tensor, by its whole name."""
+    entries = [
+        llama_cpp.llama_model_tensor_override(f"^{re.escape(n)}$".encode(), TYPES[kind].ggml_id)
+        for n, kind in types.items()
+    ]
+    entries.append(llama_cpp.llama_model_tensor_override(None, 0))
+    overrides = (llama_cpp.llama_model_tensor_override * len(entries))(*entries)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = PRESETS["q4_k_m"].file_type, 2
+    params.tt_overrides = ctypes.cast(
+        overrides, ctypes.POINTER(llama_cpp.llama_model_tensor_override)
+    )
     code = llama_cpp.llama_model_quantize(
         str(source).encode(), str(target).encode(), ctypes.byref(params)
     )

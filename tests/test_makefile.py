@@ -68,6 +68,15 @@ def test_every_variable_is_one_word(made, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_mix_takes_the_place_of_the_preset(made, tmp_path):
+    for value in NASTY:
+        for name in ("FIT", "LIKE"):
+            words = made("gguf", f"{name}={value}", "QUANT=not this", "TEXT=a")
+            assert words[words.index(f"--{name.lower()}") + 1] == value
+            assert "not this" not in words and words[words.index("--text") + 1] == "a"
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("target", ["sft", "dpo"])
 def test_model_and_data_are_one_word(made, tmp_path, target):
     for value in NASTY:

@@ -73,6 +73,7 @@ HEAVY = {
         "tables.evaluation_plot",
         "tables.grow.seam_plot",
         "tables.grow.sweep_plot",
+        "tables.mix.plot",
         "quality.plot",
         "train.recovery.plot",
     ),

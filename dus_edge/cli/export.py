@@ -16,6 +16,7 @@ from dus_edge.cli.options import (
     output_options,
     plan_options,
 )
+from dus_edge.cli.quants.mix import made_mixes, mix_json, mix_options
 from dus_edge.cli.say import (
     keep_digests,
     print_folder,
@@ -66,6 +67,7 @@ DEFAULT_PRESET = "q4_k_m"
     help="Use an importance matrix: a file in a format of llama.cpp's, or auto to collect it now.",
 )
 @calibration_options
+@mix_options
 @click.option(
     "--alias",
     metavar="NAME",
@@ -83,6 +85,7 @@ def gguf_command(
     imatrix: str | None,
     text: Any,
     machine: Any,
+    mix: Any,
     alias: str | None,
     as_json: bool,
     verbose: bool,
@@ -96,7 +99,7 @@ def gguf_command(
     """
     from dus_edge.checkpoint.gguf.source import names_gguf
 
-    if not presets and names_gguf(base):
+    if mix is None and not presets and names_gguf(base):
         from dus_edge.jobs.export.ranges import copy_ranges, refuse_quantizing
 
         writing.pop("allow_nonfinite")
@@ -111,6 +114,11 @@ def gguf_command(
     # Each once; of one that is given twice the later place counts.
     asked = [find_preset(name) for word in presets or (DEFAULT_PRESET,) for name in word.split(",")]
     chosen = list({p.name: p for p in reversed(asked)}.values())[::-1]
+    more: dict[str, Any] = {"quantizer": quantizer}
+    if mix is not None:
+        adapter, has_imatrix = writing["adapter"], imatrix is not None
+        made = made_mixes(mix, base, choose, presets, chosen, adapter, has_imatrix, say_to(as_json))
+        chosen, more["mixes"] = [m.preset for m in made], mix_json(made)
     source = None
     if imatrix is not None:
         from dus_edge.jobs.export.imatrix import imatrix_source
@@ -128,7 +136,7 @@ def gguf_command(
         **writing,
     )
     keep_digests(result, digest)
-    print_gguf(result, alias, as_json, verbose, quantizer=quantizer)
+    print_gguf(result, alias, as_json, verbose, **more)
 
 
 @click.command("upscale")

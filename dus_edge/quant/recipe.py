@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dus_edge.errors import UsageError
 from dus_edge.quant import types as t
@@ -28,11 +28,17 @@ class Preset:
         name: lower-case name, e.g. ``q4_k_m``.
         file_type: its number in ``enum llama_ftype`` (`general.file_type`).
         default: the type of every tensor that no rule speaks of.
+        chosen: of a mix that was made for one model, the type of each matrix by GGUF name; no
+            rule is asked of these.
+        said: what a file says of such a choice, by key (`dus.mix.` stands before it): texts,
+            whole numbers and floats.
     """
 
     name: str
     file_type: int
     default: QuantType
+    chosen: Mapping[str, QuantType] = field(default_factory=dict, hash=False, repr=False)
+    said: Mapping[str, str | int | float] = field(default_factory=dict, hash=False, repr=False)
 
     @property
     def label(self) -> str:
@@ -113,12 +119,19 @@ def tensor_type(preset: Preset, name: str, shape: Sequence[int], model: ModelSha
         shape: outermost first; the last dimension is the row that blocks divide.
         model: the resulting model's shape.
     """
-    if len(shape) < 2 or not name.endswith("weight") or name.endswith("_norm.weight"):
+    if not is_matrix(name, shape):
         return t.F32
+    if name in preset.chosen:
+        return preset.chosen[name]
     if preset.default.block_weights == 1:
         return preset.default
     n_cols = shape[-1]
     return fitting_type(_mixed(preset, name, n_cols, model), n_cols)
+
+
+def is_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor of that GGUF name is one that presets quantize; all others stay F32."""
+    return len(shape) > 1 and name.endswith("weight") and not name.endswith("_norm.weight")
 
 
 def _mixed(preset: Preset, name: str, n_cols: int, model: ModelShape) -> QuantType:

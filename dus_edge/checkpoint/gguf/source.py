@@ -32,7 +32,8 @@ _TOKENIZER = "tokenizer.json"
 Wanted = Literal["always", "never", "if known"]
 #: Types of tensors and of files at the end of a file's name.
 _TYPES = re.compile(
-    r"[-._](?:i?q\d\w*|t[qm]\d\w*|mxfp4\w*|nvfp4|b?f16|fp16|f32|fp32)$", re.IGNORECASE | re.ASCII
+    r"[-._](?:i?q\d\w*|mix_\d\w*|t[qm]\d\w*|mxfp4\w*|nvfp4|b?f16|fp16|f32|fp32)$",
+    re.IGNORECASE | re.ASCII,
 )
 #: Suggested sampling: GGUF's keys, and generation_config.json's.
 _SAMPLING = {

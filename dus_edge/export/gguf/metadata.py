@@ -22,6 +22,7 @@ from dus_edge.export.gguf.format import KeyValue
 from dus_edge.export.vocab.vocab import Vocab, vocab_metadata
 from dus_edge.families.rules import each
 from dus_edge.jsonfile import find_object
+from dus_edge.quant.mix.file import MIX_PREFIX
 from dus_edge.quant.recipe import Preset
 from dus_edge.upscale.methods import COPY
 from dus_edge.upscale.naming import ModelName
@@ -95,9 +96,17 @@ def with_file_type(metadata: list[KeyValue], preset: Preset) -> list[KeyValue]:
     """
     return [
         *metadata,
+        *_mix_metadata(preset),
         KeyValue("general.quantization_version", gguf.GGML_QUANT_VERSION, Kind.UINT32),
         KeyValue("general.file_type", preset.file_type, Kind.UINT32),
     ]
+
+
+def _mix_metadata(preset: Preset) -> Iterator[KeyValue]:
+    """Where the types of a mix come from; nothing of a preset."""
+    kinds = {str: Kind.STRING, int: Kind.UINT32, float: Kind.FLOAT32}
+    for key, value in preset.said.items():
+        yield KeyValue(f"{MIX_PREFIX}{key}", value, kinds[type(value)])
 
 
 def _text(key: str, value: str) -> KeyValue:

@@ -24,6 +24,7 @@ from dus_edge.ollama.facts import model_facts, render_facts
 from dus_edge.progress import progress
 from dus_edge.quant import choose
 from dus_edge.quant.imatrix import Importance, match
+from dus_edge.quant.mix.file import mix_path, write_mix
 from dus_edge.quant.recipe import Preset
 from dus_edge.upscale.model import ChoosePlan, Model, Say
 from dus_edge.words import counts_text, wrap
@@ -128,7 +129,8 @@ class GGUFJob(Job[GGUFPlan]):
         )
         files = self._files(model, metadata, None if self.imatrix is None else [])
         sink.check_outputs(files, self.writing.overwrite)
-        check_absent([_modelfile(f) for f in files], self.writing.overwrite)
+        mixes = [mix_path(f.path) for f in files if f.preset.chosen]
+        check_absent([*map(_modelfile, files), *mixes], self.writing.overwrite)
         return GGUFPlan(vocab, metadata, files)
 
     def write(
@@ -157,6 +159,8 @@ class GGUFJob(Job[GGUFPlan]):
             )
         for file, text in zip(files, texts, strict=True):
             write_text(_modelfile(file), text)
+            if file.preset.chosen:
+                write_mix(mix_path(file.path), file.preset)
         if self.alias:
             _link(self.alias, files)
         return tuple(map(_written, files)), (*planned.vocab.notes, *notes)

@@ -208,21 +208,27 @@ def offloaded(model: StoredModel, settings: RunSettings) -> tuple[int, bool]:
 
 def weights_on_device(model: StoredModel, settings: RunSettings) -> int:
     """Bytes of the tensors on the device, with the padding of its buffers."""
-    layers, head = offloaded(model, settings)
-    if settings.backend == "CPU":
-        return _padded_sizes(model.tensors, settings)
     if settings.backend == "Metal" and settings.era == "2023":
         return model.weights_bytes  # one mapping of the whole file
+    return padded_sizes(device_tensors(model, settings), settings)
+
+
+def device_tensors(model: StoredModel, settings: RunSettings) -> list[TensorSize]:
+    """The tensors on the device; one that is there beside the host's own copy is among them."""
+    layers, head = offloaded(model, settings)
+    if settings.backend == "CPU":
+        return list(model.tensors)
     first = model.n_layers - layers
     chosen = [x for x in model.tensors if x.layer is not None and x.layer >= first]
     if head:
         chosen += [x for x in model.tensors if x.name.startswith("output")]
         if model.tied_head:
             chosen.append(model.head)  # a second copy; the host keeps its own for the input
-    return _padded_sizes(chosen, settings)
+    return chosen
 
 
-def _padded_sizes(tensors: Iterable[TensorSize], settings: RunSettings) -> int:
+def padded_sizes(tensors: Iterable[TensorSize], settings: RunSettings) -> int:
+    """Bytes of tensors in a device's buffers: their rows and ends are padded there."""
     alignment = BUFFER_ALIGNMENT[settings.backend]
     total = 0
     for x in tensors:

@@ -1,0 +1,1 @@
+"""How mixes of types are shown."""
