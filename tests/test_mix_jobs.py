@@ -160,12 +160,20 @@ def test_a_device_is_fitted(run, known, tmp_path):
     assert max(map(len, out.splitlines())) <= 80
     (path,) = tmp_path.glob("*.gguf")
     assert {k for n, k in types(path).items() if "norm" not in n} == {"Q8_0"}
-    _, tight = made(
-        run, tmp_path / "tight", "--fit", "rtx-3060-12gb", "--reserve", "10.83GiB", "--at", "512",
-        "--sensitivity", known,
-    )  # fmt: skip
-    mix = tight["mixes"][0]
-    assert mix["taken_bytes"] <= mix["budget_bytes"]
+
+
+def test_what_is_reserved_is_left(run, known, tmp_path):
+    """Of pico's best types a MiB less than they take."""
+    fit = ("--fit", "rtx-3060-12gb", "--at", "512", "--sensitivity", known)
+    loose = made(run, tmp_path / "a", *fit)[1]["mixes"][0]
+    reserve = loose["budget_bytes"] - loose["taken_bytes"] + 2**20
+    path, said = made(run, tmp_path / "b", *fit, "--reserve", str(reserve))
+    tight = said["mixes"][0]
+    assert tight["budget_bytes"] == loose["budget_bytes"] - reserve
+    assert tight["budget_bytes"] - 2**17 < tight["taken_bytes"] <= tight["budget_bytes"]
+    assert tight["expected_kl"] > loose["expected_kl"]
+    # What stays on the host takes its best type; see the device's memory by that of the file.
+    assert types(path)["token_embd.weight"] == "Q8_0" or "output.weight" not in types(path)
 
 
 def test_the_picture_is_drawn_the_same_each_time(run, known, tmp_path):
@@ -207,7 +215,6 @@ REFUSED = {
         ("--target-bpw", "4.6", "--drop", "1", "--sensitivity", "{known}"),
         "s.json knows nothing of blk.12.attn_k.weight as ",
     ),
-    "no sensitivity": (SIZED, "name a file of that with --sensitivity FILE."),
     "a sensitivity that is not there": (
         (*SIZED, "--sensitivity", "none.json"), "none.json is missing; "
     ),

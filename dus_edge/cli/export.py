@@ -16,7 +16,7 @@ from dus_edge.cli.options import (
     output_options,
     plan_options,
 )
-from dus_edge.cli.quants.mix import made_mixes, mix_json, mix_options
+from dus_edge.cli.quants.mix import made_mixes, measuring_of, mix_json, mix_options
 from dus_edge.cli.say import (
     keep_digests,
     print_folder,
@@ -116,8 +116,9 @@ def gguf_command(
     chosen = list({p.name: p for p in reversed(asked)}.values())[::-1]
     more: dict[str, Any] = {"quantizer": quantizer}
     if mix is not None:
-        adapter, has_imatrix = writing["adapter"], imatrix is not None
-        made = made_mixes(mix, base, choose, presets, chosen, adapter, has_imatrix, say_to(as_json))
+        how = measuring_of(out, text, machine, quantizer, imatrix)
+        say, adapter = say_to(as_json), writing["adapter"]
+        made = made_mixes(mix, base, choose, presets, chosen, how, adapter, say)
         chosen, more["mixes"] = [m.preset for m in made], mix_json(made)
     source = None
     if imatrix is not None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dus_edge.cli.quants.sensitivity import DEFAULT_CHUNKS
 from dus_edge.errors import UsageError
 from dus_edge.words import format_bytes, parse_bytes, wrap
 
 if TYPE_CHECKING:
-    from dus_edge.jobs.export.mix import FitGoal, MadeMix, MixChoice
+    from dus_edge.jobs.export.mix import FitGoal, MadeMix, Measuring, MixChoice
 
 _GOALS = ("target_size", "target_bpw", "like", "fit", "mix")
 _FIT_ONLY = ("at", "fit_memory", "fit_platform", "fit_kv_type", "reserve")
@@ -47,7 +48,8 @@ _OPTIONS = (
         "--sensitivity",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="What each type costs each tensor, as dus-edge sensitivity writes it.",
+        help="What each type costs each tensor, as dus-edge sensitivity writes it. [default: what "
+        "-o DIR has of this model, else it is measured first]",
     ),
     click.option(
         "--keep",
@@ -182,14 +184,26 @@ def _check_plot(path: Path) -> None:
     check_writable(path.parent)
 
 
+def measuring_of(
+    folder: Path, text: Any, machine: Any, quantizer: str, imatrix: str | None
+) -> Measuring:
+    """How to find out what types cost, by the options of `gguf`."""
+    from dus_edge.jobs.export.mix import Measuring
+    from dus_edge.jobs.export.sensitivity import AssumedStorage
+
+    n_chunks = text.n_chunks or DEFAULT_CHUNKS
+    storage = AssumedStorage(imatrix, quantizer)
+    return Measuring(folder, replace(text, n_chunks=n_chunks), machine, storage)
+
+
 def made_mixes(
     words: MixWords,
     base: str,
     choose: Any,
     asked: Sequence[str],
     presets: Sequence[Any],
+    measuring: Any,
     adapter: Path | None,
-    has_imatrix: bool,
     say: Callable[[str], None],
 ) -> list[MadeMix]:
     """The mixes that were asked for, said and drawn.
@@ -200,8 +214,8 @@ def made_mixes(
         choose: gives the plan for its depth.
         asked: presets as they were given with -q.
         presets: the same, or the default.
+        measuring: how to find out what types cost, where no file says it.
         adapter: to be merged.
-        has_imatrix: whether files are quantized with importance.
         say: takes lines for the user.
 
     Raises:
@@ -214,7 +228,14 @@ def made_mixes(
             f"-q {','.join(asked)} and {words.goal} both say what the types are; give one of them."
         )
     made = make_mixes(
-        base, choose, words.choice, presets, adapter=adapter, has_imatrix=has_imatrix, say=say
+        base,
+        choose,
+        words.choice,
+        presets,
+        measuring,
+        adapter=adapter,
+        has_imatrix=measuring.storage.imatrix is not None,
+        say=say,
     )
     for mix in made:
         say(mix_text(mix))

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 
 from dus_edge.checkpoint.config import ModelConfig
-from dus_edge.errors import UsageError
 from dus_edge.export.gguf import sink
 from dus_edge.export.gguf.format import KeyValue
 from dus_edge.export.gguf.metadata import build_metadata
@@ -20,6 +19,8 @@ from dus_edge.export.gguf.mix import (
     preset_types,
 )
 from dus_edge.export.vocab.vocab import read_vocab
+from dus_edge.jobs.export.calibration import Machine, TextChoice
+from dus_edge.jobs.export.sensitivity import AssumedStorage, export_sensitivity
 from dus_edge.jobs.job import quiet
 from dus_edge.predict.devices import Device
 from dus_edge.predict.fit import settings_on
@@ -36,10 +37,13 @@ from dus_edge.quant.mix.file import read_mix
 from dus_edge.quant.mix.matrices import FixedType, Matrix, expected_loss, fixed_types
 from dus_edge.quant.recipe import PRESETS, Preset
 from dus_edge.quant.sensitivity import Sensitivity, read_sensitivity, weights_identity
+from dus_edge.quant.sensitivity.candidates import candidate_types
 from dus_edge.quant.types import QuantType
 from dus_edge.upscale.model import ChoosePlan, Model, Say, find_model
 from dus_edge.words import format_bytes
 
+#: What the sensitivity of a model is kept under in the outputs' folder.
+KEPT_SUFFIX = ".sensitivity"
 #: How much longer a mix's header may be than a preset's.
 _KEYS_BYTES = 1024
 #: Room in a header for what is said of an importance matrix, which comes later than the choice.
@@ -77,7 +81,7 @@ class MixChoice:
         like: no larger than this preset's file.
         fit: a device's memory.
         replay: a file that holds a mix.
-        sensitivity: file of what each type costs; the budgets need it.
+        sensitivity: file of what each type costs; where there is none, a budget has it measured.
         fixed: matrices whose type is given.
     """
 
@@ -94,6 +98,23 @@ class MixChoice:
         """Whether the types are chosen, or read, and no preset says them."""
         goals = (self.size_bytes, self.bits_per_weight, self.like, self.fit, self.replay)
         return any(goal is not None for goal in goals)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How to find out what each type costs a model.
+
+    Attributes:
+        folder: where the outputs go; what is found is kept in it.
+        text: what is run through the model.
+        machine: where.
+        storage: how weights will be stored.
+    """
+
+    folder: Path
+    text: TextChoice
+    machine: Machine
+    storage: AssumedStorage
 
 
 @dataclass(frozen=True)
@@ -130,6 +151,7 @@ def make_mixes(
     choose: ChoosePlan,
     asked: MixChoice,
     presets: Sequence[Preset],
+    measuring: Measuring,
     *,
     adapter: Path | None = None,
     has_imatrix: bool = False,
@@ -144,6 +166,7 @@ def make_mixes(
         choose: gives the plan for a base's depth.
         asked: what is wanted.
         presets: to be changed, where no mix is asked for.
+        measuring: how to find out what types cost, where no file says it.
         adapter: folder of a LoRA adapter that is merged on the way.
         has_imatrix: whether the files are quantized with importance.
         say: takes lines for the user.
@@ -158,15 +181,42 @@ def make_mixes(
         return [maker.changed(preset) for preset in presets]
     if asked.replay is not None:
         return [maker.replayed(asked.replay)]
-    if asked.sensitivity is None:
-        raise UsageError(
-            "A mix is chosen by what each type costs this model; name a file of that with "
-            "--sensitivity FILE."
+    if asked.sensitivity is not None:
+        made = maker.chosen(read_sensitivity(asked.sensitivity), str(asked.sensitivity))
+        whole = find_model(base, choose, weights=True, say=say, adapter=adapter)
+        read_sensitivity(asked.sensitivity, weights_identity(whole.open()))
+        return [made]
+    maker.check()
+    return [maker.chosen(*_measured(base, choose, model, measuring, adapter, say))]
+
+
+def _measured(
+    base: str,
+    choose: ChoosePlan,
+    model: Model,
+    measuring: Measuring,
+    adapter: Path | None,
+    say: Say,
+) -> tuple[Sensitivity, str]:
+    """The sensitivity that is kept in the outputs' folder, measured first if it is not there."""
+    path = measuring.folder / f"{model.name.stem}{KEPT_SUFFIX}"
+    if not path.exists():
+        export_sensitivity(
+            base,
+            choose,
+            path,
+            measuring.text,
+            measuring.machine,
+            measuring.storage,
+            adapter=adapter,
+            say=say,
         )
-    made = maker.chosen(read_sensitivity(asked.sensitivity))
+        say(f"What each type costs is kept in {path}, for other budgets.")
+        return read_sensitivity(path), str(path)
     whole = find_model(base, choose, weights=True, say=say, adapter=adapter)
-    read_sensitivity(asked.sensitivity, weights_identity(whole.open()))
-    return [made]
+    found = read_sensitivity(path, weights_identity(whole.open()))
+    say(f"What each type costs is known from {path}; remove it to measure again.")
+    return found, str(path)
 
 
 @dataclass(frozen=True)
@@ -214,9 +264,14 @@ class _Maker:
             preset, self.model, matrices, goal, nbytes, kl if isinstance(kl, float) else None
         )
 
-    def chosen(self, found: Sensitivity) -> MadeMix:
-        """The mix of least expected divergence within the budget."""
-        matrices, where = self.matrices, str(self.asked.sensitivity)
+    def check(self) -> None:
+        """See that there is a mix within the budget, whatever types cost."""
+        losses = {m.name: {k.name: 0.0 for k in candidate_types(m.n_cols)} for m in self.matrices}
+        self.chosen(Sensitivity("", 1, "", losses), "")
+
+    def chosen(self, found: Sensitivity, where: str) -> MadeMix:
+        """The mix of least expected divergence within the budget; `where` it was read."""
+        matrices = self.matrices
         fixed = fixed_types(matrices, self.asked.fixed)
         said: dict[str, str | int | float] = {
             "goal": "",
@@ -270,7 +325,7 @@ class _Maker:
         check_context(settings.context)
         usable = usable_bytes(fit.device, fit.platform, fit.memory_gb) - fit.reserve_bytes
         settings = settings_on(fit.device, settings)
-        return device_budget(self.config, self.matrices, fit.device, settings, usable)
+        return device_budget(self.config, self.matrices, fit.device, settings, max(0, usable))
 
     def _notes(self) -> tuple[str, ...]:
         """What the user should know of a context that is longer than the model's own."""
