@@ -93,8 +93,8 @@ help: ## List the targets.
 
 gguf: $(GGUF_STAMPS) ## Up-scale BASE to a GGUF of preset QUANT, or a mix (FIT, LIKE).
 	@$(TEXTS); [ -n "$$IMATRIX$$FIT$$LIKE" ] || set --; \
-	  [ -n "$$FIT$$LIKE" ] || set -- -q "$$QUANT" "$$@"; $(BIN)/dus-edge gguf $(PLAN) $(MIXED) \
-	  --quantizer "$$QUANTIZER" $${IMATRIX:+--imatrix "$$IMATRIX"} "$$@" \
+	  [ -n "$$FIT$$LIKE" ] || set -- -q "$$QUANT" "$$@"; $(BIN)/dus-edge gguf $(PLAN) "$$@" \
+	  $(MIXED) --quantizer "$$QUANTIZER" $${IMATRIX:+--imatrix "$$IMATRIX"} \
 	  -o "$$OUT" --alias solar-dus --overwrite -- "$$BASE"
 
 upscale: $(VENV)/run.stamp ## Up-scale BASE to a checkpoint folder, OUT/checkpoint.

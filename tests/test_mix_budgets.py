@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -58,6 +59,9 @@ def test_predicted_memory_is_kept_and_used():
     seen, refused = [], 0
     while len(seen) < N_CASES:
         config, (device, gb) = random_config(draw), draw.choice(devices())
+        n_weights = sum(math.prod(shape) for shape in tensor_shapes(config).values())
+        if not 2 < 8 * gb * 2**30 / n_weights < 12:
+            continue  # far too small, or large enough for anything
         context = 256 * draw.randrange(1, 65)
         platform = draw.choice(("windows", "linux")) if device.backend == "CUDA" else None
         matrices = model_matrices(config, tensor_shapes(config))
@@ -111,7 +115,7 @@ def test_an_embedding_beside_a_gpu_costs_nothing():
         matrices = model_matrices(config, tensor_shapes(config))
         settings = settings_on(device, memory_settings(model_of_config(config, PRESETS["f16"])))
         budget = device_budget(config, matrices, device, settings, usable_bytes(device))
-        assert (budget.cost(matrices[0], PRESETS["q8_0"].default) > 0) is tied
+        embedding = next(m for m in matrices if m.role == "embedding")
+        assert (budget.cost(embedding, PRESETS["q8_0"].default) > 0) is tied
         best = best_types(matrices, made_up(matrices).kl, {}, budget, "x")
-        assert matrices[0].name == "token_embd.weight"
-        assert kind is None or best.kinds["token_embd.weight"].name == kind
+        assert kind is None or best.kinds[embedding.name].name == kind

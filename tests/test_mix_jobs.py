@@ -157,7 +157,8 @@ def test_a_device_is_fitted(run, known, tmp_path):
     )  # fmt: skip
     assert code == 0, err
     assert "Mix, rtx-3060-12gb, context 512: " in out and " left" in out
-    assert max(map(len, out.splitlines())) <= 80
+    shown = out[out.index("Mix, ") : out.index(str(tmp_path))]
+    assert "embedding" in shown and max(map(len, shown.splitlines())) <= 80
     (path,) = tmp_path.glob("*.gguf")
     assert {k for n, k in types(path).items() if "norm" not in n} == {"Q8_0"}
 
