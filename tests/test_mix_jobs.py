@@ -111,6 +111,27 @@ def test_like_a_preset_is_no_larger_than_it(run, known, tmp_path):
     assert mix["expected_kl"] < mix["presets_expected_kl"]["q4_k_m"]
 
 
+def test_what_types_cost_is_measured_once(run, tmp_path):
+    """By a little text; for another budget it is there, of other weights it is measured anew."""
+    pytest.importorskip("torch")
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 40)
+    short = ("--text", text, "--ctx", "64", "--chunks", "2", "-o", out)
+    code, first, err = run("gguf", "pico", *SIZED, *short)
+    assert code == 0 and "What each type costs is kept in " in first, err
+    (kept,) = out.glob("*.sensitivity")
+    costs = kept.read_bytes()
+    code, second, err = run("gguf", "pico", "--target-bpw", "5", *short)
+    assert code == 0 and "What each type costs is known from " in second, err
+    assert kept.read_bytes() == costs
+    assert len(list(out.glob("*-MIX_*BPW.gguf"))) == 2
+    held = json.loads(costs)
+    kept.write_text(json.dumps({**held, "identity": "another"}))
+    code, third, err = run("gguf", "pico", *SIZED, *short, "--overwrite")
+    assert code == 0 and "What each type costs is kept in " in third, err
+    assert json.loads(kept.read_bytes())["kl"] == held["kl"]
+
+
 def test_a_mix_is_replayed_from_its_file_and_from_a_gguf(run, known, tmp_path):
     path, said = made(run, tmp_path / "a", *SIZED, "--sensitivity", known)
     for source in (path.with_suffix(".mix"), path):

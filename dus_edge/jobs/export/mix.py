@@ -200,23 +200,25 @@ def _measured(
 ) -> tuple[Sensitivity, str]:
     """The sensitivity that is kept in the outputs' folder, measured first if it is not there."""
     path = measuring.folder / f"{model.name.stem}{KEPT_SUFFIX}"
-    if not path.exists():
-        export_sensitivity(
-            base,
-            choose,
-            path,
-            measuring.text,
-            measuring.machine,
-            measuring.storage,
-            adapter=adapter,
-            say=say,
-        )
-        say(f"What each type costs is kept in {path}, for other budgets.")
-        return read_sensitivity(path), str(path)
-    whole = find_model(base, choose, weights=True, say=say, adapter=adapter)
-    found = read_sensitivity(path, weights_identity(whole.open()))
-    say(f"What each type costs is known from {path}; remove it to measure again.")
-    return found, str(path)
+    if path.exists():
+        whole = find_model(base, choose, weights=True, say=say, adapter=adapter)
+        found = read_sensitivity(path)
+        if found.identity == weights_identity(whole.open()):
+            say(f"What each type costs is known from {path}; remove it to measure again.")
+            return found, str(path)
+    export_sensitivity(
+        base,
+        choose,
+        path,
+        measuring.text,
+        measuring.machine,
+        measuring.storage,
+        adapter=adapter,
+        overwrite=True,  # what is there is of other weights
+        say=say,
+    )
+    say(f"What each type costs is kept in {path}, for other budgets.")
+    return read_sensitivity(path), str(path)
 
 
 @dataclass(frozen=True)
