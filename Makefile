@@ -91,7 +91,7 @@ help: ## List the targets.
 	  "PORT=$$PORT" "Port of serve." \
 	  "MINUTES=$$MINUTES" "Minutes for which fuzz tries what was never tried."
 
-gguf: $(GGUF_STAMPS) ## Up-scale BASE to a GGUF of preset QUANT, or a mix (FIT, LIKE).
+gguf: $(GGUF_STAMPS) ## Up-scale BASE to a GGUF: preset QUANT, or by FIT or LIKE.
 	@$(TEXTS); [ -n "$$IMATRIX$$FIT$$LIKE" ] || set --; \
 	  [ -n "$$FIT$$LIKE" ] || set -- -q "$$QUANT" "$$@"; $(BIN)/dus-edge gguf $(PLAN) "$$@" \
 	  $(MIXED) --quantizer "$$QUANTIZER" $${IMATRIX:+--imatrix "$$IMATRIX"} \
