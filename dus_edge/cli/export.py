@@ -16,6 +16,7 @@ from dus_edge.cli.options import (
     output_options,
     plan_options,
 )
+from dus_edge.cli.quants.feedback import feedback_choice, feedback_option
 from dus_edge.cli.say import (
     keep_digests,
     print_folder,
@@ -65,6 +66,7 @@ DEFAULT_PRESET = "q4_k_m"
     metavar="FILE|auto",
     help="Use an importance matrix: a file in a format of llama.cpp's, or auto to collect it now.",
 )
+@feedback_option
 @calibration_options
 @click.option(
     "--alias",
@@ -81,6 +83,7 @@ def gguf_command(
     out: Path,
     quantizer: str,
     imatrix: str | None,
+    feedback: bool,
     text: Any,
     machine: Any,
     alias: str | None,
@@ -100,7 +103,8 @@ def gguf_command(
         from dus_edge.jobs.export.ranges import copy_ranges, refuse_quantizing
 
         writing.pop("allow_nonfinite")
-        refuse_quantizing(base, {"--imatrix": imatrix, "--adapter": writing.pop("adapter")})
+        options = {"--imatrix": imatrix, "--feedback": feedback or None}
+        refuse_quantizing(base, {**options, "--adapter": writing.pop("adapter")})
         result = copy_ranges(base, choose, out, alias=alias, say=say_to(as_json), **writing)
         keep_digests(result, digest)
         print_gguf(result, alias, as_json, verbose)
@@ -112,7 +116,7 @@ def gguf_command(
     asked = [find_preset(name) for word in presets or (DEFAULT_PRESET,) for name in word.split(",")]
     chosen = list({p.name: p for p in reversed(asked)}.values())[::-1]
     source = None
-    if imatrix is not None:
+    if imatrix is not None and not (feedback and imatrix == "auto"):
         from dus_edge.jobs.export.imatrix import imatrix_source
 
         source = imatrix_source(imatrix, text, machine, out, say_to(as_json))
@@ -123,6 +127,7 @@ def gguf_command(
         out,
         quantizer=quantizer,
         imatrix=source,
+        feedback=feedback_choice(feedback, text, machine),
         alias=alias,
         say=say_to(as_json),
         **writing,

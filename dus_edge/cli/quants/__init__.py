@@ -1,0 +1,1 @@
+"""Options of how models are quantized."""
