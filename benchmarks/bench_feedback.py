@@ -5,15 +5,15 @@
     python benchmarks/bench_feedback.py --markdown
 
 Every preset is exported twice for each seed: with the importance matrix of some text, and with
-error feedback from the same tokens. `pico` is up-scaled by the default plan; any other base is taken
-as it is. The seed draws the chunks of the built-in calibration mix.
+error feedback from the same tokens. `pico` is up-scaled by the default plan; any other base is
+taken as it is. The seed draws the chunks of the built-in calibration mix.
 
 The files are read back and run by this program's own engine in float32, so what is compared is the
 stored weights, without what a runtime adds by rounding activations. Mean KL from the original is
 taken over the second half of every chunk, on two texts: the built-in evaluation mix, of other
 documents than the calibration mix, and another domain, the Python standard library's modules that
-are held out of pico's training. Lines go to `results/feedback.jsonl`; `--markdown` gives medians over the
-seeds of the newest commit's.
+are held out of pico's training. Lines go to `results/feedback.jsonl`; `--markdown` gives medians
+over the seeds of the newest commit.
 """
 
 from __future__ import annotations

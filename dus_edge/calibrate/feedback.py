@@ -144,7 +144,7 @@ class FeedbackCollector:
         numbers = range(inputs.n_chunks, inputs.n_chunks + len(chunks))
         inputs.n_chunks = numbers.stop
         held = [i for i, number in enumerate(numbers) if number in self._held_out]
-        inputs.held += [chunks[i].cpu() for i in held]
+        inputs.held += [chunks[i].clone().cpu() for i in held]
         if held:
             left = [i for i in range(len(chunks)) if i not in held]
             wide = chunks[left].flatten(0, 1)
