@@ -61,7 +61,16 @@ MOST_FUNCTION_LINES = 90
 #: Heavy packages, and the modules that may import them: `--help` must be instant, and a GGUF
 #: export needs neither torch nor anything of llama_cpp.
 HEAVY = {
-    "torch": ("train.", "calibrate.", "run.", "measure.", "chat.", "quant.gptq", "export.bnb"),
+    "torch": (
+        "train.",
+        "calibrate.",
+        "run.",
+        "measure.",
+        "chat.",
+        "quant.gptq",
+        "quant.feedback.",
+        "export.bnb",
+    ),
     "transformers": ("eval.lm", "train.", "calibrate.", "run.", "measure.", "chat.", "export.bnb"),
     "bitsandbytes": ("export.bnb", "train.heal.optim"),
     "datasets": ("eval.tasks", "train.tune.run", "train.tune.quiet"),

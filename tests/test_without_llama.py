@@ -23,11 +23,14 @@ NEED_HF = (
     "dus_edge.train.",
     "dus_edge.jobs.train.heal_card",
     "dus_edge.calibrate.engine",
+    "dus_edge.calibrate.feedback",
     "dus_edge.calibrate.gptq",
     "dus_edge.calibrate.imatrix",
     "dus_edge.calibrate.layer",
     "dus_edge.calibrate.streams",
     "dus_edge.calibrate.sweep",
+    "dus_edge.quant.feedback.factor",
+    "dus_edge.quant.feedback.solve",
     "dus_edge.quant.gptq",
 )
 #: What stands behind the extra `eval`, and the one module that is imported with it.

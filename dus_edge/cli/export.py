@@ -16,6 +16,7 @@ from dus_edge.cli.options import (
     output_options,
     plan_options,
 )
+from dus_edge.cli.quants.feedback import feedback_choice, feedback_option
 from dus_edge.cli.quants.mix import made_mixes, measuring_of, mix_json, mix_options
 from dus_edge.cli.say import (
     keep_digests,
@@ -66,6 +67,7 @@ DEFAULT_PRESET = "q4_k_m"
     metavar="FILE|auto",
     help="Use an importance matrix: a file in a format of llama.cpp's, or auto to collect it now.",
 )
+@feedback_option
 @calibration_options
 @mix_options
 @click.option(
@@ -83,6 +85,7 @@ def gguf_command(
     out: Path,
     quantizer: str,
     imatrix: str | None,
+    feedback: bool,
     text: Any,
     machine: Any,
     mix: Any,
@@ -103,7 +106,8 @@ def gguf_command(
         from dus_edge.jobs.export.ranges import copy_ranges, refuse_quantizing
 
         writing.pop("allow_nonfinite")
-        refuse_quantizing(base, {"--imatrix": imatrix, "--adapter": writing.pop("adapter")})
+        options = {"--imatrix": imatrix, "--feedback": feedback or None}
+        refuse_quantizing(base, {**options, "--adapter": writing.pop("adapter")})
         result = copy_ranges(base, choose, out, alias=alias, say=say_to(as_json), **writing)
         keep_digests(result, digest)
         print_gguf(result, alias, as_json, verbose)
@@ -121,7 +125,7 @@ def gguf_command(
         made = made_mixes(mix, base, choose, presets, chosen, how, adapter, say)
         chosen, more["mixes"] = [m.preset for m in made], mix_json(made)
     source = None
-    if imatrix is not None:
+    if imatrix is not None and not (feedback and imatrix == "auto"):
         from dus_edge.jobs.export.imatrix import imatrix_source
 
         source = imatrix_source(imatrix, text, machine, out, say_to(as_json))
@@ -132,6 +136,7 @@ def gguf_command(
         out,
         quantizer=quantizer,
         imatrix=source,
+        feedback=feedback_choice(feedback, text, machine),
         alias=alias,
         say=say_to(as_json),
         **writing,

@@ -24,16 +24,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from dus_edge.errors import CheckpointError
+from dus_edge.quant.feedback.factor import PRECISION, damped_factor, spread_errors
 from dus_edge.quant.gptq_format import GROUP_SIZES, GPTQSettings
 from dus_edge.quant.gptq_loops import choose_scales, nearest_codes, solve_group
 from dus_edge.quant.simd import LANES
 
 __all__ = ["PRECISION", "Factor", "GPTQSettings", "Solution", "dequantize", "prepare", "solve"]
 
-#: Of the factorization and all arithmetic, unless the Hessian is float64.
-PRECISION = torch.float32
-#: Times that a Hessian which cannot be factored gets ten times the damping.
-_RETRIES = 3
 #: Rows on which rounding to nearest is measured, while GPTQ clearly wins there.
 _SAMPLE = 256
 _CLEAR = 0.9
@@ -117,41 +114,25 @@ def prepare(hessian: torch.Tensor, settings: GPTQSettings) -> Factor:
     """
     n = len(hessian)
     dtype = torch.float64 if hessian.dtype == torch.float64 else PRECISION
-    diagonal = hessian.diagonal().to(dtype)
-    columns = _visiting_order(diagonal, settings).flip(0)
+    columns = _visiting_order(hessian.diagonal().to(dtype), settings).flip(0)
     width = settings.group_width(n)
     g_idx = torch.arange(n, device=hessian.device) // width
     if settings.desc_act:
         g_idx = torch.empty_like(g_idx).index_copy_(0, columns, g_idx.flip(0))
-    dead = (diagonal == 0)[columns]
-    common = (settings, hessian, columns, g_idx.to(torch.int32))
-
-    def useless(why: str) -> Factor:
-        return Factor(*common, hessian.new_empty(0), (), dead, 0.0, why)
-
-    if not bool(torch.isfinite(diagonal).all()):
-        return useless("its inputs were not finite")
-    if bool(dead.all()):
-        return useless("its inputs were all zero")
-    if bool((diagonal < 0).any()):
-        return useless("its Hessian has a negative diagonal")
-    mean = float(diagonal.sum()) / int((~dead).sum())
-    ordered = hessian.to(dtype).index_select(0, columns).index_select(1, columns)
-    found = ordered.diagonal()
-    found[dead] = mean
-    added = 0.0
-    for attempt in range(_RETRIES + 1):
-        more = settings.damp * 10**attempt * mean - added
-        found += more
-        added += more
-        lower = _cholesky(ordered)
-        if lower is not None:
-            del ordered, found
-            inverses = _spread_errors(lower, settings)
-            return Factor(*common, lower, inverses, dead, added, None)
-    return useless(
-        f"its Hessian is not positive definite, even with {added / mean:g} of its mean added; "
-        "calibrate with more text"
+    damped = damped_factor(hessian, columns, settings.damp)
+    inverses: tuple[torch.Tensor, ...] = ()
+    if damped.fallback is None:
+        inverses = spread_errors(damped.lower, _chunks(n, settings))
+    return Factor(
+        settings,
+        hessian,
+        columns,
+        g_idx.to(torch.int32),
+        damped.lower,
+        inverses,
+        damped.dead,
+        damped.added,
+        damped.fallback,
     )
 
 
@@ -202,16 +183,6 @@ def _visiting_order(diagonal: torch.Tensor, settings: GPTQSettings) -> torch.Ten
     return columns.view_as(groups).gather(1, inside)[order].reshape(-1)
 
 
-def _cholesky(matrix: torch.Tensor) -> torch.Tensor | None:
-    """The lower factor, or None where there is none; NaN anywhere ends on the diagonal."""
-    # MPS factors in its own way, with no report of failure.
-    here = matrix.cpu() if matrix.device.type == "mps" else matrix
-    lower, failed = torch.linalg.cholesky_ex(here)
-    if int(failed) or not bool(torch.isfinite(lower.diagonal()).all()):
-        return None
-    return lower.to(matrix.device)
-
-
 def _chunks(n: int, settings: GPTQSettings) -> list[tuple[int, int]]:
     """Rows (first, end) that are solved at once, from the first: groups, or parts of a long one.
 
@@ -221,18 +192,6 @@ def _chunks(n: int, settings: GPTQSettings) -> list[tuple[int, int]]:
     if width not in GROUP_SIZES:
         width = settings.block
     return [(max(0, end - width), end) for end in range(n, 0, -width)][::-1]
-
-
-def _spread_errors(lower: torch.Tensor, settings: GPTQSettings) -> tuple[torch.Tensor, ...]:
-    """Make of the Cholesky factor, in place, what passes errors on; see `Factor`."""
-    inverses = []
-    for first, end in _chunks(len(lower), settings):
-        block = lower[first:end, first:end]
-        one = torch.eye(end - first, dtype=lower.dtype, device=lower.device)
-        inverse = torch.linalg.solve_triangular(block, one, upper=False)
-        lower[end:, first:end] = lower[end:, first:end] @ inverse
-        inverses.append(inverse.contiguous())
-    return tuple(inverses)
 
 
 def _solve(rows: torch.Tensor, factor: Factor) -> tuple[Solution, torch.Tensor]:

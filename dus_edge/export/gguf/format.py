@@ -6,6 +6,7 @@ whole header is one pure function of its inputs, so a file's size is known befor
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,6 +83,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     kind: QuantType | StoredType
     offset: int
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of the tensor."""
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:

@@ -2,11 +2,12 @@
 
 Every source tensor is read once, quantized once per type that any place of any output needs, and
 written to all those places. With an importance matrix, places of the same type whose importance
-differs are quantized each for itself.
+differs are quantized each for itself. Blocks that somebody else has made are copied.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from dus_edge.checkpoint.config import ModelConfig
+from dus_edge.checkpoint.config import ModelConfig, tensor_shapes
 from dus_edge.checkpoint.spec import Checkpoint, TensorSpec
 from dus_edge.errors import CheckpointError
 from dus_edge.export import finite
@@ -68,6 +69,9 @@ class GGUFFile:
 #: A type and the bytes of an importance vector, or None where there is none: places that agree in
 #: both get the same bytes.
 _Target: TypeAlias = tuple[QuantType, bytes | None]
+#: Blocks that are there already, of one file, by GGUF name: each gives ``(out, row_bytes)`` uint8,
+#: the rows in transformers' order.
+Made: TypeAlias = Mapping[str, Callable[[], np.ndarray]]
 
 
 @dataclass
@@ -159,23 +163,26 @@ def total_work(
     checkpoint: Checkpoint,
     files: Sequence[GGUFFile],
     importance: Mapping[str, np.ndarray] | None = None,
+    made: Mapping[Path, Made] | None = None,
 ) -> int:
     """Weights to be quantized: a source tensor counts once per type and importance it needs."""
-    jobs = _jobs(checkpoint, files, importance)
-    return sum(job.spec.n_elements * len(job.places) for job in jobs)
+    jobs = _jobs(checkpoint, files, importance, made)
+    copied = sum(info.n_weights for _, info in _made_places(files, made))
+    return copied + sum(job.spec.n_elements * len(job.places) for job in jobs)
 
 
 def conversions(
     checkpoint: Checkpoint,
     files: Sequence[GGUFFile],
     importance: Mapping[str, np.ndarray] | None = None,
+    made: Mapping[Path, Made] | None = None,
 ) -> list[Conversion]:
     """What `write_files` will ask of its quantizer, each once: (type, stored dtype, weighted).
 
     Tensors whose bytes pass through unchanged are not among them. No weight is read.
     """
     wanted: dict[Conversion, None] = {}
-    for job in _jobs(checkpoint, files, importance):
+    for job in _jobs(checkpoint, files, importance, made):
         stored = checkpoint.read(job.spec.name, 0, 0).dtype  # of no rows: nothing is read
         stored = np.dtype(np.float32) if job.is_changed else stored
         for kind, weights in job.places:
@@ -191,6 +198,7 @@ def write_files(
     *,
     n_threads: int,
     importance: Mapping[str, np.ndarray] | None = None,
+    made: Mapping[Path, Made] | None = None,
     allow_nonfinite: bool = False,
     advance: Callable[[int], None] = lambda n: None,
 ) -> None:
@@ -203,6 +211,7 @@ def write_files(
         n_threads: worker threads.
         importance: by GGUF name, ``(n_cols,)`` float32: how much an error in each column of that
             tensor counts (`quant.imatrix.match`). Tensors not named are quantized without.
+        made: by file, blocks that are copied.
         allow_nonfinite: go on although a weight is NaN or infinite.
         advance: told of weights done, out of `total_work`.
 
@@ -214,11 +223,12 @@ def write_files(
         for fd, file in zip(fds, files, strict=True):
             pwrite_all(fd, file.header, 0)
             _write_rope_factors(fd, file, checkpoint.config)
-        tasks = (
+        quantizing = (
             task
-            for job in _jobs(checkpoint, files, importance)
+            for job in _jobs(checkpoint, files, importance, made)
             for task in _tasks(checkpoint, job, fds, quantizer, allow_nonfinite)
         )
+        tasks = itertools.chain(quantizing, _copies(checkpoint.config, files, made, fds))
         run_tasks(tasks, n_threads=n_threads, advance=advance)
         checkpoint.check_unchanged()
 
@@ -227,6 +237,7 @@ def _jobs(
     checkpoint: Checkpoint,
     files: Sequence[GGUFFile],
     importance: Mapping[str, np.ndarray] | None,
+    made: Mapping[Path, Made] | None,
 ) -> list[_Job]:
     """One job per stored tensor, in the order in which the first file wants them."""
     jobs: dict[str, _Job] = {}
@@ -237,6 +248,8 @@ def _jobs(
         for info in file.tensors:
             if info.name in factors:
                 continue  # no tensor of the checkpoint
+            if made and info.name in made.get(file.path, ()):
+                continue
             spec = by_gguf_name[info.name]
             heads = config.family.rope_heads(spec.name, config)
             shift = config.family.shift(spec.name)
@@ -246,6 +259,38 @@ def _jobs(
             target = (info.kind, _weights(info, importance))
             job.places.setdefault(target, []).append(place)
     return list(jobs.values())
+
+
+def _made_places(
+    files: Sequence[GGUFFile], made: Mapping[Path, Made] | None
+) -> Iterator[tuple[int, TensorInfo]]:
+    """Tensors whose blocks are there already, with the number of their file."""
+    for index, file in enumerate(files):
+        there = (made or {}).get(file.path, {})
+        yield from ((index, info) for info in file.tensors if info.name in there)
+
+
+def _copies(
+    config: ModelConfig,
+    files: Sequence[GGUFFile],
+    made: Mapping[Path, Made] | None,
+    fds: list[int],
+) -> Iterator[Callable[[], int]]:
+    """Write blocks that are there already."""
+    names = {config.family.gguf_name(name): name for name in tensor_shapes(config)}
+
+    def copy(index: int, info: TensorInfo) -> int:
+        assert made is not None
+        data = made[files[index].path][info.name]()
+        heads = config.family.rope_heads(names[info.name], config)
+        if heads:
+            data = to_interleaved(data, len(data) // heads)
+        offset = len(files[index].header) + info.offset
+        pwrite_all(fds[index], np.ascontiguousarray(data).data.cast("B"), offset)
+        return info.n_weights
+
+    for index, info in _made_places(files, made):
+        yield lambda index=index, info=info: copy(index, info)
 
 
 def _weights(info: TensorInfo, importance: Mapping[str, np.ndarray] | None) -> bytes | None:

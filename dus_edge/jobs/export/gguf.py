@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dus_edge.export.gguf.metadata import build_metadata, check_layers
 from dus_edge.export.gguf.sink import GGUFFile
 from dus_edge.export.vocab.vocab import Vocab, read_vocab
 from dus_edge.files import check_absent, point_to, write_text
+from dus_edge.jobs.export.feedback import FedBlocks, FeedbackChoice, fed_blocks
 from dus_edge.jobs.job import Job, Result, Writing, Written, quiet, run_job
 from dus_edge.ollama.facts import model_facts, render_facts
 from dus_edge.progress import progress
@@ -26,6 +28,7 @@ from dus_edge.quant import choose
 from dus_edge.quant.imatrix import Importance, match
 from dus_edge.quant.mix.file import mix_path, write_mix
 from dus_edge.quant.recipe import Preset
+from dus_edge.text.chunks import Chunks
 from dus_edge.upscale.model import ChoosePlan, Model, Say
 from dus_edge.words import counts_text, wrap
 
@@ -51,6 +54,7 @@ def export_gguf(
     *,
     quantizer: str = choose.DEFAULT,
     imatrix: ImatrixSource | None = None,
+    feedback: FeedbackChoice | None = None,
     alias: str | None = None,
     adapter: Path | None = None,
     n_threads: int | None = None,
@@ -67,6 +71,7 @@ def export_gguf(
         folder: where the files go, under names of the GGUF convention.
         quantizer: name of the one that makes the blocks, see `choose.QUANTIZERS`.
         imatrix: how much an error in each column of a matrix counts; nothing known if None.
+        feedback: whether errors are fed forward into the blocks, and on which text.
         alias: also link ``<alias>.gguf`` to the last and ``<alias>-<preset>.gguf`` to each.
         adapter: folder of a LoRA adapter to merge on the way; of the base, or of the result.
         n_threads: worker threads; all cores by default.
@@ -75,7 +80,7 @@ def export_gguf(
         say: takes lines for the user.
     """
     writing = Writing(n_threads, overwrite, allow_nonfinite)
-    job = GGUFJob(tuple(presets), folder, quantizer, imatrix, alias, writing)
+    job = GGUFJob(tuple(presets), folder, quantizer, imatrix, alias, writing, feedback)
     return run_job(job, base, choose, say, adapter)
 
 
@@ -87,11 +92,13 @@ class GGUFPlan:
         vocab: the tokenizer as GGUF has it.
         metadata: what every file says, whatever its preset.
         files: the outputs; with an importance matrix to come, without what they will say of it.
+        chunks: the text for error feedback.
     """
 
     vocab: Vocab
     metadata: list[KeyValue]
     files: list[GGUFFile]
+    chunks: Chunks | None
 
 
 @dataclass(frozen=True)
@@ -104,12 +111,15 @@ class GGUFJob(Job[GGUFPlan]):
     imatrix: ImatrixSource | None
     alias: str | None
     writing: Writing
+    feedback: FeedbackChoice | None = None
     #: What `early` read; a vocabulary of 128,000 tokens is read once.
     _vocabs: list[Vocab] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def need(self, say: Say) -> None:
         """A missing library is met before any work."""
         choose.find_quantizer(self.quantizer).prepare((), say)
+        if self.feedback is not None:
+            self.feedback.need()
 
     def early(self, folder: Path, config: ModelConfig) -> None:
         """What GGUF cannot hold is met before the weights are fetched."""
@@ -127,32 +137,57 @@ class GGUFJob(Job[GGUFPlan]):
         metadata = build_metadata(
             model.config, model.source, model.name, model.plan, vocab, trained
         )
-        files = self._files(model, metadata, None if self.imatrix is None else [])
+        weighted = self.imatrix is not None or self.feedback is not None
+        files = self._files(model, metadata, (lambda path: []) if weighted else None)
         sink.check_outputs(files, self.writing.overwrite)
         mixes = [mix_path(f.path) for f in files if f.preset.chosen]
         check_absent([*map(_modelfile, files), *mixes], self.writing.overwrite)
-        return GGUFPlan(vocab, metadata, files)
+        chunks = self.feedback.check(model, files) if self.feedback else None
+        return GGUFPlan(vocab, metadata, files, chunks)
 
     def write(
         self, model: Model, checkpoint: Checkpoint, planned: GGUFPlan, say: Say
     ) -> tuple[tuple[Written, ...], tuple[str, ...]]:
         """Quantize and write; Modelfiles and links follow when all files are whole."""
-        files, weights, notes = planned.files, None, []
+        weights, said, notes = None, None, []
         _say_requantized(model, say)
         if self.imatrix is not None:
             weights, said, notes = _importance(model, checkpoint, self.imatrix)
-            files = self._files(model, planned.metadata, said)
+        with self._fed(model, checkpoint, planned, weights, say) as fed:
+            files = planned.files
+            if fed is not None:
+                said = said or quantize_metadata("the importance matrix", fed.importance)
+                notes += fed.notes()
+            if said is not None:
+                more = fed.said if fed is not None else lambda path: []
+                files = self._files(model, planned.metadata, lambda path: [*said, *more(path)])
+            self._write(model, checkpoint, planned, files, weights, fed, say)
+        return tuple(map(_written, files)), (*planned.vocab.notes, *notes)
+
+    def _write(
+        self,
+        model: Model,
+        checkpoint: Checkpoint,
+        planned: GGUFPlan,
+        files: list[GGUFFile],
+        weights: Mapping[str, np.ndarray] | None,
+        fed: FedBlocks | None,
+        say: Say,
+    ) -> None:
+        """Quantize what is not there already; Modelfiles and links when all files are whole."""
         facts = model_facts(model, planned.vocab, ours=True)
         texts = [render_facts(facts, f"./{f.path.name}") for f in files]
+        made = fed.made if fed is not None else None
         chosen = choose.find_quantizer(self.quantizer)
-        chosen.prepare(sink.conversions(checkpoint, files, weights), say)
-        total = sink.total_work(checkpoint, files, weights)
+        chosen.prepare(sink.conversions(checkpoint, files, weights, made), say)
+        total = sink.total_work(checkpoint, files, weights, made)
         with progress("Quantizing", total, unit="weights") as tick:
             sink.write_files(
                 checkpoint,
                 files,
                 chosen,
                 importance=weights,
+                made=made,
                 n_threads=self.writing.threads,
                 allow_nonfinite=self.writing.allow_nonfinite,
                 advance=tick,
@@ -163,12 +198,37 @@ class GGUFJob(Job[GGUFPlan]):
                 write_mix(mix_path(file.path), file.preset)
         if self.alias:
             _link(self.alias, files)
-        return tuple(map(_written, files)), (*planned.vocab.notes, *notes)
+
+    def _fed(
+        self,
+        model: Model,
+        checkpoint: Checkpoint,
+        planned: GGUFPlan,
+        weights: Mapping[str, np.ndarray] | None,
+        say: Say,
+    ) -> AbstractContextManager[FedBlocks | None]:
+        """The blocks with feedback, while they are needed; None without."""
+        if self.feedback is None or planned.chunks is None:
+            return nullcontext()
+        return fed_blocks(
+            self.feedback,
+            model,
+            checkpoint,
+            planned.files,
+            planned.chunks,
+            choose.find_quantizer(self.quantizer),
+            weights,
+            self.writing.threads,
+            say,
+        )
 
     def _files(
-        self, model: Model, metadata: list[KeyValue], said: list[KeyValue] | None
+        self,
+        model: Model,
+        metadata: list[KeyValue],
+        said: Callable[[Path], list[KeyValue]] | None,
     ) -> list[GGUFFile]:
-        """The outputs, which say `said` of an importance matrix; None without one."""
+        """The outputs, which say what `said` gives of an importance matrix; None without one."""
         return [
             sink.plan_file(
                 model.config,
@@ -176,7 +236,7 @@ class GGUFJob(Job[GGUFPlan]):
                 metadata,
                 preset,
                 path,
-                said,
+                None if said is None else said(path),
             )
             for preset, path in zip(self.presets, self.outputs(model), strict=True)
         ]

@@ -9,8 +9,8 @@ Every kernel has the same form, ``kernel(source, importance, sigma2, out) -> ove
 - out: uint8, exactly the bytes of the blocks; always filled with finite scales;
 - overflow: whether a scale was too large for float16 and is the largest one instead.
 
-The two of `mlx` have a form of their own. All release the GIL. `load` gives one of them; compiled
-code is cached on disk.
+Those of `mlx` and `feedback` have forms of their own. All release the GIL. `load` gives one of
+them; compiled code is cached on disk.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ _MODULES = {
     **dict.fromkeys(("q3_k", "q6_k"), "symmetric_k"),
     **dict.fromkeys(("iq4_nl", "iq4_xs"), "nonlinear"),
     **dict.fromkeys(("mlx_affine", "mlx_affine_bf16"), "mlx"),
+    "feed_block": "feedback",
 }
 #: Seconds of silence before compiling is spoken of: loading cached code takes less.
 _PATIENCE_S = 0.5

@@ -1,0 +1,1 @@
+"""Error feedback into GGUF blocks: GPTQ's propagation with the scales of block formats."""
