@@ -35,6 +35,12 @@ from dus_edge.calibrate.engine import DTYPES, ComputeSettings, run_layers
 from dus_edge.calibrate.layer import as_tensor, next_token_logits
 from dus_edge.calibrate.streams import NullVisitor
 from dus_edge.checkpoint.spec import Checkpoint
+from dus_edge.export.gguf.mix import model_matrices
+from dus_edge.export.gguf.sink import gguf_shapes
+from dus_edge.export.gguf.weight_error import weight_errors
+from dus_edge.quant.choose import find_quantizer
+from dus_edge.quant.imatrix import match, read_imatrix
+from dus_edge.quant.sensitivity import Sensitivity, weights_identity, write_sensitivity
 from dus_edge.text.chunks import make_chunks
 from dus_edge.text.documents import builtin_documents
 from dus_edge.text.tokenizers import load_tokenizer
@@ -45,12 +51,17 @@ OUT = RESULTS / "divergence.jsonl"
 CLI = [sys.executable, "-c", "from dus_edge.cli.main import main; main()"]
 SETTINGS = ComputeSettings("cpu", "float32", 2048)
 N_CTX, ROWS = 512, 256
-#: Flags of `gguf`; CAL is replaced by the imatrix of the seed, SENS by its sensitivity file.
+#: Flags of `gguf`; IMATRIX, SENSITIVITY and WEIGHTS are replaced by files of the seed's text.
 WAYS = {
     "ggml": "-q PRESET --quantizer ggml",
-    "ggml+imatrix": "-q PRESET --quantizer ggml --imatrix CAL",
+    "ggml+imatrix": "-q PRESET --quantizer ggml --imatrix IMATRIX",
     "native": "-q PRESET",
-    "native+imatrix": "-q PRESET --imatrix CAL",
+    "native+imatrix": "-q PRESET --imatrix IMATRIX",
+    "weights": "--like PRESET --sensitivity WEIGHTS --imatrix IMATRIX",
+    "mix": "--like PRESET --sensitivity SENSITIVITY --imatrix IMATRIX",
+    "feedback": "-q PRESET --imatrix IMATRIX --feedback --chunks 24 --seed SEED",
+    "mix+feedback": "--like PRESET --sensitivity SENSITIVITY --imatrix IMATRIX --feedback "
+    "--chunks 24 --seed SEED",
 }
 TABLE = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
 #: Chunks of each held-out text.
@@ -106,23 +117,38 @@ def call(words: Sequence[str]) -> None:
         sys.exit(f"{' '.join(words)}\n{done.stderr[-3000:]}")
 
 
-def calibration(checkpoint: str, seed: int, kind: str, work: Path) -> Path:
-    """The imatrix or sensitivity of a seed's tokens, made once."""
+def calibration(checkpoint: str, kind: str, seed: int, work: Path) -> Path:
+    """A file of a seed's tokens, made once."""
     path = work / f"{kind}-{seed}.{'gguf' if kind == 'imatrix' else 'json'}"
-    if not path.exists():
-        text = ["--chunks", "24", "--seed", str(seed)]
-        call([kind, checkpoint, "--no-upscale", *text, "-o", str(path)])
+    if path.exists():
+        return path
+    if kind == "weights":
+        keep_weight_errors(checkpoint, calibration(checkpoint, "imatrix", seed, work), path)
+        return path
+    words = [kind, checkpoint, "--no-upscale", "--chunks", "24", "--seed", str(seed)]
+    if kind == "sensitivity":
+        words += ["--imatrix", str(calibration(checkpoint, "imatrix", seed, work))]
+    call([*words, "-o", str(path)])
     return path
+
+
+def keep_weight_errors(checkpoint: str, imatrix: Path, path: Path) -> None:
+    """Σ w (ΔW)² of every tensor and type in place of divergence, for a knapsack by weights."""
+    model = find_model(checkpoint, identity, weights=True, say=lambda line: None)
+    opened, matrices = model.open(), model_matrices(model.config, model.shapes)
+    shapes = gguf_shapes(model.config.family, model.shapes)
+    importance = match(read_imatrix(imatrix), shapes).weights
+    errors = weight_errors(opened, matrices, find_quantizer("native"), importance)
+    kept = Sensitivity(weights_identity(opened), 1, "errors of weights", errors)
+    write_sensitivity(path, kept)
 
 
 def made(checkpoint: str, preset: str, way: str, seed: int, work: Path) -> tuple[Path, float]:
     """A file, and the seconds that its export took."""
     words = []
     for word in WAYS[way].split():
-        if word == "CAL":
-            words.append(str(calibration(checkpoint, seed, "imatrix", work)))
-        elif word == "SENS":
-            words.append(str(calibration(checkpoint, seed, "sensitivity", work)))
+        if word.lower() in {"imatrix", "sensitivity", "weights"} and word.isupper():
+            words.append(str(calibration(checkpoint, word.lower(), seed, work)))
         else:
             words.append(word.replace("PRESET", preset).replace("SEED", str(seed)))
     out = work / "files"
@@ -142,7 +168,7 @@ def run(args: argparse.Namespace) -> None:
     for seed in map(int, args.seeds.split(",")):
         for preset in args.presets.split(","):
             for way in args.ways.split(","):
-                drawn = seed if "CAL" in WAYS[way] or "SEED" in WAYS[way] else 0
+                drawn = seed if "IMATRIX" in WAYS[way] else 0
                 if (name, preset, way, drawn) in known:
                     continue
                 known.add((name, preset, way, drawn))

@@ -5,7 +5,8 @@
 SMOLLM2 is what `smollm2.py` makes. Its width, 576, is no multiple of 256, so that llama.cpp would
 store nearly all of it in other types. Here each 256 channels hold 192 real ones and 64 zeros: 768
 in all, norms × √¾ and their epsilon × ¾, since a mean over channels is now over more of them; the
-logits stay the same up to rounding. Attention's output gets a head of zeros beside each three.
+logits stay the same up to rounding. A fourth head of keys and values and the three that look at it
+are zeros, so that no input that is not zero meets weights that are.
 
 Its matrices lie on a grid, of Q4_1 or (the embedding) Q8_0, which would flatter some types. Each
 weight moves by a uniform draw of up to half a step of its block, as far as it may have been from
@@ -54,10 +55,10 @@ def converted(name: str, w: np.ndarray, draw: np.random.Generator) -> np.ndarray
     w = dithered(w, "Q8_0" if "embed" in name else "Q4_1", draw)
     if "down_proj" in name:
         return padded(w, 0)
-    if "o_proj" in name:
-        w = padded(w, 0)
-    if "q_proj" in name:  # heads of 64 rows: three real ones and one of zeros
-        w = padded(w, 0)
+    if "o_proj" in name:  # its inputs are heads: the new ones stand at the end
+        return padded(np.pad(w, [(0, 0), (0, w.shape[1] // 3)]), 0)
+    if any(f"{x}_proj" in name for x in "qkv"):
+        w = np.pad(w, [(0, w.shape[0] // 3), (0, 0)])
     return padded(w, 1)
 
 
@@ -77,6 +78,7 @@ def main() -> None:
     config |= {
         "hidden_size": config["hidden_size"] * 256 // REAL,
         "num_attention_heads": config["num_attention_heads"] * 4 // 3,
+        "num_key_value_heads": config["num_key_value_heads"] * 4 // 3,
         "head_dim": 64,
         "rms_norm_eps": config["rms_norm_eps"] * REAL / 256,
     }

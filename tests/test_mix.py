@@ -125,7 +125,7 @@ def test_real_sizes_are_solved_to_the_last_bytes():
         best = best_types(found, losses, {}, budget, "x")
         assert best.nbytes <= budget.nbytes
         assert best.nbytes > 0.999 * budget.nbytes
-        assert best.gap <= 1e-3 * best.loss
+        assert best.gap <= 3e-3 * best.loss
         assert best.loss == pytest.approx(expected_loss(best.kinds, losses))
 
 
