@@ -11,6 +11,7 @@ QUANTIZER ?= native
 IMATRIX   ?=
 FIT       ?=
 LIKE      ?=
+FEEDBACK  ?=
 BITS      ?= 4
 GROUP     ?=
 TEXT      ?=
@@ -39,7 +40,7 @@ LLAMA_BUILD := CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" CMAKE_GENERATOR=Ninj
 
 # What a person sets reaches the shell through its environment and is quoted there: neither make nor
 # the shell reads anything in it.
-SET := QUANT BASE DROP OUT QUANTIZER IMATRIX FIT LIKE BITS GROUP TEXT MINUTES TRAIN TOKENS MODEL DATA FILE SUITE DOCS ROWS PORT TESTS
+SET := QUANT BASE DROP OUT QUANTIZER IMATRIX FIT LIKE FEEDBACK BITS GROUP TEXT MINUTES TRAIN TOKENS MODEL DATA FILE SUITE DOCS ROWS PORT TESTS
 $(foreach v,$(SET),$(eval override $(v) := $$(value $(v))))
 export $(SET)
 PLAN  := $${DROP:+--drop "$$DROP"}
@@ -50,7 +51,7 @@ TEXTS := set -f; if [ -e "$$TEXT" ]; then set -- --text "$$TEXT"; \
 
 # What `make gguf` needs set up: ggml's quantizers come with llama-cpp-python, calibrating needs torch.
 GGUF_STAMPS := $(VENV)/$(if $(filter ggml,$(QUANTIZER)),llama,run).stamp \
-  $(if $(filter auto,$(IMATRIX))$(FIT)$(LIKE),$(VENV)/hf.stamp)
+  $(if $(filter auto,$(IMATRIX))$(FIT)$(LIKE)$(FEEDBACK),$(VENV)/hf.stamp)
 # A mix of types is chosen by text that runs through the model; a preset is not.
 MIXED := $${FIT:+--fit "$$FIT"} $${LIKE:+--like "$$LIKE"}
 
@@ -77,6 +78,7 @@ help: ## List the targets.
 	  "IMATRIX=$$IMATRIX" "Importance matrix of gguf: a file, or auto to collect it." \
 	  "FIT=$$FIT" "Device whose memory gguf makes the best mix for." \
 	  "LIKE=$$LIKE" "Preset whose size gguf makes the best mix of." \
+	  "FEEDBACK=$$FEEDBACK" "1 for gguf's error feedback: closer, and slower to make." \
 	  "BITS=$$BITS" "Bits of gptq and mlx; empty: bench without gptq." \
 	  "GROUP=$$GROUP" "Columns that share a scale; empty: gptq 128, mlx 64." \
 	  "TEXT=$$TEXT" "Calibration text, files or folders; empty: built in." \
@@ -92,10 +94,10 @@ help: ## List the targets.
 	  "MINUTES=$$MINUTES" "Minutes for which fuzz tries what was never tried."
 
 gguf: $(GGUF_STAMPS) ## Up-scale BASE to a GGUF: preset QUANT, or by FIT or LIKE.
-	@$(TEXTS); [ -n "$$IMATRIX$$FIT$$LIKE" ] || set --; \
+	@$(TEXTS); [ -n "$$IMATRIX$$FIT$$LIKE$$FEEDBACK" ] || set --; \
 	  [ -n "$$FIT$$LIKE" ] || set -- -q "$$QUANT" "$$@"; $(BIN)/dus-edge gguf $(PLAN) "$$@" \
 	  $(MIXED) --quantizer "$$QUANTIZER" $${IMATRIX:+--imatrix "$$IMATRIX"} \
-	  -o "$$OUT" --alias solar-dus --overwrite -- "$$BASE"
+	  $${FEEDBACK:+--feedback} -o "$$OUT" --alias solar-dus --overwrite -- "$$BASE"
 
 upscale: $(VENV)/run.stamp ## Up-scale BASE to a checkpoint folder, OUT/checkpoint.
 	@$(BIN)/dus-edge upscale $(PLAN) -o "$$OUT/checkpoint" --overwrite -- "$$BASE"

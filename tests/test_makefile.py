@@ -77,6 +77,12 @@ def test_a_mix_takes_the_place_of_the_preset(made, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_feedback_reads_the_text(made):
+    words = made("gguf", "FEEDBACK=1", "TEXT=a")
+    assert "--feedback" in words and words[words.index("--text") + 1] == "a"
+    assert "--feedback" not in made("gguf", "TEXT=a")
+
+
 @pytest.mark.parametrize("target", ["sft", "dpo"])
 def test_model_and_data_are_one_word(made, tmp_path, target):
     for value in NASTY:
