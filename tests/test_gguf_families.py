@@ -20,6 +20,8 @@ from .gguf_cases import export
 from .test_family_models import F32_CACHE, chooser, expected, with_gelu_of_f16
 from .test_logits import llama_log_probs, log_probs
 
+#: A file from before heads had a size of their own.
+NO_HEAD_SIZE = {"attention__key_length": None, "attention__value_length": None}
 RUNNING = [name for name, form in FAMILY_FORMS.items() if form.llama_cpp]
 AS_IT_IS = plan_chooser(None, None, (), False)
 
@@ -118,7 +120,7 @@ def test_what_llama_cpps_converter_writes_otherwise(tmp_path):
         "every": (gemma, {"attention__sliding_window_pattern": 4}, ("sliding_window_pattern", 4)),
         "listed": (gemma, {"attention__sliding_window_pattern": windows}, ("layer_types", None)),
         "window": (phi, {"attention__sliding_window": 2047}, ("sliding_window", 2047)),
-        "no head size": (gemma, {"attention__key_length": None}, ("head_dim", 16)),
+        "no head size": (gemma, NO_HEAD_SIZE, ("head_dim", 16)),
     }
 
     def check(name: str) -> None:

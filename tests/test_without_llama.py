@@ -32,6 +32,7 @@ NEED_HF = (
     "dus_edge.calibrate.layer",
     "dus_edge.calibrate.streams",
     "dus_edge.calibrate.sweep",
+    "dus_edge.calibrate.world",
     "dus_edge.quant.feedback.factor",
     "dus_edge.quant.feedback.solve",
     "dus_edge.quant.gptq",
