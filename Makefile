@@ -78,7 +78,7 @@ help: ## List the targets.
 	  "IMATRIX=$$IMATRIX" "Importance matrix of gguf: a file, or auto to collect it." \
 	  "FIT=$$FIT" "Device whose memory gguf makes the best mix for." \
 	  "LIKE=$$LIKE" "Preset whose size gguf makes the best mix of." \
-	  "FEEDBACK=$$FEEDBACK" "1 for gguf's error feedback: closer, and slower to make." \
+	  "FEEDBACK=$$FEEDBACK" "Set it to 1 for gguf's error feedback: closer, slower made." \
 	  "BITS=$$BITS" "Bits of gptq and mlx; empty: bench without gptq." \
 	  "GROUP=$$GROUP" "Columns that share a scale; empty: gptq 128, mlx 64." \
 	  "TEXT=$$TEXT" "Calibration text, files or folders; empty: built in." \

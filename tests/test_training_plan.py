@@ -49,7 +49,6 @@ def test_what_real_steps_take_is_planned_within_a_tenth():
         check,
         [
             case("pico", "all", 1024, packed=True),
-            case("pico", "lora", 1024),
         ],
     )
 
