@@ -6,11 +6,10 @@
 
 CHECKPOINT: `pico`, or SmolLM2-135M as `padded.py` writes it. Each file is made by `dus-edge gguf`,
 read back block by block as float32, and run through the calibration engine over held-out text: the
-English of the built-in evaluation texts, and code of the same (pico: the other way round). What is
-measured is KL(model || file) of every next token, in nats, float32 on both sides; llama.cpp
-quantizes activations too, which adds the same small amount to all. All ways of one seed see the
-same tokens of the calibration texts (24 chunks of 512 by default), for importance, sensitivity and
-feedback alike. Ratios are paired: chunks are drawn together 2,000 times.
+English and the code of the built-in evaluation texts. What is measured is KL(model || file) of
+every next token, in nats, in float32 on both sides; llama.cpp would round activations too. All ways
+of one seed see the same 24 chunks of 512 tokens of the calibration texts, for importance,
+sensitivity and feedback alike. Ratios are paired: chunks are drawn together 2,000 times.
 
 A run goes on where it was cut short. Results: `results/divergence.jsonl`, a line a file and text,
 with the mean of each chunk.
@@ -64,7 +63,7 @@ WAYS = {
     "--chunks 24 --seed SEED",
 }
 TABLE = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
-#: Chunks of each held-out text.
+#: Chunks of each held-out text, at most.
 TEXTS = {"en": 16, "code": 8}
 
 
