@@ -219,10 +219,18 @@ def test_chunks_that_are_held_out():
         held_out_chunks(1, 512)
 
 
-def collect(weight: torch.Tensor, x: torch.Tensor, kind: t.QuantType, n_ctx: int, **options):
+def collect(
+    weight: torch.Tensor,
+    x: torch.Tensor,
+    kind: t.QuantType,
+    n_ctx: int,
+    counted: np.ndarray | None = None,
+    **options,
+):
     wanted = {"a.weight": WantedBlocks(kind, **options)}
-    text = (len(x) // n_ctx, n_ctx)
-    collector = FeedbackCollector(wanted, native, SETTINGS, text)
+    if counted is None:
+        counted = np.ones((len(x) // n_ctx, n_ctx), np.float32)
+    collector = FeedbackCollector(wanted, native, SETTINGS, [{"site": counted}])
     for part in x.split(2 * n_ctx):
         collector.observe(0, "site", part)
     others = {"b.weight": weight}
@@ -252,10 +260,32 @@ def test_a_matrix_that_gains_keeps_feedback_and_is_stored(tmp_path):
     data = read_blocks(tmp_path / "layer", "a.weight", t.Q3_K)
     values = ggml.dequantize(data, t.Q3_K, (64, 256))
     np.testing.assert_allclose(values, replaced["a.weight"].numpy(), atol=1e-6)
-    other = FeedbackCollector({}, native, SETTINGS, (16, 64))
+    other = FeedbackCollector({}, native, SETTINGS, [{"site": np.ones((16, 64), "f4")}])
     other.load(0, tmp_path / "layer")
     assert other.outcomes == collector.outcomes
     np.testing.assert_array_equal(other.sums["a.weight"], collector.sums["a.weight"])
+
+
+def test_a_token_of_weight_n_is_n_tokens():
+    """Whole weights beside a text in which each token stands as often, in blocks and in losses."""
+    weight, x = problem(64, 256)[0], correlated(1024, 256)
+    counted = np.random.default_rng(4).integers(1, 4, (16, 64)).astype(np.float32)
+    times = torch.from_numpy(counted.astype(np.int64))
+    # The same number of tokens in each chunk, so that the same chunks are held out.
+    times[:, -1] += 192 - times.sum(1)
+    collector, weighed = collect(weight, x, t.Q4_K, 64, times.numpy().astype(np.float32))
+    many = x.repeat_interleave(times.flatten(), dim=0)
+    other, repeated = collect(weight, many, t.Q4_K, 192)
+    a, b = (c.outcomes["a.weight"] for c in (collector, other))
+    # Importance is of the text as it is, so only the fed blocks are the same.
+    assert a.fallback is None and b.fallback is None
+    assert a.loss == pytest.approx(b.loss, rel=2e-2)
+    plain = collect(weight, x, t.Q4_K, 64)[1]
+    same, before = (
+        torch.isclose(weighed["a.weight"], other["a.weight"], atol=1e-6).float().mean()
+        for other in (repeated, plain)
+    )
+    assert same > 0.9 and before < 0.1  # a tie may fall the other way
 
 
 def test_a_matrix_that_does_not_gain_keeps_its_blocks_by_importance():

@@ -110,7 +110,7 @@ def test_layers_go_on_with_what_is_stored(text, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "run_layers", spy)
         export(text, tmp_path / "out", "q4_k_m")
-    ((tokens, h),) = seen
+    _, (tokens, h) = seen  # first the states that tokens are weighed by
     as_it_is = plan_chooser(None, None, (), False)
     stored, base = (
         find_model(name, choose, weights=True, say=quiet).open()
@@ -154,14 +154,25 @@ def test_importance_of_a_file_is_used_where_feedback_is_not_kept(run, text, tmp_
     assert int(fields["dus.feedback.tried"].contents()) == 84
 
 
-@pytest.mark.parametrize("layer", [1, 5])
-def test_interrupted_and_resumed_gives_the_same_bytes(text, tmp_path, layer):
+#: Six layers forward, six down, then twice each with feedback: how often `ffn` is called before
+#: the run is cut short, where its state lies, and how many steps are kept.
+CUTS = {
+    "forward": (3, ".tokens.calibration", "state.json", 3),
+    "down": (6 + 4, ".tokens.calibration", "downward.json", 1 + 4),
+    "first layer fed": (12 + 2, ".gguf.calibration", "state.json", 1),
+    "last but one": (12 + 10, ".gguf.calibration", "state.json", 5),
+}
+
+
+@pytest.mark.parametrize("where", CUTS)
+def test_interrupted_and_resumed_gives_the_same_bytes(text, tmp_path, where):
+    allowed, folder, index, n_done = CUTS[where]
     export(text, tmp_path / "whole", "q4_k_m")
     original, calls = engine.DecoderLayer.ffn, []
 
     def interrupting(self, x):
         calls.append(1)
-        if len(calls) > 2 * layer:  # twice a layer
+        if len(calls) > allowed:
             raise KeyboardInterrupt
         return original(self, x)
 
@@ -170,9 +181,13 @@ def test_interrupted_and_resumed_gives_the_same_bytes(text, tmp_path, layer):
         with pytest.raises(KeyboardInterrupt):
             export(text, tmp_path / "cut", "q4_k_m")
     assert not list((tmp_path / "cut").glob("*.gguf"))
-    (state,) = (tmp_path / "cut").glob("*.calibration")
-    assert json.loads((state / "state.json").read_text())["n_done"] == layer
-    result = export(text, tmp_path / "cut", "q4_k_m")
+    (state,) = (tmp_path / "cut").glob(f"*{folder}")
+    assert json.loads((state / index).read_text())["n_done"] == n_done
+    calls.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.DecoderLayer, "ffn", lambda *a: calls.append(1) or original(*a))
+        result = export(text, tmp_path / "cut", "q4_k_m")
+    assert len(calls) == 6 + 6 + 12 - allowed
     whole, again = only(tmp_path / "whole"), only(tmp_path / "cut")
     assert whole.read_bytes() == again.read_bytes()
     assert any("of 42 matrices" in note for note in result.notes)

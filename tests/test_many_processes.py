@@ -44,7 +44,7 @@ def calibrate(base: str, out: Path) -> None:
 
 def cut_short(base: str, out: Path) -> None:
     """A process that ends at once, on the way down."""
-    from dus_edge.calibrate import sensitivity as way
+    from dus_edge.calibrate.fisher import descent as way
 
     whole, left = way.layer_gradients, [CUT]
 

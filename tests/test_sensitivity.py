@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from dus_edge.calibrate import costs, engine
-from dus_edge.calibrate import sensitivity as way
+from dus_edge.calibrate import engine
+from dus_edge.calibrate.fisher import costs, descent
+from dus_edge.calibrate.fisher import sensitivity as way
 from dus_edge.calibrate.imatrix import ImatrixCollector
 from dus_edge.calibrate.streams import KeptStates
 from dus_edge.checkpoint.config import parse_config
@@ -45,7 +46,7 @@ def opened(base, *plan: str):
 def gone_down(checkpoint, folder, tokens=TOKENS, settings=CPU, seed=0):
     """Costs by tensor and type, without a job around."""
     folder.mkdir()
-    state = way.DownwardState(folder, "same")
+    state = descent.DownwardState(folder, "same")
     native.prepare(way.storing_conversions(checkpoint, ()))
     with state.states() as fd, ThreadPoolExecutor(1) as pool:
         kept = KeptStates(fd, checkpoint.config, tokens, settings.dtype)
@@ -59,7 +60,7 @@ def gone_down(checkpoint, folder, tokens=TOKENS, settings=CPU, seed=0):
 
 def drawn_labels(model, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities where labels are drawn, with their graph, and the labels."""
-    first = way.first_labelled(TOKENS.shape[1])
+    first = descent.first_labelled(TOKENS.shape[1])
     logits = model(torch.from_numpy(TOKENS).long(), use_cache=False).logits[:, first:]
     u = np.random.default_rng(seed).random(logits.shape[:2], np.float32)
     sums = logits.detach().double().softmax(-1).cumsum(-1)
@@ -85,7 +86,7 @@ def test_gradients_are_those_of_transformers(make_checkpoint, tmp_path, monkeypa
         seen["model.embed_tokens.weight"] = table
         return np.zeros(len(errors))
 
-    monkeypatch.setattr(way._Downward, "_matrix", matrix)
+    monkeypatch.setattr(way._Measuring, "_matrix", matrix)
     monkeypatch.setattr(way, "embedding_kl", embedding)
     gone_down(opened(base, "0:3,1:4"), tmp_path / "state", seed=3)
     assert len(seen) == 6 * 7 + 1
@@ -166,7 +167,7 @@ def test_however_chunks_are_divided(make_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(way, "_KEPT_BYTES", 1)
     monkeypatch.setattr(costs, "_BLOCK_BYTES", 1)
     monkeypatch.setattr(costs, "_VOCABULARY_ROWS", 1000)
-    monkeypatch.setattr(way, "_LOGITS_BYTES", 4 * 4096 * 5)
+    monkeypatch.setattr(descent, "_LOGITS_BYTES", 4 * 4096 * 5)
     parts = gone_down(checkpoint, tmp_path / "parts", settings=settings)
     assert whole.keys() == parts.keys()
     assert len(whole) == 6 * 7 + 2
@@ -178,7 +179,7 @@ def test_however_chunks_are_divided(make_checkpoint, tmp_path, monkeypatch):
 
 
 def measured_kl(model, reference: torch.Tensor, tokens: torch.Tensor) -> float:
-    first = way.first_labelled(tokens.shape[1])
+    first = descent.first_labelled(tokens.shape[1])
     with torch.no_grad():
         q = model(tokens, use_cache=False).logits[:, first:].log_softmax(-1)
     return float((reference.exp() * (reference - q)).sum(-1).double().mean())
@@ -202,7 +203,7 @@ def test_costs_foretell_measured_divergence(pico_found):
     parameters = dict(network.named_parameters())
     chunks = read_chunks(model, TextChoice(n_ctx=128, n_chunks=12, seed=1))
     tokens = torch.from_numpy(chunks.tokens).long()
-    first = way.first_labelled(128)
+    first = descent.first_labelled(128)
     with torch.no_grad():
         reference = network(tokens, use_cache=False).logits[:, first:].log_softmax(-1)
     family, checkpoint = model.config.family, model.open()
@@ -249,21 +250,24 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, mak
         export_sensitivity(base, CHOOSE, path, short(), machine, storage)
 
     run(tmp_path / "whole.json")
-    plain = {name: getattr(way, name) for name in ("layer_gradients", "embedding_kl", "head_kl")}
-    forward = engine.DecoderLayer.ffn
+    places = {
+        "ffn": engine.DecoderLayer,
+        "layer_gradients": descent,
+        "embedding_kl": way,
+        "head_kl": way,
+    }
 
     def check(name: str, n: int) -> None:
-        path, left = tmp_path / f"{name}-{n}.json", [n]
+        path, left, plain = tmp_path / f"{name}-{n}.json", [n], getattr(places[name], name)
 
         def interrupting(*args, **kwargs):
             if not left[0]:
                 raise KeyboardInterrupt
             left[0] -= 1
-            return (forward if name == "ffn" else plain[name])(*args, **kwargs)
+            return plain(*args, **kwargs)
 
-        where = engine.DecoderLayer if name == "ffn" else way
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(where, name, interrupting)
+            patch.setattr(places[name], name, interrupting)
             with pytest.raises(KeyboardInterrupt):
                 run(path)
         assert not path.exists()

@@ -2,19 +2,21 @@
 
 Some chunks of the text are held out. Feedback is fitted to all others, and a matrix keeps it only
 if the layer's outputs on the held-out inputs come out nearer to the original's than with the
-importance-weighted blocks that it would have otherwise.
+importance-weighted blocks that it would have otherwise. In both, an error counts as much as an
+error behind that token does: see `token_weights`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from dus_edge.calibrate.fisher.token_weights import TokenWeights
 from dus_edge.errors import UsageError
 from dus_edge.quant.feedback.layouts import LOSES_MORE, stored_values
 from dus_edge.quant.feedback.solve import (
@@ -54,7 +56,8 @@ class FedMatrix:
     Attributes:
         name: Hugging Face name.
         kind: name of the type.
-        loss: squared error of the outputs on held-out inputs, with feedback; None without any.
+        loss: weighted squared error of the outputs on held-out inputs, with feedback; None
+            without any.
         plain_loss: that of blocks by importance.
         fallback: why the blocks are by importance after all; None where feedback is kept.
     """
@@ -86,9 +89,9 @@ class _Inputs:
     """Of one site.
 
     Attributes:
-        gram: XᵀX ``(width, width)`` of the chunks that feedback is fitted to.
-        squares: Σx² ``(width,)`` float64 of all chunks.
-        held: inputs of the others, ``(n_tokens, width)`` each.
+        gram: XᵀWX ``(width, width)`` of the chunks that feedback is fitted to.
+        squares: Σx² ``(width,)`` float64 of all chunks, without weights.
+        held: inputs of the others, ``(n_tokens, width)`` each, times √w.
         n_chunks: chunks seen.
     """
 
@@ -99,14 +102,14 @@ class _Inputs:
 
 
 class FeedbackCollector:
-    """XᵀX by site, then blocks; a `Visitor` of the engine."""
+    """XᵀWX by site, then blocks; a `Visitor` of the engine."""
 
     def __init__(
         self,
         wanted: Mapping[str, WantedBlocks],
         quantizer: Quantizer,
         settings: FeedbackSettings,
-        text: tuple[int, int],
+        token_weights: Sequence[TokenWeights],
         *,
         importance: Mapping[str, np.ndarray] | None = None,
         n_threads: int = 1,
@@ -116,7 +119,7 @@ class FeedbackCollector:
             wanted: by Hugging Face name; other matrices are passed over.
             quantizer: finds scales, and makes the blocks that feedback must beat.
             settings: see `FeedbackSettings`.
-            text: number of chunks, and tokens of a chunk.
+            token_weights: by layer, of all tokens in all chunks.
             importance: by Hugging Face name ``(n_cols,)`` float32, in place of the text's own.
             n_threads: worker threads.
         """
@@ -125,7 +128,9 @@ class FeedbackCollector:
         #: Σx² ``(n_cols,)`` float32 of each matrix' inputs, over all tokens.
         self.sums: dict[str, np.ndarray] = {}
         self._wanted, self._quantizer, self._settings = wanted, quantizer, settings
-        self._n_ctx, self._held_out = text[1], held_out_chunks(*text)
+        self._token_weights = token_weights
+        n_chunks, self._n_ctx = next(iter(token_weights[0].values())).shape
+        self._held_out = held_out_chunks(n_chunks, self._n_ctx)
         self._importance, self._n_threads = importance or {}, n_threads
         self._sites: dict[str, _Inputs] = {}
         # Of the layer that is not saved yet.
@@ -140,9 +145,12 @@ class FeedbackCollector:
             self._sites[site] = _Inputs(gram, torch.zeros(width, dtype=torch.float64))
         inputs = self._sites[site]
         inputs.squares += wide.square().sum(0).cpu().double()
-        chunks = wide.view(-1, self._n_ctx, wide.shape[-1])
-        numbers = range(inputs.n_chunks, inputs.n_chunks + len(chunks))
+        numbers = range(inputs.n_chunks, inputs.n_chunks + len(wide) // self._n_ctx)
         inputs.n_chunks = numbers.stop
+        weights = self._token_weights[layer][site][numbers.start : numbers.stop]
+        root = torch.from_numpy(weights).to(x.device).sqrt().view(-1, 1)
+        wide = wide * root
+        chunks = wide.view(len(numbers), self._n_ctx, -1)
         held = [i for i, number in enumerate(numbers) if number in self._held_out]
         inputs.held += [chunks[i].clone().cpu() for i in held]
         if held:

@@ -14,16 +14,20 @@ from typing import TYPE_CHECKING, Any
 from dus_edge import __version__
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.errors import CheckpointError, UsageError
+from dus_edge.files import check_free_space
 from dus_edge.jobs.job import Job, Result, quiet, run_job
 from dus_edge.progress import Advance, progress
 from dus_edge.text.chunks import DEFAULT_N_CTX, Chunks, make_chunks
 from dus_edge.text.documents import builtin_documents, read_documents
 from dus_edge.text.tokenizers import load_tokenizer
 from dus_edge.upscale.model import ChoosePlan, Model, Say, find_model
+from dus_edge.words import format_bytes
 
 if TYPE_CHECKING:  # these import torch
     from dus_edge.calibrate.engine import ComputeSettings as Compute
     from dus_edge.calibrate.engine import State
+    from dus_edge.calibrate.fisher.descent import DownwardState
+    from dus_edge.calibrate.streams import KeptStates
     from dus_edge.calibrate.world import World
 
 
@@ -223,6 +227,51 @@ def kept_state(
         if done := state.n_done():
             say(f"{done} of {model.config.n_layers} layers are kept; the same command goes on.")
         raise
+
+
+@contextmanager
+def gone_forward(
+    checkpoint: Checkpoint,
+    chunks: Chunks,
+    collector: Any,
+    compute: Compute,
+    state: State,
+    keep: Path,
+    say: Say,
+) -> Iterator[tuple[KeptStates, DownwardState]]:
+    """Run a text through a model and keep the states before all layers, ready for the way down.
+
+    Args:
+        checkpoint: the model.
+        chunks: the text, of all processes.
+        collector: sees it on the way.
+        compute: device and precision.
+        state: of `kept_state`.
+        keep: the output that it belongs to.
+        say: takes lines for the user.
+
+    Yields:
+        the states, and how far an earlier run has gone down.
+    """
+    from dus_edge.calibrate.fisher.descent import DownwardState, n_slots
+    from dus_edge.calibrate.streams import KeptStates, states_bytes
+
+    config, world = checkpoint.config, state.world
+    tokens = chunks.tokens[world.share]
+    down = DownwardState(state.folder, state.identity, world)
+    all_there = round(world.sum(down.has_states)[0]) == world.size
+    if world.first and not all_there:
+        forget_state(keep)
+    world.wait()
+    state.folder.mkdir(parents=True, exist_ok=True)
+    n_bytes = states_bytes(config, tokens, compute.dtype, n_slots(config.n_layers))
+    if not state.n_done():
+        check_free_space(state.folder, n_bytes)
+    say(f"A file of hidden states in {state.folder}: {format_bytes(n_bytes)}")
+    with down.states() as fd:
+        kept = KeptStates(fd, config, tokens, compute.dtype)
+        run_collector(checkpoint, chunks, collector, compute, state, say, kept.put)
+        yield kept, down
 
 
 def _state_folder(output: Path) -> Path:

@@ -22,7 +22,9 @@ from dus_edge.jobs.export.calibration import (
     Machine,
     TextChoice,
     forget_state,
+    gone_forward,
     kept_state,
+    progress_of,
     read_chunks,
     run_collector,
 )
@@ -35,7 +37,9 @@ from dus_edge.text.chunks import Chunks
 from dus_edge.upscale.model import Model, Say
 
 if TYPE_CHECKING:  # these import torch
+    from dus_edge.calibrate.engine import ComputeSettings
     from dus_edge.calibrate.feedback import FedMatrix, WantedBlocks
+    from dus_edge.calibrate.fisher.token_weights import TokenWeights
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,10 @@ def fed_blocks(
     compute = engine.choose_settings(choice.machine.device, choice.machine.dtype)
     settings = FeedbackSettings()
     family = model.config.family
+    weighed_beside = files[0].path.with_name(f"{files[0].path.name}.tokens")
+    weights = _token_weights(
+        model, checkpoint, chunks, compute, weighed_beside, choice.text.seed, say
+    )
     given = {
         name: importance[family.gguf_name(name)]
         for name in model.shapes
@@ -146,7 +154,7 @@ def fed_blocks(
             wanted,
             quantizer,
             settings,
-            chunks.tokens.shape,
+            weights,
             importance=given,
             n_threads=n_threads,
         )
@@ -169,8 +177,40 @@ def fed_blocks(
     counts = dict.fromkeys(sums, float(chunks.tokens.size))
     found = Importance(sums, counts, n_ctx, n_chunks, (choice.text.label,))
     yield FedBlocks(made, found, outcomes)
-    for file in files:
-        forget_state(file.path)
+    for path in (weighed_beside, *(file.path for file in files)):
+        forget_state(path)
+
+
+def _token_weights(
+    model: Model,
+    checkpoint: Checkpoint,
+    chunks: Chunks,
+    compute: ComputeSettings,
+    keep: Path,
+    seed: int,
+    say: Say,
+) -> list[TokenWeights]:
+    """How much errors behind each token count, by layer; kept beside `keep`."""
+    from dus_edge.calibrate.fisher.token_weights import weigh_tokens, weighing_work
+    from dus_edge.calibrate.streams import NullVisitor
+
+    more = f"token weights, labels {seed}"
+    with (
+        kept_state(keep, model, chunks, compute, more, say) as state,
+        gone_forward(checkpoint, chunks, NullVisitor(), compute, state, keep, say) as (kept, down),
+    ):
+        total = weighing_work(checkpoint, chunks.tokens)
+        with progress_of(state.world, "Weighing tokens", total) as tick:
+            return weigh_tokens(
+                checkpoint,
+                chunks.tokens,
+                kept,
+                compute,
+                down,
+                languages=chunks.languages,
+                seed=seed,
+                advance=tick,
+            )
 
 
 def wanted_blocks(model: Model, file: GGUFFile) -> dict[str, WantedBlocks]:

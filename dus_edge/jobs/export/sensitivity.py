@@ -13,16 +13,16 @@ import numpy as np
 
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.export.gguf.sink import gguf_shapes
-from dus_edge.files import check_absent, check_free_space, check_writable
+from dus_edge.files import check_absent, check_writable
 from dus_edge.jobs.export.calibration import (
     Machine,
     TextChoice,
     forget_state,
+    gone_forward,
     joined_machine,
     kept_state,
     progress_of,
     read_chunks,
-    run_collector,
     run_shared,
 )
 from dus_edge.jobs.export.imatrix import collected_importance
@@ -35,7 +35,6 @@ from dus_edge.quant.sensitivity import Sensitivity, weights_identity, write_sens
 from dus_edge.quant.sensitivity.candidates import CANDIDATES
 from dus_edge.text.chunks import Chunks
 from dus_edge.upscale.model import ChoosePlan, Model, Say
-from dus_edge.words import format_bytes
 
 if TYPE_CHECKING:  # these import torch
     from dus_edge.calibrate.engine import ComputeSettings, State
@@ -93,7 +92,7 @@ def measure_sensitivity(
         OutputError: the file of hidden states does not fit on the disk.
     """
     from dus_edge.calibrate import engine
-    from dus_edge.calibrate.sensitivity import first_labelled
+    from dus_edge.calibrate.fisher.descent import first_labelled
 
     given = _importance_of(model, storage)
     chunks = read_chunks(model, text)
@@ -132,27 +131,16 @@ def _measure(
     say: Say,
 ) -> dict[str, dict[str, float]]:
     """Forward once, and down again."""
-    from dus_edge.calibrate import sensitivity as way
-    from dus_edge.calibrate.costs import Storing
+    from dus_edge.calibrate.fisher import sensitivity as way
+    from dus_edge.calibrate.fisher.costs import Storing
     from dus_edge.calibrate.imatrix import ImatrixCollector
-    from dus_edge.calibrate.streams import KeptStates, states_bytes
 
-    config, world = checkpoint.config, state.world
-    tokens = chunks.tokens[world.share]
-    down = way.DownwardState(state.folder, state.identity, world)
-    all_there = round(world.sum(down.has_states)[0]) == world.size
-    if world.first and not all_there:
-        forget_state(keep)
-    world.wait()
-    state.folder.mkdir(parents=True, exist_ok=True)
-    n_bytes = states_bytes(config, tokens, compute.dtype, way.n_slots(config.n_layers))
-    if not state.n_done():
-        check_free_space(state.folder, n_bytes)
-    say(f"A file of hidden states in {state.folder}: {format_bytes(n_bytes)}")
+    world, config = state.world, checkpoint.config
     collector = ImatrixCollector(world)
-    with down.states() as fd, ThreadPoolExecutor(default_threads()) as pool:
-        kept = KeptStates(fd, config, tokens, compute.dtype)
-        run_collector(checkpoint, chunks, collector, compute, state, say, kept.put)
+    with (
+        gone_forward(checkpoint, chunks, collector, compute, state, keep, say) as (kept, down),
+        ThreadPoolExecutor(default_threads()) as pool,
+    ):
         if given is None:
             found = collected_importance(model, collector, chunks, text.label)
             given = _matched(model, found, "the importance matrix")
@@ -160,7 +148,8 @@ def _measure(
         quantizer.prepare(way.storing_conversions(checkpoint, tuple(given)), say)
         if down.n_done:
             say(f"{down.n_done} of {config.n_layers + 2} steps of the way down are done already")
-        with progress_of(world, "Measuring", way.downward_work(checkpoint, tokens)) as tick:
+        own = chunks.tokens[world.share]
+        with progress_of(world, "Measuring", way.downward_work(checkpoint, own)) as tick:
             return way.go_down(
                 checkpoint,
                 chunks.tokens,

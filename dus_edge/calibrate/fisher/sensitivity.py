@@ -1,45 +1,40 @@
 """How much each tensor of a model minds each storage type, layer by layer.
 
-Text goes forward once, and the states before all layers are kept in a file. From labels that the
-model itself draws, gradients go back through the layers, each computed again from its states: so
-one layer's weights are in memory, and the states of a layer's matrices. `gradients` and `costs`
-say what is computed.
+On the way down that `descent` goes, each tensor that is met is tried in all types. One layer's
+weights are in memory, and what its matrices take in and give. `gradients` and `costs` say what is
+computed.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from dus_edge.adapter.numbers import as_floats
-from dus_edge.calibrate.costs import (
+from dus_edge.calibrate.engine import DTYPES, ComputeSettings, Shares
+from dus_edge.calibrate.fisher.costs import (
     Storing,
     embedding_kl,
     head_kl,
     matrix_kl,
     rows_at_once,
 )
-from dus_edge.calibrate.engine import DTYPES, ComputeSettings, Shares
-from dus_edge.calibrate.gradients import TracedLayer, label_gradients, layer_gradients
-from dus_edge.calibrate.layer import Positions, as_tensor, head_input, positions, read_layer
+from dus_edge.calibrate.fisher.descent import Descent, DownwardState, drawn_labels, first_labelled
+from dus_edge.calibrate.fisher.gradients import TracedLayer
+from dus_edge.calibrate.layer import head_input
 from dus_edge.calibrate.streams import KeptStates
-from dus_edge.calibrate.world import ALONE, World
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.errors import CheckpointError
 from dus_edge.quant.quantizer import Conversion
 from dus_edge.quant.sensitivity.candidates import candidate_types
 from dus_edge.quant.types import QuantType
 
-#: Bytes of logits that are in memory at once.
-_LOGITS_BYTES = 64 << 20
 #: Bytes of what a layer's matrices take in, and of gradients of what they give, kept at once.
 _KEPT_BYTES = 4 << 30
 #: Tokens that the head's own costs are averaged over.
@@ -47,14 +42,6 @@ _HEAD_TOKENS = 2048
 
 #: By GGUF tensor name and type name, nats per token.
 Costs = Mapping[str, Mapping[str, float]]
-
-
-def first_labelled(n_ctx: int) -> int:
-    """The first position of a chunk that labels are drawn at: its first half is context alone.
-
-    So does `quality` count divergence, and llama.cpp's perplexity tool.
-    """
-    return n_ctx // 2
 
 
 def tensors_of(checkpoint: Checkpoint) -> dict[str, tuple[QuantType, ...]]:
@@ -81,78 +68,6 @@ def storing_conversions(checkpoint: Checkpoint, importance: Sequence[str]) -> li
             for kind in kinds
         )
     )
-
-
-class DownwardState:
-    """How far the way down is, in a folder: the costs of each step that is done.
-
-    Steps are the head, the layers from the last to the first, and the embedding.
-
-    Args:
-        folder: of the run; it is there.
-        identity: of all inputs, hex.
-        world: processes that share the run and the folder, each with a file of its own states.
-    """
-
-    def __init__(self, folder: Path, identity: str, world: World = ALONE) -> None:
-        self.folder, self.identity, self.world = folder, identity, world
-
-    @property
-    def n_done(self) -> int:
-        """Steps that are done."""
-        try:
-            kept = json.loads(self._index.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return 0
-        return int(kept["n_done"]) if kept.get("identity") == self.identity else 0
-
-    @property
-    def has_states(self) -> bool:
-        """Whether the file of hidden states is there, without which nothing can go on."""
-        return self._states.exists()
-
-    @contextmanager
-    def states(self) -> Iterator[int]:
-        """The file of hidden states and gradients, open while the block runs."""
-        fd = os.open(self._states, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-
-    def done(self, step: int, costs: Costs) -> None:
-        """Keep a step's costs, and say that it and all before it are done."""
-        # The gradient of the step before may be written over only when this one lies whole.
-        self.world.wait()
-        if self.world.first:
-            self._write(self._costs(step), costs)
-            self._write(self._index, {"identity": self.identity, "n_done": step + 1})
-        self.world.wait()
-
-    def costs(self, step: int) -> Costs:
-        """The costs of a step that is done."""
-        return json.loads(self._costs(step).read_text(encoding="utf-8"))
-
-    @property
-    def _states(self) -> Path:
-        return self.folder / (f"states-{self.world.rank}" if self.world.many else "states")
-
-    @property
-    def _index(self) -> Path:
-        return self.folder / "downward.json"
-
-    def _costs(self, step: int) -> Path:
-        return self.folder / f"costs-{step:04}.json"
-
-    def _write(self, path: Path, value: object) -> None:
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(value), encoding="utf-8")
-        partial.replace(path)
-
-
-def n_slots(n_layers: int) -> int:
-    """Slots that the file needs: states before and behind all layers, and gradients in two."""
-    return n_layers + 3
 
 
 def downward_work(checkpoint: Checkpoint, tokens: np.ndarray) -> int:
@@ -197,28 +112,31 @@ def go_down(
         OutputError: the disk is full.
     """
     world = state.world
-    n_chunks, n_ctx = tokens.shape
-    drawn = np.random.default_rng(seed).random((n_chunks, n_ctx - first_labelled(n_ctx)), "f4")
-    own = tokens[world.share]
-    way = _Downward(
-        checkpoint, own, drawn[world.share], drawn.size, states, storing, settings, world, advance
+    first = first_labelled(tokens.shape[1])
+    own, drawn = tokens[world.share], drawn_labels(tokens, first, seed)
+    way = _Measuring(
+        checkpoint, own, drawn[world.share], drawn.size, states, settings, world, advance, storing
     )
     found: dict[str, dict[str, float]] = {}
     done = state.n_done
     for step in range(checkpoint.config.n_layers + 2):
         if step < done:
-            costs = state.costs(step)
+            costs = json.loads(state.found(step).read_text(encoding="utf-8"))
             advance(own.size)
         else:
             costs = way.take(step)
             _check(costs)
-            state.done(step, costs)
+            state.done(step, partial(_keep, costs))
         for name, by_kind in costs.items():
             # A tied embedding is met twice: as the head and as itself.
             kept = found.setdefault(name, dict.fromkeys(by_kind, 0.0))
             for kind, cost in by_kind.items():
                 kept[kind] += cost
     return found
+
+
+def _keep(costs: Costs, path: Path) -> None:
+    path.write_text(json.dumps(costs), encoding="utf-8")
 
 
 def _check(costs: Costs) -> None:
@@ -231,50 +149,27 @@ def _check(costs: Costs) -> None:
 
 
 @dataclass(frozen=True)
-class _Downward:
-    """One step at a time. The gradient that a step leaves lies in the slot of its parity.
+class _Measuring(Descent):
+    """The costs of what each step meets.
 
     Attributes:
-        tokens: this process's.
-        drawn: of each of them that gets a label, a number in [0, 1) that says which.
-        n_labelled: how many get one in all processes.
+        storing: how weights would be stored.
     """
 
-    checkpoint: Checkpoint
-    tokens: np.ndarray
-    drawn: np.ndarray
-    n_labelled: int
-    states: KeptStates
     storing: Storing
-    settings: ComputeSettings
-    world: World
-    advance: Callable[[int], None]
 
     def take(self, step: int) -> dict[str, dict[str, float]]:
         """Do a step; its costs by GGUF name and type."""
         n_layers = self.checkpoint.config.n_layers
         if step == 0:
-            return self._head()
+            return self._head_step()
         if step == n_layers + 1:
             return self._embedding(step)
-        return self._layer(step, n_layers - step)
-
-    @cached_property
-    def _where(self) -> tuple[Positions, ...]:
-        n_ctx, settings = self.tokens.shape[1], self.settings
-        return positions(self.checkpoint.config, n_ctx, settings.device, DTYPES[settings.dtype])
+        return self._layer_step(step, n_layers - step)
 
     @cached_property
     def _kinds(self) -> Mapping[str, tuple[QuantType, ...]]:
         return tensors_of(self.checkpoint)
-
-    def _slot(self, step: int) -> int:
-        return self.checkpoint.config.n_layers + 1 + step % 2
-
-    def _batches(self, chunks: range) -> Iterator[slice]:
-        step = max(1, self.settings.batch_tokens // self.tokens.shape[1])
-        for i in range(chunks.start, chunks.stop, step):
-            yield slice(i, min(i + step, chunks.stop))
 
     def _named(self, name: str, sums: np.ndarray, n_tokens: float) -> dict[str, dict[str, float]]:
         """Costs of a tensor, Hugging Face name, as they are kept.
@@ -290,33 +185,18 @@ class _Downward:
 
     # The head
 
-    def _head(self) -> dict[str, dict[str, float]]:
-        config, settings = self.checkpoint.config, self.settings
-        family, dtype = config.family, DTYPES[settings.dtype]
-        name = family.name("embedding" if config.tied_head else "head")
-        norm, head = (
-            as_tensor(self.checkpoint.read(n)).to(settings.device, dtype)
-            for n in (family.name("final_norm"), name)
-        )
-        n_chunks, n_ctx = self.tokens.shape
-        first, at_once = first_labelled(n_ctx), max(1, _LOGITS_BYTES // (4 * config.vocab_size))
-        shares = Shares(self.advance, self.tokens.size)
+    def _head_step(self) -> dict[str, dict[str, float]]:
+        config = self.checkpoint.config
+        name = config.family.name("embedding" if config.tied_head else "head")
+        norm, head = self.head_weights()
+        n_ctx, n_labels = self.tokens.shape[1], self.drawn.shape[1]
+        shares = self.shares()
         every = -(-self.n_labelled // _HEAD_TOKENS)
         taken: list[torch.Tensor] = []
-        for chunk in range(n_chunks):
-            one = slice(chunk, chunk + 1)
-            h = self.states.load(config.n_layers, one).to(settings.device)
-            gradient = torch.zeros_like(h)
-            u = torch.from_numpy(self.drawn[chunk]).to(settings.device)
-            for i in range(first, n_ctx, at_once):
-                some = slice(i, min(i + at_once, n_ctx))
-                gradient[0, some] = label_gradients(
-                    h[0, some], norm, head, config, u[i - first : i - first + at_once]
-                )
-            self.states.put(self._slot(0), gradient.cpu(), chunk)
+        for chunk, h in self.head(norm, head):
             place = chunk * self.world.size + self.world.rank
-            offset = -place * (n_ctx - first) % every
-            taken.append(head_input(h[0, first + offset :: every], norm, config).float())
+            offset = -place * n_labels % every
+            taken.append(head_input(h[n_ctx - n_labels + offset :: every], norm, config).float())
             shares(n_ctx, 0.5)
         x = torch.cat(taken)
         sums = self._head_costs(name, x, shares) * len(x)
@@ -336,13 +216,9 @@ class _Downward:
 
     # Layers
 
-    def _layer(self, step: int, index: int) -> dict[str, dict[str, float]]:
-        config, settings = self.checkpoint.config, self.settings
-        n_ctx, dtype = self.tokens.shape[1], DTYPES[settings.dtype]
-        stored = read_layer(self.checkpoint, index)
-        weights = {role: stored.pop(role).to(settings.device, dtype) for role in tuple(stored)}
-        layer = TracedLayer(config, weights, self._where[index])
-        shares = Shares(self.advance, self.tokens.size)
+    def _layer_step(self, step: int, index: int) -> dict[str, dict[str, float]]:
+        config, n_ctx = self.checkpoint.config, self.tokens.shape[1]
+        layer, shares = self.traced(index), self.shares()
         rules = {r.role: site for site, rules in config.family.sites.items() for r in rules}
         names = {role: config.family.name(role, index) for role in rules}
         sums = {role: np.zeros(len(self._kinds[n])) for role, n in names.items()}
@@ -369,18 +245,13 @@ class _Downward:
         self, layer: TracedLayer, step: int, index: int, group: range, shares: Shares
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Inputs by site and gradients of outputs by role, of a group of chunks, on the CPU."""
-        device, n_ctx = self.settings.device, self.tokens.shape[1]
         inputs: dict[str, list[torch.Tensor]] = {}
         outputs: dict[str, list[torch.Tensor]] = {}
-        for batch in self._batches(group):
-            h = self.states.load(index, batch).to(device)
-            behind = self.states.load(self._slot(step - 1), batch).to(device)
-            found = layer_gradients(layer, h, behind)
-            self.states.put(self._slot(step), found.below.cpu(), batch.start)
+        for batch, found in self.layer(layer, step, index, group):
             for kept, new in ((inputs, found.inputs), (outputs, found.outputs)):
                 for key, value in new.items():
                     kept.setdefault(key, []).append(value.cpu())
-            shares(len(h) * n_ctx, 0.5)
+            shares((batch.stop - batch.start) * self.tokens.shape[1], 0.5)
         return _joined(inputs), _joined(outputs)
 
     def _matrix(self, name: str, x: torch.Tensor, d: torch.Tensor) -> np.ndarray:
@@ -404,7 +275,7 @@ class _Downward:
         config = self.checkpoint.config
         name = config.family.name("embedding")
         kinds = self._kinds[name]
-        d = self.states.load(self._slot(step - 1), slice(None)) * config.embedding_scale
+        d = self.states.load(self.slot(step - 1), slice(None)) * config.embedding_scale
         used, at = np.unique(self.tokens, return_inverse=True)
         table = self.checkpoint.read(name)
         rows = np.ascontiguousarray(table[used])
