@@ -101,6 +101,16 @@ def place_labels(
     return [own[k] for own, k in zip(options, chosen, strict=True)]
 
 
+def boxes_along(points: Sequence[tuple[float, float]]) -> list[Box]:
+    """A line through points as obstacles: small boxes, close together."""
+    found = []
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        n = max(1, math.ceil(math.hypot(x1 - x0, y1 - y0) / _LINE_STEP))
+        for k in range(n + 1):
+            found.append(_around(x0 + (x1 - x0) * k / n, y0 + (y1 - y0) * k / n, _LINE_HALF))
+    return found
+
+
 def _options(point: tuple[float, float], size: tuple[float, float]) -> list[Place]:
     """All places to try for one label, nearest first."""
     (x, y), (width, height) = point, size

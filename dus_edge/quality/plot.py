@@ -11,9 +11,10 @@ from dus_edge.errors import UsageError
 from dus_edge.files import output_files, pwrite_all
 from dus_edge.packages import require
 from dus_edge.quality.compare import Results
-from dus_edge.quality.label_layout import Box, place_labels
+from dus_edge.quality.frontier import frontier
+from dus_edge.quality.label_layout import Box, boxes_along, place_labels
 from dus_edge.quality.names import labels
-from dus_edge.words import cut_end, format_bytes
+from dus_edge.words import cut_end, cut_middle, format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,12 +29,24 @@ KIND_STYLES = {
     "bitsandbytes": ("bitsandbytes", "^", "#b0b0b0"),
     "hf": ("safetensors", "D", "#000000"),
 }
-INK, FAINT = "#1a1a1a", "#d0d0d0"
+#: The same of GGUF files by how their types were chosen (`Origin.way`), where those differ.
+WAY_STYLES = {
+    "preset": ("preset", "o", "#ffffff"),
+    "preset + imatrix": ("preset + imatrix", "o", "#20506e"),
+    "preset + feedback": ("preset + feedback", "v", "#20506e"),
+    "mix": ("mix", "P", "#ffffff"),
+    "mix + imatrix": ("mix + imatrix", "P", "#c8761a"),
+    "mix + feedback": ("mix + feedback", "X", "#c8761a"),
+}
+INK, FAINT, LINE = "#1a1a1a", "#d0d0d0", "#8a8a8a"
+_MOST_LABEL = 36
 _LABEL = {"fontsize": 8.5, "color": INK, "ha": "left", "va": "bottom"}
 
 
 def plot(results: Results, path: Path) -> None:
     """Write mean KL divergence (log scale, bars of one standard error) against file size.
+
+    A line joins the files on the frontier: none of their size or below diverges less.
 
     The background is white and opaque, so that the picture can be read on a light page as on a
     dark one. Candidates that do not diverge at all have no place on a log scale; the line
@@ -65,7 +78,7 @@ def render_plot(results: Results, form: str) -> bytes:
     with matplotlib.rc_context({"svg.hashsalt": "dus-edge", "font.family": "DejaVu Sans"}):
         figure = _draw(results)
         FigureCanvasAgg(figure)
-        write_labels(figure.axes[0], *_shown(results))
+        write_labels(figure.axes[0], *_shown(results), line=_frontier(results))
         out = io.BytesIO()
         date = {"Date": None} if form == "svg" else {"Software": None}
         figure.savefig(out, format=form, metadata=date)
@@ -95,7 +108,29 @@ def _shown(results: Results) -> tuple[list[tuple[float, float]], list[str]]:
         for name, c in named
         if c.total.kl.value > 0
     ]
-    return [point for point, _ in found], [name for _, name in found]
+    return [point for point, _ in found], [cut_middle(name, _MOST_LABEL) for _, name in found]
+
+
+def _frontier(results: Results) -> list[tuple[float, float]]:
+    """The points of the frontier, in data coordinates, from the smallest file on."""
+    scale, _ = _unit(results)
+    return sorted(
+        (c.info.n_bytes / scale, c.total.kl.value)
+        for c, on in zip(results.candidates, frontier(results), strict=True)
+        if on and c.total.kl.value > 0
+    )
+
+
+def _styles(results: Results) -> list[tuple[str, str, str]]:
+    """Name, marker and fill of every candidate; how types were chosen only where that differs."""
+    origins = [c.info.origin for c in results.candidates if c.info.kind == "gguf"]
+    ways = {origin.way for origin in origins if origin}
+    return [
+        WAY_STYLES[origin.way]
+        if c.info.kind == "gguf" and (origin := c.info.origin) and ways != {"preset"}
+        else KIND_STYLES[c.info.kind]
+        for c in results.candidates
+    ]
 
 
 def _draw(results: Results) -> Any:
@@ -108,8 +143,13 @@ def _draw(results: Results) -> Any:
     drawn = [c for c in results.candidates if c.total.kl.value > 0]
     if drawn:
         axes.set_yscale("log")
-    for kind, (name, marker, fill) in KIND_STYLES.items():
-        members = [c for c in drawn if c.info.kind == kind]
+    if len(line := _frontier(results)) > 1:
+        axes.plot(*zip(*line, strict=True), color=LINE, linewidth=1.4, label="frontier", zorder=1.5)
+    styles = _styles(results)
+    for style in dict.fromkeys([*WAY_STYLES.values(), *KIND_STYLES.values()]):
+        name, marker, fill = style
+        members = [c for c, own in zip(results.candidates, styles, strict=True) if own == style]
+        members = [c for c in members if c.total.kl.value > 0]
         if not members:
             continue
         kl = [c.total.kl.value for c in members]
@@ -136,8 +176,8 @@ def _draw(results: Results) -> Any:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(INK)
-    if len({c.info.kind for c in drawn}) > 1:
-        axes.legend(framealpha=1, facecolor="white", edgecolor=FAINT, labelcolor=INK)
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        axes.legend(framealpha=1, facecolor="white", edgecolor=FAINT, labelcolor=INK, fontsize=8.5)
     axes.set_title(_caption(results), fontsize=8.5, color=INK, loc="left", linespacing=1.4)
     return figure
 
@@ -162,7 +202,12 @@ def _caption(results: Results) -> str:
 # -- labels -------------------------------------------------------------------------------------
 
 
-def write_labels(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
+def write_labels(
+    axes: Axes,
+    points: Sequence[tuple[float, float]],
+    names: Sequence[str],
+    line: Sequence[tuple[float, float]] = (),
+) -> None:
     """Write each name beside its point where it covers nothing of what was drawn before.
 
     Lines that words must not cross are those of collections (`errorbar`, `hlines`), and there is
@@ -172,6 +217,7 @@ def write_labels(axes: Axes, points: Sequence[tuple[float, float]], names: Seque
         axes: with an Agg canvas behind.
         points: in data coordinates.
         names: of each.
+        line: points of a line that words must not cross either.
     """
     if not points:
         return
@@ -191,6 +237,8 @@ def write_labels(axes: Axes, points: Sequence[tuple[float, float]], names: Seque
         for bars in axes.collections
         for path in bars.get_paths()
     ]
+    if line:
+        obstacles += boxes_along([tuple(xy * to_points) for xy in axes.transData.transform(line)])
     if (legend := axes.get_legend()) is not None:
         obstacles.append(in_points(legend.get_window_extent(renderer)))
     texts = [

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dus_edge.checkpoint.gguf.origin import Origin
 from dus_edge.files import (
     check_absent,
     check_writable,
@@ -15,7 +16,8 @@ from dus_edge.files import (
     pwrite_all,
 )
 from dus_edge.quality.compare import Results
-from dus_edge.quality.names import labels
+from dus_edge.quality.frontier import SAME_SIZE, frontier
+from dus_edge.quality.names import file_labels, labels
 from dus_edge.quality.plot import check_plots, render_plot
 from dus_edge.quality.scores import Estimate, Scores
 from dus_edge.run.source import SourceInfo
@@ -26,31 +28,40 @@ def quality_report(results: Results) -> str:
     """Tables of all text and of each language, no line over 80 columns."""
     names = labels(results)
     total = [c.total for c in results.candidates]
+    stars = ["*" if on else "" for on in frontier(results)]
     parts = [
         "# Quality against the reference",
         _about(results),
         aligned_table(
-            ["file", "size", "bits/weight", "mean KL", "99 % KL", "top-1"],
+            ["file", "size", "bpw", "mean KL", "*"],
             [
                 [
                     name,
                     format_bytes(c.info.n_bytes),
                     f"{c.info.bits_per_weight:.2f}",
-                    _number(c.total.kl.value),
-                    _number(c.total.kl_p99),
-                    _percent(c.total.same_top.value),
+                    _with_error(c.total.kl),
+                    star,
                 ]
-                for name, c in zip(names, results.candidates, strict=True)
+                for name, c, star in zip(names, results.candidates, stars, strict=True)
+            ],
+            left=(0, 4),
+        ),
+        *_files(results, names),
+        aligned_table(
+            ["file", "perplexity", "change"],
+            [
+                ["reference", _with_error(total[0].perplexity_reference), ""],
+                *(
+                    [name, _with_error(s.perplexity), _change(s.log_ratio)]
+                    for name, s in zip(names, total, strict=True)
+                ),
             ],
         ),
         aligned_table(
-            ["file", "perplexity", "change", "mean KL"],
+            ["file", "99 % KL", "top-1"],
             [
-                ["reference", _with_error(total[0].perplexity_reference), "", ""],
-                *(
-                    [name, _with_error(s.perplexity), _change(s.log_ratio), _with_error(s.kl)]
-                    for name, s in zip(names, total, strict=True)
-                ),
+                [name, _number(s.kl_p99), _percent(s.same_top.value)]
+                for name, s in zip(names, total, strict=True)
             ],
         ),
     ]
@@ -61,7 +72,12 @@ def quality_report(results: Results) -> str:
 
 
 def quality_json(results: Results) -> dict[str, Any]:
-    """The results as JSON takes them; units are in the keys. What is infinite becomes null."""
+    """The results as JSON takes them; units are in the keys. What is infinite becomes null.
+
+    ``stored_as`` is how a model is stored, in words, and ``origin`` the same by parts; both are
+    null where it is not known. ``on_frontier`` stands beside the scores that it follows from.
+    """
+    languages = {k: frontier(results, k) for k in results.chunks}
     return {
         "reference": _info_json(results.reference),
         "text": {
@@ -73,10 +89,10 @@ def quality_json(results: Results) -> dict[str, Any]:
         "candidates": [
             _info_json(c.info)
             | {
-                "total": _scores_json(c.total),
-                "languages": {k: _scores_json(s) for k, s in c.by_language.items()},
+                "total": _scores_json(c.total, on),
+                "languages": {k: _scores_json(s, languages[k][i]) for k, s in c.by_language.items()},
             }
-            for c in results.candidates
+            for i, (c, on) in enumerate(zip(results.candidates, frontier(results), strict=True))
         ],
     }
 
@@ -138,9 +154,24 @@ def _about(results: Results) -> str:
         f"{results.n_ctx} tokens ({counts}); {counted}: {n_chunks * n_scored:,} tokens. KL is "
         "the divergence of the next token's distribution from the reference's in nats, top-1 how "
         "often both put the same token first, change that of the perplexity. ± is one standard "
-        "error over chunks."
+        "error over chunks. bpw is bits per weight. A star marks the frontier: no file of that "
+        f"size, within {100 * SAME_SIZE:g} %, or a smaller one diverges less."
     )
     return wrap(text, hyphens=False)
+
+
+def _files(results: Results, names: Sequence[str]) -> list[str]:
+    """Which file is which, where the tables call it something else."""
+    files = file_labels(results)
+    if [name.lower() for name in names] == [file.lower() for file in files]:
+        return []
+    whole = [c.info.name for c in results.candidates]
+    lines = [
+        f"- {cut_middle(name, 38)}: {f'{folder}/' * (whole.count(c.info.name) > 1)}{c.info.name}"
+        for name, c in zip(names, results.candidates, strict=True)
+        for folder in [c.info.path.parent.name]
+    ]
+    return ["Files:", "\n".join(cut_middle(line, WIDTH) for line in lines)]
 
 
 _BY_LANGUAGE: tuple[tuple[str, Callable[[Scores], str]], ...] = (
@@ -211,6 +242,7 @@ def _change(log_ratio: Estimate) -> str:
 
 
 def _info_json(info: SourceInfo) -> dict[str, Any]:
+    origin = info.origin
     return {
         "name": info.name,
         "path": str(info.path),
@@ -218,10 +250,24 @@ def _info_json(info: SourceInfo) -> dict[str, Any]:
         "file_bytes": info.n_bytes,
         "n_parameters": info.n_parameters,
         "bits_per_weight": info.bits_per_weight,
+        "stored_as": origin.spelled if origin else None,
+        "origin": _origin_json(origin) if origin else None,
     }
 
 
-def _scores_json(s: Scores) -> dict[str, Any]:
+def _origin_json(origin: Origin) -> dict[str, Any]:
+    kept, tried = origin.fed or (None, None)
+    return {
+        "types": origin.types,
+        "mix_goal": origin.goal,
+        "mix_expected_kl_nats": origin.expected_kl,
+        "imatrix": origin.imatrix,
+        "feedback_kept": kept,
+        "feedback_tried": tried,
+    }
+
+
+def _scores_json(s: Scores, on_frontier: bool) -> dict[str, Any]:
     estimates = {
         "perplexity": s.perplexity,
         "perplexity_reference": s.perplexity_reference,
@@ -233,4 +279,5 @@ def _scores_json(s: Scores) -> dict[str, Any]:
     for key, e in estimates.items():
         numbers |= {key: e.value, f"{key}_error": e.error}
     finite = {k: v if v is not None and math.isfinite(v) else None for k, v in numbers.items()}
-    return {"n_chunks": s.n_chunks, "n_tokens": s.n_tokens, **finite}
+    about = {"n_chunks": s.n_chunks, "n_tokens": s.n_tokens}
+    return {**about, **finite, "on_frontier": on_frontier}

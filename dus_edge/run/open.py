@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dus_edge.checkpoint.config import (
     tensor_shapes,
 )
 from dus_edge.checkpoint.contained import check_small_files
+from dus_edge.checkpoint.gguf.origin import Origin, file_origin
 from dus_edge.checkpoint.gguf_header import GGUF_MAGIC
 from dus_edge.checkpoint.names import CONFIG
 from dus_edge.errors import CheckpointError, UnsupportedError, UsageError
@@ -55,7 +57,7 @@ def inspect_source(path: Path, name: str | None = None) -> SourceInfo:
     if magic != GGUF_MAGIC:
         raise UsageError(f"{path} is no GGUF file; name one, or a checkpoint's folder.")
     n_bytes = sum(file.stat().st_size for file in split_files(path))
-    return inspect_gguf(path, name or path.stem, n_bytes)
+    return replace(inspect_gguf(path, name or path.stem, n_bytes), origin=file_origin(path))
 
 
 def open_source(info: SourceInfo, device: str = "cpu", n_threads: int | None = None) -> LogitSource:
@@ -92,7 +94,22 @@ def _inspect_folder(folder: Path, name: str) -> SourceInfo:
         n_bytes=sum(file.stat().st_size for file in weight_files(folder, kind)),
         n_parameters=sum(int(np.prod(shape)) for shape in tensor_shapes(config).values()),
         context_length=config.context_length,
+        origin=Origin(_folder_types(raw, kind)),
     )
+
+
+def _folder_types(raw: Mapping[str, Any], kind: Kind) -> str:
+    """How a folder's weights are stored: ``GPTQ 4 bits``, ``NF4``, ``bfloat16``."""
+    details = raw.get("quantization_config")
+    details = details if isinstance(details, Mapping) else {}
+    if kind == "gptq":
+        bits = details.get("bits")
+        return f"GPTQ {bits} bits" if type(bits) is int else "GPTQ"
+    if kind == "bitsandbytes":
+        four = details.get("bnb_4bit_quant_type", "fp4") if details.get("load_in_4bit") else None
+        return str(four).upper()[:8] if four else "INT8" if details.get("load_in_8bit") else kind
+    dtype = raw.get("dtype") or raw.get("torch_dtype")
+    return dtype[:16] if isinstance(dtype, str) else "safetensors"
 
 
 def _kind(raw: Mapping[str, Any], where: Path) -> Kind:

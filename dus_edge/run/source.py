@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
+from dus_edge.checkpoint.gguf.origin import Origin
 from dus_edge.checkpoint.names import CONFIG, INDEX, SINGLE
 from dus_edge.checkpoint.safetensors import shard_files
 from dus_edge.errors import UsageError
@@ -37,6 +38,7 @@ class SourceInfo:
         n_bytes: size of the weights' files, bytes.
         n_parameters: weights of the model before it was quantized; a tied head counts once.
         context_length: tokens that the model was made for.
+        origin: how the weights are stored; None if that is not known.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class SourceInfo:
     n_bytes: int
     n_parameters: int
     context_length: int
+    origin: Origin | None = None
 
     @property
     def bits_per_weight(self) -> float:

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dus_edge.checkpoint.gguf.origin import type_label
 from dus_edge.checkpoint.gguf.types import StoredType, stored_type
 from dus_edge.checkpoint.gguf_header import (
     GGUF_MAGIC,
@@ -161,16 +162,10 @@ class GGUFModel:
     @property
     def type_label(self) -> str:
         """What a file's name says of its types: ``Q4_K_M``."""
-        from gguf import LlamaFileType
-
-        number = self.values.get("general.file_type")
-        for kind in LlamaFileType:
-            if number == kind and kind is not LlamaFileType.GUESSED:
-                return kind.name.removeprefix("MOSTLY_").removeprefix("ALL_")
         weights: Counter[str] = Counter()
         for tensor in self.tensors.values():
             weights[tensor.kind.name] += tensor.n_elements
-        return weights.most_common(1)[0][0]
+        return type_label(self.values, weights)
 
     def text(self, key: str) -> str | None:
         """A value that is text; None where there is none."""

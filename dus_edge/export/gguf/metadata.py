@@ -15,6 +15,7 @@ from gguf import GGUFValueType as Kind
 from dus_edge import __version__
 from dus_edge.checkpoint.card import languages, read_base_models, tags
 from dus_edge.checkpoint.config import ModelConfig
+from dus_edge.checkpoint.gguf.origin import MIX_PREFIX
 from dus_edge.checkpoint.gguf.rope import longrope_scale
 from dus_edge.checkpoint.spec import Source
 from dus_edge.errors import UnsupportedError
@@ -22,7 +23,6 @@ from dus_edge.export.gguf.format import KeyValue
 from dus_edge.export.vocab.vocab import Vocab, vocab_metadata
 from dus_edge.families.rules import each
 from dus_edge.jsonfile import find_object
-from dus_edge.quant.mix.file import MIX_PREFIX
 from dus_edge.quant.recipe import Preset
 from dus_edge.upscale.methods import COPY
 from dus_edge.upscale.naming import ModelName

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from gguf import GGUFValueType as Kind
 
+from dus_edge.checkpoint.gguf.origin import FEEDBACK_PREFIX
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.errors import UsageError
 from dus_edge.export.gguf.format import KeyValue
@@ -97,8 +98,8 @@ class FedBlocks:
         found = self.outcomes[file]
         kept = sum(o.fallback is None for o in found)
         return [
-            KeyValue("dus.feedback.kept", kept, Kind.UINT32),
-            KeyValue("dus.feedback.tried", len(found), Kind.UINT32),
+            KeyValue(f"{FEEDBACK_PREFIX}kept", kept, Kind.UINT32),
+            KeyValue(f"{FEEDBACK_PREFIX}tried", len(found), Kind.UINT32),
         ]
 
     def notes(self) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dus_edge.checkpoint.gguf.file import GGUFModel, is_gguf
+from dus_edge.checkpoint.gguf.origin import MIX_PREFIX
 from dus_edge.errors import CheckpointError, UnsupportedError
 from dus_edge.files import write_text
 from dus_edge.jsonfile import read_object
@@ -20,8 +21,6 @@ FORMAT_KEY, MIX_FORMAT = "format", "dus-edge mix 1"
 #: What is said of where a mix comes from: the goal that was asked for, the divergence expected in
 #: nats per token, and of which text and how many tokens that is the expectation.
 SAID: Mapping[str, type] = {"goal": str, "expected_kl": float, "text": str, "tokens": int}
-#: How the keys of a GGUF that say where its mix comes from begin.
-MIX_PREFIX = "dus.mix."
 #: The ending of a mix's file. Not ``.json``: Ollama takes all of these in a folder for a model's.
 MIX_SUFFIX = ".mix"
 
