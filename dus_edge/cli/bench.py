@@ -202,12 +202,21 @@ def bench_run_command(
     help="File that `dus-edge eval -o` wrote; repeat it for several. "
     "[default: DIR/results/eval.json, if there]",
 )
+@click.option(
+    "--divergence",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="JSONL",
+    help="File that benchmarks/bench_divergence.py wrote; repeat it for several. "
+    "[default: DIR/results/divergence.jsonl, if there]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 def bench_tables(
     out: Path,
     measured: tuple[Path, ...],
     quality: tuple[Path, ...],
     evaluations: tuple[Path, ...],
+    divergence: tuple[Path, ...],
     overwrite: bool,
 ) -> None:
     """Predict SOLAR 10.7B on every known device; add what was measured.
@@ -217,6 +226,7 @@ def bench_tables(
     from dus_edge.tables.page import write_bench_tables
 
     sources = {"measured": measured, "quality": quality, "evaluations": evaluations}
+    sources["divergence"] = divergence
     for path in write_bench_tables(out, overwrite=overwrite, **sources):
         click.echo(path)
 

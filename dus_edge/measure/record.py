@@ -75,7 +75,13 @@ _MODEL = {
     "n_parameters": _WHOLE,
     "bits_per_weight": _NUMBER,
 }
-_WRITER = "dus-edge bench run -o"
+#: Keys of a line of divergence, a file on a text.
+_DIVERGENCE = {
+    **dict.fromkeys(("model", "preset", "way", "text"), _TEXT),
+    **dict.fromkeys(("seed", "n_tokens", "bytes"), _WHOLE),
+    "kl": _NUMBER,
+}
+_WRITER, _DIVERGENCE_WRITER = "dus-edge bench run -o", "bench_divergence.py"
 _WANTED_QUALITY = "give the quality.json that `dus-edge quality -o DIR` writes."
 _SCORES = ("perplexity", "perplexity_reference", "kl_nats", "kl_p99_nats", "same_top_share")
 
@@ -185,6 +191,8 @@ def parse_quality(text: str, name: str) -> dict[str, Any]:
         if not isinstance(candidate, dict):
             raise UsageError(f"{where} is no object; {_WANTED_QUALITY}")
         _check(candidate, _MODEL, where)
+        said = [k for k in ("stored_as", "way") if candidate.get(k) is not None]
+        _check(candidate, dict.fromkeys(said, _TEXT), where)
         by_language = _part(candidate, "languages", where)
         scores = {"total": _part(candidate, "total", where)}
         scores |= {k: _part(by_language, k, f"{where}, languages") for k in languages}
@@ -194,6 +202,32 @@ def parse_quality(text: str, name: str) -> dict[str, Any]:
             numbers |= {f"{k}_error": _NUMBER for k in _SCORES if k != "kl_p99_nats"}
             numbers |= {"log_ratio_nats": None, "log_ratio_nats_error": _NUMBER}
             _check(values, numbers, f"{where}, {label}", null=True)
+    return found
+
+
+def read_divergence(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that ``benchmarks/bench_divergence.py`` wrote: a file on a text each.
+
+    Raises:
+        UsageError: there is no such file, or a line is not one of these; file and line are named.
+    """
+    return parse_divergence(_read(path, _DIVERGENCE_WRITER), str(path))
+
+
+def parse_divergence(text: str, name: str) -> list[dict[str, Any]]:
+    """The same of a text; `name` is what errors call it."""
+    found = []
+    for n, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            where = f"{name}, line {n}"
+            value = _parse(line, where)
+            _check(value, _DIVERGENCE, where)
+            if value["bytes"] < 1:
+                raise UsageError(f"{where}: 'bytes' is 0; a file has some.")
+            chunks = value.get("by_chunk")
+            if not isinstance(chunks, list) or not all(_is(x, _NUMBER) for x in chunks):
+                raise UsageError(f"{where}: 'by_chunk' is no list of numbers.")
+            found.append(value)
     return found
 
 

@@ -42,9 +42,7 @@ def on_frontier(
 
 def frontier(results: Results, language: str | None = None) -> list[bool]:
     """Which candidates lie on it by their mean divergence, on all text or on one language's."""
-    scores = [
-        c.total if language is None else c.by_language[language] for c in results.candidates
-    ]
+    scores = [c.total if language is None else c.by_language[language] for c in results.candidates]
     return on_frontier([c.info.n_bytes for c in results.candidates], [s.kl.value for s in scores])
 
 

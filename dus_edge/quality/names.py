@@ -29,7 +29,7 @@ def labels(results: Results) -> list[str]:
 
 
 def file_labels(results: Results) -> list[str]:
-    """Names of the candidates' files: without what all begin with, with folders if all are equal."""
+    """Names of the candidates' files: without what all begin with; equal ones have folders."""
     names = [c.info.name for c in results.candidates]
     compared = names if len(names) > 1 else [*names, results.reference.name]
     short = short_names(compared)[: len(names)]

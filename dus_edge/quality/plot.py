@@ -31,14 +31,16 @@ KIND_STYLES = {
 }
 #: The same of GGUF files by how their types were chosen (`Origin.way`), where those differ.
 WAY_STYLES = {
-    "preset": ("preset", "o", "#ffffff"),
-    "preset + imatrix": ("preset + imatrix", "o", "#20506e"),
+    "preset": ("preset", "o", "#20506e"),
+    "preset + imatrix": ("preset + imatrix", "s", "#20506e"),
     "preset + feedback": ("preset + feedback", "v", "#20506e"),
-    "mix": ("mix", "P", "#ffffff"),
-    "mix + imatrix": ("mix + imatrix", "P", "#c8761a"),
+    "mix": ("mix", "D", "#ffffff"),
+    "mix + imatrix": ("mix + imatrix", "D", "#c8761a"),
     "mix + feedback": ("mix + feedback", "X", "#c8761a"),
 }
 INK, FAINT, LINE = "#1a1a1a", "#d0d0d0", "#8a8a8a"
+#: Share of a file's size that the axis of sizes spans at least: presets differ by some bytes.
+NARROWEST = 0.05
 _MOST_LABEL = 36
 _LABEL = {"fontsize": 8.5, "color": INK, "ha": "left", "va": "bottom"}
 
@@ -168,6 +170,9 @@ def _draw(results: Results) -> Any:
             markersize=6,
         )
     axes.margins(0.12, 0.14)
+    low, high = axes.get_xlim()
+    if (lacking := NARROWEST * high - (high - low)) > 0:
+        axes.set_xlim(low - lacking / 2, high + lacking / 2)
     axes.grid(True, which="major", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.set_xlabel(f"File size, {unit}", color=INK)

@@ -74,8 +74,9 @@ def quality_report(results: Results) -> str:
 def quality_json(results: Results) -> dict[str, Any]:
     """The results as JSON takes them; units are in the keys. What is infinite becomes null.
 
-    ``stored_as`` is how a model is stored, in words, and ``origin`` the same by parts; both are
-    null where it is not known. ``on_frontier`` stands beside the scores that it follows from.
+    ``stored_as`` is how a model is stored, in words, ``way`` how the types of a GGUF were chosen,
+    and ``origin`` both by parts; they are null where that is not known. ``on_frontier`` stands
+    beside the scores that it follows from.
     """
     languages = {k: frontier(results, k) for k in results.chunks}
     return {
@@ -90,7 +91,9 @@ def quality_json(results: Results) -> dict[str, Any]:
             _info_json(c.info)
             | {
                 "total": _scores_json(c.total, on),
-                "languages": {k: _scores_json(s, languages[k][i]) for k, s in c.by_language.items()},
+                "languages": {
+                    k: _scores_json(s, languages[k][i]) for k, s in c.by_language.items()
+                },
             }
             for i, (c, on) in enumerate(zip(results.candidates, frontier(results), strict=True))
         ],
@@ -251,6 +254,7 @@ def _info_json(info: SourceInfo) -> dict[str, Any]:
         "n_parameters": info.n_parameters,
         "bits_per_weight": info.bits_per_weight,
         "stored_as": origin.spelled if origin else None,
+        "way": origin.way if origin and info.kind == "gguf" else None,
         "origin": _origin_json(origin) if origin else None,
     }
 

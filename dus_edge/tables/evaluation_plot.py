@@ -199,7 +199,7 @@ def _quiet(axes: Axes, small: bool, is_log: bool) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_locator(MaxNLocator(4))
     if is_log:
-        axes.xaxis.set_major_locator(FixedLocator(_log_ticks(*axes.get_xlim())))
+        axes.xaxis.set_major_locator(FixedLocator(log_ticks(*axes.get_xlim())))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
     for side, spine in axes.spines.items():
@@ -207,7 +207,7 @@ def _quiet(axes: Axes, small: bool, is_log: bool) -> None:
         spine.set_color(INK)
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+def log_ticks(low: float, high: float) -> list[float]:
     """Round numbers within a range, five at most where there are not too few."""
     found: list[float] = []
     tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

@@ -12,6 +12,8 @@ from pathlib import PurePath
 from typing import Any
 
 from dus_edge.checkpoint.builtin import BUILTIN
+from dus_edge.quality.frontier import SAME_SIZE
+from dus_edge.tables.frontier.panels import quality_frontier
 from dus_edge.words import brief_time, format_bytes, format_count, markdown_table, with_error
 
 Line = Mapping[str, Any]
@@ -20,6 +22,7 @@ _SETTINGS = ("backends", "n_threads", "n_gpu_layers", "flash_attn", "type_k", "t
 _FLASH_ATTN = {0: "flash attention off", 1: "flash attention on"}
 _QUALITY_HEAD = (
     *("file", "size", "bits/weight", "perplexity", "change", "KL", "KL, 99 %", "same top-1"),
+    "frontier",
 )
 #: Keys of scores that stand in the rows.
 SCORE_KEYS = (
@@ -62,10 +65,12 @@ def quality_rows(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of tables.json: one for each candidate and language, and one for all of its text.
 
     ``language`` is null for all text. Keys are those of `quality.report.quality_json`, flat; the
-    reference's have the prefix ``reference_``, the text's ``text_``.
+    reference's have the prefix ``reference_``, the text's ``text_``. ``on_frontier`` is worked out
+    here, within one result.
     """
     rows = []
     for result in results:
+        frontiers = {k: quality_frontier(result, k) for k in (None, *result["text"]["chunks"])}
         reference, text = result["reference"], result["text"]
         about = {
             "reference_name": reference["name"],
@@ -73,12 +78,14 @@ def quality_rows(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "text_n_ctx": text["n_ctx"],
             "text_sha256": text["sha256"],
         }
-        for c in result["candidates"]:
+        for i, c in enumerate(result["candidates"]):
             model = {k: c[k] for k in ("name", "kind", "file_bytes", "n_parameters")}
             model["bits_per_weight"] = c["bits_per_weight"]
+            model |= {k: c.get(k) for k in ("stored_as", "way")}
             scores = {None: c["total"]} | {k: c["languages"][k] for k in text["chunks"]}
             for language, s in scores.items():
                 found = {"language": language} | {k: s[k] for k in SCORE_KEYS}
+                found["on_frontier"] = frontiers[language][i]
                 rows.append({"source": "measured", **model, **found, **about})
     return rows
 
@@ -222,30 +229,37 @@ def quality_markdown(
         "How far files are from a reference, measured on text by `dus-edge quality`. *KL* is the "
         "divergence of the next token's distribution from the reference's in nats, its mean and "
         "its 99th percentile over tokens; *same top-1* how often both put the same token first; "
-        "*change* that of the perplexity. ± is one standard error over chunks of text.\n"
+        "*change* that of the perplexity. ± is one standard error over chunks of text. Files "
+        f"on the *frontier* are those that none as large (within {100 * SAME_SIZE:g} %) or smaller "
+        "beats by its KL.\n"
     )
     for result in results:
-        reference, candidates = result["reference"], result["candidates"]
+        reference = result["reference"]
         if len(results) > 1:
             parts.append(f"### {reference['name']}\n")
         parts.append(_model_text(reference, subject, parameters) + _about_text(result))
-        own = reference["name"], reference["file_bytes"], reference["bits_per_weight"]
-        parts.append(
-            markdown_table(
-                _QUALITY_HEAD,
-                [
-                    _quality_cells(*own, candidates[0]["total"], reference=True),
-                    *(
-                        _quality_cells(c["name"], c["file_bytes"], c["bits_per_weight"], c["total"])
-                        for c in candidates
-                    ),
-                ],
-            )
-            + "\n"
-        )
+        parts.append(_quality_table(result))
         if len(result["text"]["chunks"]) > 1:
             parts.append(_languages(result))
     return "\n".join(parts)
+
+
+def _quality_table(result: Mapping[str, Any]) -> str:
+    """The reference and all candidates; what these are stored as has a column if it is known."""
+    reference, candidates = result["reference"], result["candidates"]
+    own = reference["name"], reference["file_bytes"], reference["bits_per_weight"]
+    head, rows = [*_QUALITY_HEAD], [_quality_cells(*own, candidates[0]["total"], reference=True)]
+    rows[0].append("")
+    for c, on in zip(candidates, quality_frontier(result), strict=True):
+        cells = _quality_cells(c["name"], c["file_bytes"], c["bits_per_weight"], c["total"])
+        rows.append([*cells, "yes" * on])
+    left = [0, len(head) - 1]
+    if any(c.get("stored_as") for c in candidates):
+        head.insert(1, "stored as")
+        for row, model in zip(rows, (reference, *candidates), strict=True):
+            row.insert(1, str(model.get("stored_as") or ""))
+        left = [0, 1, len(head) - 1]
+    return markdown_table(head, rows, left) + "\n"
 
 
 def _model_text(reference: Mapping[str, Any], subject: str, parameters: int) -> str:
@@ -285,7 +299,7 @@ def _quality_cells(
     name += " (reference)" if reference else ""
     cells = [name, format_bytes(n_bytes), f"{bits:.2f}"]
     key = "perplexity_reference" if reference else "perplexity"
-    cells.append(_with_error(s[key], s[f"{key}_error"]))
+    cells.append(cell_with_error(s[key], s[f"{key}_error"]))
     if reference:
         return [*cells, "", "", "", ""]
     ratio, error = s["log_ratio_nats"], s["log_ratio_nats_error"]
@@ -296,8 +310,8 @@ def _quality_cells(
         if error is not None:
             change += f" ± {100 * math.exp(ratio) * error:.2f}"
     top = "–" if s["same_top_share"] is None else f"{100 * s['same_top_share']:.2f} %"
-    kl = _with_error(s["kl_nats"], s["kl_nats_error"])
-    return [*cells, change, kl, _with_error(s["kl_p99_nats"], None), top]
+    kl = cell_with_error(s["kl_nats"], s["kl_nats_error"])
+    return [*cells, change, kl, cell_with_error(s["kl_p99_nats"], None), top]
 
 
 def _languages(result: Mapping[str, Any]) -> str:
@@ -333,7 +347,7 @@ def _rate(x: float, of: float) -> str:
     return f"{x:,.{0 if of >= 1000 else 1 if of >= 100 else 2}f}"
 
 
-def _with_error(value: float | None, error: float | None) -> str:
+def cell_with_error(value: float | None, error: float | None) -> str:
     """``12.346 ± 0.021``: the error with two digits, the value as far as that."""
     if value is None:
         return "∞"

@@ -31,8 +31,10 @@ from dus_edge.predict.speed.predict import predict
 from dus_edge.predict.speed.work import Work, work_of
 from dus_edge.predict.stored_model import RunSettings, StoredModel
 from dus_edge.progress import Advance, progress
+from dus_edge.tables.frontier.panels import FrontierPanel, quality_panels, run_panels
+from dus_edge.tables.frontier.section import frontier_section
 from dus_edge.tables.predicted import solar_config
-from dus_edge.tables.write import write_tables
+from dus_edge.tables.write import MeasuredResults, write_tables
 
 #: A device in one of its memory sizes.
 PageRow = tuple[Device, float]
@@ -98,6 +100,7 @@ def write_bench_tables(
     measured: Sequence[Path] = (),
     quality: Sequence[Path] = (),
     evaluations: Sequence[Path] = (),
+    divergence: Sequence[Path] = (),
 ) -> list[Path]:
     """Write the tables and the page, with progress; see `write_tables`."""
     n_rows = sum(len(d.memory_gb_options) for d in load_devices())
@@ -108,12 +111,14 @@ def write_bench_tables(
             measured=measured,
             quality=quality,
             evaluations=evaluations,
+            divergence=divergence,
             also={PAGE_FILE: functools.partial(render_page, advance=advance)},
             advance=advance,
         )
 
 
 def render_page(
+    measured: MeasuredResults | None = None,
     choices: Sequence[Choice] | None = None,
     devices: Sequence[Device] | None = None,
     advance: Advance = lambda n: None,
@@ -121,6 +126,7 @@ def render_page(
     """The page's HTML.
 
     Args:
+        measured: what there is to show beside the predictions; by default nothing.
         choices: what it offers; by default `solar_choices`.
         devices: what it knows; by default all of `load_devices`.
         advance: is told of every device and size of memory that is done.
@@ -140,6 +146,7 @@ def render_page(
         "STYLE": style,
         "SCRIPT": script,
         "DATA": text,
+        "MEASURED": frontier_section(_panels(measured or MeasuredResults())),
     }
     page = data.read_text("page/page.html")
     for name, value in fields.items():
@@ -321,6 +328,10 @@ def _errors() -> Mapping[str, str]:
             f"{kind.upper()}_DEVICES": f"{check['devices']}",
         }
     return found
+
+
+def _panels(measured: MeasuredResults) -> list[FrontierPanel]:
+    return [*run_panels(measured.divergence), *quality_panels(measured.quality)]
 
 
 def _hash(text: str) -> str:

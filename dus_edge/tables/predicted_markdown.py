@@ -9,6 +9,7 @@ from typing import Any
 from dus_edge.predict.devices import find_device, load_rules
 from dus_edge.predict.prediction import StorableModel, memory_settings, predict_on
 from dus_edge.predict.stored_model import RunSettings
+from dus_edge.tables.frontier.text import divergence_markdown
 from dus_edge.tables.measured import (
     Line,
     machine_names,
@@ -58,6 +59,7 @@ def tables_markdown(
     lines: Sequence[Line] = (),
     results: Sequence[Mapping[str, Any]] = (),
     evaluations: Sequence[Mapping[str, Any]] = (),
+    divergence: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The page: in short, a table per family, public guides beside ours, then what was measured."""
     here = {r.device.family for r in rows}
@@ -75,6 +77,7 @@ def tables_markdown(
         "- [Beside public guides](#beside-public-guides)\n"
         f"- [Measured](#measured){machines}\n"
         "- [Quality](#quality), measured\n"
+        f"{'- [Divergence](#divergence), measured' + chr(10) if divergence else ''}"
         "- [Tasks](#tasks), measured\n",
         _in_short(settings, rows),
         "## Predicted\n",
@@ -96,6 +99,8 @@ def tables_markdown(
     parts.append(_guides(rows))
     parts.append(measured_markdown(lines, MODEL, solar_parameters()))
     parts.append(quality_markdown(results, MODEL, solar_parameters()))
+    if divergence:
+        parts.append(divergence_markdown(divergence))
     parts.append(tasks_markdown(evaluations))
     return "\n".join(parts)
 

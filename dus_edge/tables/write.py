@@ -1,13 +1,14 @@
 """The tables of what fits and how fast: SOLAR's shape on every device, and what was measured.
 
-``TABLES.md`` is for people. ``tables.json`` is one object of four lists, so that nobody takes one
-kind for another: ``{"predicted": […], "measured": […], "quality": […], "tasks": […]}``. Every row
-has ``"source"``, ``"predicted"`` or ``"measured"``. Rows of ``predicted`` have the keys of `bench
-predict --json` and their ``preset``; of ``measured``, those of a line of `bench run -o`; of
-``quality``, those of `measured.quality_rows`; of ``tasks``, those of `tasks.task_rows`.
-``tables.csv`` has the rows of all four, told apart by its columns ``source`` and ``table`` (the
-list's name). Every other column belongs to one of the four and is empty in the rest; those of the
-last three begin with ``measured_``, ``quality_`` and ``tasks_``.
+``TABLES.md`` is for people. ``tables.json`` is one object of five lists, so that nobody takes one
+kind for another: ``{"predicted": […], "measured": […], "quality": […], "divergence": […],
+"tasks": […]}``. Every row has ``"source"``, ``"predicted"`` or ``"measured"``. Rows of
+``predicted`` have the keys of `bench predict --json` and their ``preset``; of ``measured``, those
+of a line of `bench run -o`; of ``quality``, those of `measured.quality_rows`; of ``divergence``,
+those of `frontier.medians.MedianRun`; of ``tasks``, those of `tasks.task_rows`. ``tables.csv`` has
+the rows of all five, told apart by its columns ``source`` and ``table`` (the list's name). Every
+other column belongs to one of the five and is empty in the rest; those of the last four begin with
+the list's name and ``_``.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dus_edge.files import check_absent, check_writable, output_files, pwrite_all
-from dus_edge.measure.record import read_lines, read_quality
+from dus_edge.measure.record import read_divergence, read_lines, read_quality
 from dus_edge.predict.report import prediction_json
 from dus_edge.progress import Advance
+from dus_edge.tables.frontier.medians import divergence_rows
 from dus_edge.tables.measured import (
     CSV_KEYS,
     Line,
@@ -42,6 +45,24 @@ from dus_edge.tables.tasks import read_evaluation, task_rows
 MEASURED = Path("results") / "measured.jsonl"
 QUALITY = Path("results") / "quality.json"
 EVALUATION = Path("results") / "eval.json"
+DIVERGENCE = Path("results") / "divergence.jsonl"
+
+
+@dataclass(frozen=True)
+class MeasuredResults:
+    """What was measured, read from files.
+
+    Attributes:
+        lines: of `bench run -o`.
+        quality: results of `dus-edge quality -o`, as JSON.
+        tasks: of `dus-edge eval -o`, as JSON.
+        divergence: lines of the divergence benchmark.
+    """
+
+    lines: Sequence[Line] = ()
+    quality: Sequence[Mapping[str, Any]] = ()
+    tasks: Sequence[Mapping[str, Any]] = ()
+    divergence: Sequence[Mapping[str, Any]] = ()
 
 
 def write_tables(
@@ -51,7 +72,8 @@ def write_tables(
     measured: Sequence[Path] = (),
     quality: Sequence[Path] = (),
     evaluations: Sequence[Path] = (),
-    also: Mapping[str, Callable[[], str]] | None = None,
+    divergence: Sequence[Path] = (),
+    also: Mapping[str, Callable[[MeasuredResults], str]] | None = None,
     advance: Advance = lambda n: None,
 ) -> list[Path]:
     """Write TABLES.md, tables.csv and tables.json, all or none; returns their paths.
@@ -63,6 +85,8 @@ def write_tables(
         quality: files of `dus-edge quality -o`; none means `QUALITY` of the folder, if it is there.
         evaluations: files of `dus-edge eval -o`; none means `EVALUATION` of the folder, if it is
             there.
+        divergence: files of ``bench_divergence.py``; none means `DIVERGENCE` of the folder, if it
+            is there.
         also: other files that are written with them, by name, and what makes their text.
         advance: is told of every device and size of memory that is done.
 
@@ -74,17 +98,22 @@ def write_tables(
     paths = [folder / name for name in ("TABLES.md", "tables.csv", "tables.json", *also)]
     check_absent(paths, overwrite)
     check_writable(folder)
-    lines = [line for path in measured or _there(folder / MEASURED) for line in read_lines(path)]
-    results = [read_quality(path) for path in quality or _there(folder / QUALITY)]
-    tasks = [read_evaluation(path) for path in evaluations or _there(folder / EVALUATION)]
+    runs = divergence or _there(folder / DIVERGENCE)
+    there = MeasuredResults(
+        [line for path in measured or _there(folder / MEASURED) for line in read_lines(path)],
+        [read_quality(path) for path in quality or _there(folder / QUALITY)],
+        [read_evaluation(path) for path in evaluations or _there(folder / EVALUATION)],
+        [line for path in runs for line in read_divergence(path)],
+    )
     settings, rows = predict_all(solar_config(), MODEL.replace(" ", "-"), advance)
-    found = as_json(rows, lines, results, tasks)
+    measurements = (there.lines, there.quality, there.tasks, there.divergence)
+    found = as_json(rows, *measurements)
     texts = (
-        tables_markdown(settings, rows, lines, results, tasks),
+        tables_markdown(settings, rows, *measurements),
         as_csv(found),
         json.dumps(found) + "\n",
     )
-    texts += tuple(make() for make in also.values())
+    texts += tuple(make(there) for make in also.values())
     blobs = [text.encode() for text in texts]
     sizes = [(path, len(blob)) for path, blob in zip(paths, blobs, strict=True)]
     with output_files(sizes) as fds:
@@ -105,6 +134,7 @@ def as_json(
     lines: Iterable[Line] = (),
     results: Iterable[Mapping[str, Any]] = (),
     evaluations: Iterable[Mapping[str, Any]] = (),
+    divergence: Iterable[Mapping[str, Any]] = (),
 ) -> dict[str, list[dict[str, Any]]]:
     """The object of tables.json; see the module."""
     predicted = [
@@ -116,6 +146,7 @@ def as_json(
         "predicted": predicted,
         "measured": measured_rows(lines),
         "quality": quality_rows(results),
+        "divergence": divergence_rows(divergence),
         "tasks": task_rows(evaluations),
     }
 
