@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from dus_edge.measure.record import read_divergence, read_quality
 from dus_edge.predict.devices import find_device, load_devices
 from dus_edge.predict.prediction import StorableModel, memory_settings, predict_on
 from dus_edge.predict.report import prediction_json
@@ -27,6 +28,7 @@ from dus_edge.tables.page import (
     render_page,
     solar_choices,
 )
+from dus_edge.tables.write import MeasuredResults
 from dus_edge.words import format_bytes
 
 TRACKED = Path(__file__).parent.parent / "benchmarks" / "index.html"
@@ -53,7 +55,12 @@ WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
 
 @pytest.fixture(scope="module")
 def html() -> str:
-    return render_page()
+    """What `bench tables -o benchmarks` writes."""
+    results = TRACKED.parent / "results"
+    quality, divergence = results / "quality.json", results / "divergence.jsonl"
+    return render_page(
+        MeasuredResults(quality=[read_quality(quality)], divergence=read_divergence(divergence))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -230,13 +237,20 @@ def visit(browser, file) -> Iterator[Callable[..., Any]]:
     """Open the page; at the end nothing may have been reported, nor anything else requested."""
     contexts, noise, requests = [], [], []
 
-    def go(hash_: str = "", where: str = "desktop", scheme: str = "light", at: Path = file) -> Any:
+    def go(
+        hash_: str = "",
+        where: str = "desktop",
+        scheme: str = "light",
+        at: Path = file,
+        scripts: bool = True,
+    ) -> Any:
         width, height = WIDTHS[where]
         context = browser.new_context(
             viewport={"width": width, "height": height},
             color_scheme=scheme,
             reduced_motion="reduce",
             has_touch=where == "phone",
+            java_script_enabled=scripts,
         )
         contexts.append(context)
         page = context.new_page()
@@ -408,6 +422,27 @@ SMALL_TARGETS = """() =>
     .filter((e) => e.getBoundingClientRect().height < 40)
     .map((e) => e.id || e.outerHTML)
 """
+
+
+@pytest.mark.parametrize("where", list(WIDTHS))
+def test_what_was_measured_is_seen_without_scripts(visit, where):
+    page = visit(where=where, scripts=False)
+    plots = page.locator(".measured .plot > svg")
+    assert plots.count() >= 3
+    for i in range(plots.count()):
+        assert plots.nth(i).is_visible()
+        box, marks = plots.nth(i).bounding_box(), plots.nth(i).locator(".mark")
+        assert box["width"] >= 300 and marks.count() > 1
+        # Words are narrower than the room kept for them, so none covers another, nor is cut off.
+        texts = plots.nth(i).locator("text.over")
+        words = [texts.nth(k).bounding_box() for k in range(texts.count())]
+        assert words
+        for k, a in enumerate(words):
+            assert a["x"] >= box["x"] and a["x"] + a["width"] <= box["x"] + box["width"] + 1
+            for b in words[:k]:
+                apart = a["x"] + a["width"] <= b["x"] or b["x"] + b["width"] <= a["x"]
+                assert apart or a["y"] + a["height"] <= b["y"] or b["y"] + b["height"] <= a["y"]
+    assert not page.is_visible("#app")
 
 
 def test_an_address_keeps_the_choice(visit, predicted):

@@ -179,7 +179,7 @@ def test_a_bad_line_is_named(tmp_path, run, line, said):
 
 
 def test_a_missing_file_is_named(tmp_path, run):
-    for option in ("--measured", "--quality"):
+    for option in ("--measured", "--quality", "--divergence"):
         path = tmp_path / "none.json"
         code, _, err = run("bench", "tables", "-o", tmp_path / "out", option, path)
         assert code == 2
@@ -235,6 +235,34 @@ def test_measured_lines_of_another_shape_are_an_error_or_can_be_shown(key, junk)
         return
     assert measured_markdown(found)
     assert as_csv(as_json([], found)).count("\n") == 2
+
+
+RUN = json.loads((RESULTS / "divergence.jsonl").read_text().splitlines()[0])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "line 2 is no JSON"),
+        ("[]", "line 2 is JSON, but no object"),
+        (json.dumps({k: v for k, v in RUN.items() if k != "way"}), "line 2 lacks 'way'"),
+        (json.dumps(RUN | {"kl": -1}), "'kl' is -1; it must be a number"),
+        (json.dumps(RUN | {"kl": None}), "'kl' is null"),
+        (json.dumps(RUN | {"bytes": 0}), "'bytes' is 0"),
+        (json.dumps(RUN | {"seed": "a"}), "'seed' is \"a\"; it must be a whole number"),
+        (json.dumps(RUN | {"by_chunk": [1, "x"]}), "'by_chunk' is no list of numbers"),
+        (json.dumps(RUN | {"by_chunk": 3}), "'by_chunk' is no list of numbers"),
+    ],
+)
+def test_a_bad_line_of_divergence_is_named(tmp_path, run, line, said):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps(RUN) + "\n" + line + "\n")
+    code, _, err = run("bench", "tables", "-o", tmp_path / "out", "--divergence", path)
+    assert code == 2
+    assert f"{path}, line 2" in err
+    assert said in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_quality_of_another_shape_writes_nothing(tmp_path, run):

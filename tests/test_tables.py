@@ -43,13 +43,14 @@ def body(text: str) -> list[list[str]]:
 @pytest.fixture(autouse=True)
 def quick_page(monkeypatch):
     """The page takes seconds, and has tests of its own."""
-    monkeypatch.setattr("dus_edge.tables.page.render_page", lambda advance: "a page")
+    monkeypatch.setattr("dus_edge.tables.page.render_page", lambda measured, advance: "a page")
 
 
 def test_the_tracked_tables_are_what_is_written(run, tmp_path):
     results = TRACKED / "results"
     found = ("--measured", results / "measured.jsonl", "--quality", results / "quality.json")
     found += ("--evaluation", results / "eval.json")
+    found += ("--divergence", results / "divergence.jsonl")
     code, out, err = run("bench", "tables", "-o", tmp_path, *found)
     assert code == 0, err
     for name in ("TABLES.md", "tables.csv", "tables.json"):
@@ -68,7 +69,8 @@ def test_results_below_the_folder_are_taken_by_themselves(run, tmp_path):
     assert run("bench", "tables", "-o", tmp_path)[0] == 0
     found = json.loads((tmp_path / "tables.json").read_text())
     assert found["measured"] == [{"source": "measured", **json.loads(line)}]
-    assert found["quality"] == []
+    assert found["quality"] == found["divergence"] == []
+    assert "## Divergence" not in (tmp_path / "TABLES.md").read_text()
     assert "Nothing yet. `make bench` compares" in (tmp_path / "TABLES.md").read_text()
 
 
@@ -89,6 +91,7 @@ def test_predicted_and_measured_are_told_apart(tables, rows):
         "predicted": {"predicted"},
         "measured": {"measured"},
         "quality": {"measured"},
+        "divergence": {"measured"},
         "tasks": {"measured"},
     }
     by_table = {name: [r for r in rows if r["table"] == name] for name in tables}
@@ -102,6 +105,7 @@ def test_predicted_and_measured_are_told_apart(tables, rows):
     assert not used["predicted"] & used["measured"]
     assert not used["measured"] & used["quality"]
     assert not used["quality"] & used["predicted"]
+    assert all(k.startswith("divergence_") for k in used["divergence"])
     for row, line in zip(by_table["measured"], tables["measured"], strict=True):
         assert float(row["measured_avg_ts"]) == line["avg_ts"]
     for row, line in zip(by_table["predicted"], tables["predicted"], strict=True):
