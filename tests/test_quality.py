@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from dus_edge.checkpoint.builtin import model_dir
+from dus_edge.checkpoint.gguf.origin import Origin
 from dus_edge.errors import (
     CheckpointError,
     DependencyError,
@@ -548,11 +549,17 @@ def test_pages_are_at_most_80_columns_wide(names, languages, error):
 def test_page_says_what_was_found(found):
     page = quality_report(found)
     total = found.candidates[2].total
-    row = next(line for line in page.splitlines() if line.startswith("| Q4_K_M"))
-    cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    assert cells[0] == "Q4_K_M"
-    assert float(cells[3]) == pytest.approx(total.kl.value, rel=0.01)
-    assert float(cells[5].removesuffix(" %")) == pytest.approx(100 * total.same_top.value, abs=0.01)
+    rows = [line for line in page.splitlines() if line.startswith("| Q4_K_M")]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert {c[0] for c in cells} == {"Q4_K_M"}
+    kl, error = map(float, cells[0][3].split(" ± "))
+    assert kl == pytest.approx(total.kl.value, rel=0.01)
+    assert error == pytest.approx(total.kl.error, rel=0.05)
+    assert cells[0][4] == "*"
+    assert float(cells[2][1]) == pytest.approx(total.kl_p99, rel=0.01)
+    assert float(cells[2][2].removesuffix(" %")) == pytest.approx(
+        100 * total.same_top.value, abs=0.01
+    )
     assert f"{found.candidates[0].total.n_tokens:,} tokens" in " ".join(page.split())
 
 
@@ -561,6 +568,32 @@ def test_names_lose_what_they_share():
     assert labels(made_up(["base-Q4_0"], ("en",), [0.1])) == ["base-Q4_0"]
     assert labels(made_up(["a-b", "a-b"], ("en",), [0.1, 0.2])) == ["b", "b"]
     assert labels(made_up(["a", "a-b"], ("en",), [0.1, 0.2])) == ["a", "a-b"]
+
+
+def test_names_say_how_files_are_stored_where_that_tells_them_apart():
+    results = made_up(["m-Q4_K_M", "m-Q4_K_M", "m-MIX"], ("en",), [0.1, 0.2, 0.3])
+    fed = Origin("Q4_K_M", imatrix=True, fed=(3, 4))
+
+    def stored(*origins: Origin | None) -> list[str]:
+        return labels(
+            dataclasses.replace(
+                results,
+                candidates=tuple(
+                    dataclasses.replace(
+                        c, info=dataclasses.replace(c.info, origin=o, path=Path(f"{i}/m.gguf"))
+                    )
+                    for i, (c, o) in enumerate(zip(results.candidates, origins, strict=True))
+                ),
+            )
+        )
+
+    plain, mix = Origin("Q4_K_M"), Origin("Q4_K_M", goal="like q4_k_m")
+    assert stored(plain, fed, mix) == ["Q4_K_M", "Q4_K_M + feedback", "mix like q4_k_m"]
+    assert stored(plain, plain, mix) == ["0/Q4_K_M", "1/Q4_K_M", "mix like q4_k_m"]
+    assert stored(plain, mix, mix) == [
+        *("Q4_K_M", "mix like q4_k_m, 1/Q4_K_M", "mix like q4_k_m, MIX")
+    ]
+    assert stored(None, fed, mix) == ["0/Q4_K_M", "Q4_K_M + feedback", "mix like q4_k_m"]
 
 
 def test_json_has_every_number(found):

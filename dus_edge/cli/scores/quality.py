@@ -56,7 +56,8 @@ def quality_command(
 
     Both are GGUF files, or folders: plain, GPTQ or bitsandbytes. Perplexity,
     divergence (KL) of the next token, share of equal first choices, by
-    language; bits per weight and file size.
+    language; bits per weight and file size; what each file says that it is, and
+    whether none as large or smaller diverges less (the frontier).
     """
     from dus_edge.quality import report as quality_report
     from dus_edge.quality.compare import quality as run

@@ -18,7 +18,7 @@ from dus_edge.words import cut_middle, format_bytes
 
 #: Pixels of the picture, and of the margins around what is plotted.
 WIDTH_PX, HEIGHT_PX = 400, 420
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 30, 42
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 30, 42
 #: Shape, class of the colour, and whether it is filled, by way (`Origin.way`) or format.
 _STYLES = {
     "preset": ("circle", "plain", True),
