@@ -424,27 +424,29 @@ SMALL_TARGETS = """() =>
 """
 
 
+#: Each text of a picture and its corners, in the picture's own pixels.
+TEXT_BOXES = """svg => [...svg.querySelectorAll("text")].map((e) => {
+  const b = e.getBBox();
+  return [e.textContent, b.x, b.y, b.x + b.width, b.y + b.height];
+})"""
+
+
 @pytest.mark.parametrize("where", list(WIDTHS))
 def test_what_was_measured_is_seen_without_scripts(visit, where):
     page = visit(where=where, scripts=False)
     plots = page.locator(".measured .plot > svg")
     assert plots.count() >= 3
     for i in range(plots.count()):
-        assert plots.nth(i).is_visible()
-        box, marks = plots.nth(i).bounding_box(), plots.nth(i).locator(".mark")
-        assert box["width"] >= 300 and marks.count() > 1
-        texts = plots.nth(i).locator("text")
-        found = [texts.nth(k).bounding_box() for k in range(texts.count())]
-        for a in found:  # nothing is cut off
-            assert a["x"] >= box["x"] and a["x"] + a["width"] <= box["x"] + box["width"] + 1
-        # Labels are narrower than the room kept for them, so that none covers another.
-        texts = plots.nth(i).locator("text.over")
-        words = [texts.nth(k).bounding_box() for k in range(texts.count())]
-        assert words
-        for k, a in enumerate(words):
-            for b in words[:k]:
-                apart = a["x"] + a["width"] <= b["x"] or b["x"] + b["width"] <= a["x"]
-                assert apart or a["y"] + a["height"] <= b["y"] or b["y"] + b["height"] <= a["y"]
+        plot = plots.nth(i)
+        assert plot.is_visible()
+        assert plot.bounding_box()["width"] >= 300 and plot.locator(".mark").count() > 1
+        texts = plot.evaluate(TEXT_BOXES)
+        assert len(texts) > 8
+        for k, (name, left, top, right, bottom) in enumerate(texts):
+            assert left >= 0 and right <= 400 and top >= 0 and bottom <= 420, name
+            for other, x0, y0, x1, y1 in texts[:k]:
+                apart = right <= x0 or x1 <= left or bottom <= y0 or y1 <= top
+                assert apart, (name, other)
     assert not page.is_visible("#app")
 
 

@@ -38,7 +38,7 @@ _STYLES = {
 _OTHER = ("down", "plain", False)
 _RADIUS = 4.6
 #: A letter's width at 12 pixels, and a line's height: those of wide system fonts.
-_LETTER_PX, _LINE_PX = 6.5, 14.0
+_LETTER_PX, _LINE_PX = 7.2, 14.0
 _MOST_LABEL = 34
 
 
@@ -177,7 +177,7 @@ def _labels(
         if f not in named:
             _, y = up(x, scale.y(f.kl or 1))
             obstacles.append((x - 6, y - 6, x + 6, y + 6))
-    frame = (_LEFT + 2.0, float(_BOTTOM), float(WIDTH_PX), float(HEIGHT_PX - _TOP + 8))
+    frame = (_LEFT + 2.0, float(_BOTTOM), WIDTH_PX - 3.0, float(HEIGHT_PX - _TOP + 8))
     sizes = [(_LETTER_PX * len(text), _LINE_PX) for text in texts]
     parts = []
     for text, (x, y), place in zip(
