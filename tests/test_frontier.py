@@ -16,20 +16,24 @@ from gguf import GGUFReader
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dus_edge import data
 from dus_edge.checkpoint.gguf.origin import Origin, file_origin, origin_of
+from dus_edge.measure.record import read_quality
 from dus_edge.quality.frontier import SAME_SIZE, on_frontier
 from dus_edge.quality.label_layout import boxes_along
-from dus_edge.tables.frontier.medians import divergence_rows, median_runs
+from dus_edge.tables.frontier.medians import WAYS, divergence_rows, median_runs
 from dus_edge.tables.frontier.panels import FrontierPanel, PlottedFile, quality_panels, run_panels
 from dus_edge.tables.frontier.section import frontier_section
 from dus_edge.tables.frontier.svg import HEIGHT_PX, WIDTH_PX, frontier_svg
 from dus_edge.tables.frontier.text import divergence_markdown
+from dus_edge.tables.measured import quality_markdown, quality_rows
 
 from .draws import examples
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 LINES = [json.loads(x) for x in (RESULTS / "divergence.jsonl").read_text().splitlines()]
 QUALITY = json.loads((RESULTS / "quality.json").read_text())
+TEXTS = Path(data.__file__).parent / "texts"
 SVG = "{http://www.w3.org/2000/svg}"
 
 # Few values, so that many are equal; sizes 100 and 101 are 1 % apart.
@@ -166,11 +170,11 @@ def command(*args: object) -> None:
 def files(compiled, tmp_path_factory) -> dict[str, Path]:
     """A preset, the same with feedback under the same name, and another's types as a mix."""
     folder = tmp_path_factory.mktemp("files")
-    text = ("--text", __file__, "--ctx", 64, "--chunks", 8, "--device", "cpu")
+    text = ("--text", TEXTS / "calibration" / "code-python-web.txt", "--ctx", 64, "--chunks", 8)
     asked = {
         "whole": ("-q", "f16"),
         "plain": ("-q", "q3_k_m"),
-        "fed": ("-q", "q3_k_m", "--feedback", *text),
+        "fed": ("-q", "q3_k_m", "--feedback", *text, "--device", "cpu"),
         "small": ("-q", "q2_k"),
         "mix": ("--mix", folder / "small.gguf"),
     }
@@ -187,8 +191,8 @@ def measured(files, tmp_path_factory) -> tuple[str, dict[str, Any], Path]:
     """What `quality` says of them, its JSON, and the folder that it wrote to."""
     out = tmp_path_factory.mktemp("quality")
     named = [files[n] for n in ("plain", "fed", "mix", "small")]
-    text = ("--text", __file__, "--ctx", 64, "--chunks", 6, "--threads", 1)
-    command("quality", files["whole"], *named, *text, "-o", out)
+    text = ("--text", TEXTS / "evaluation" / "code-python.txt", "--ctx", 64, "--chunks", 6)
+    command("quality", files["whole"], *named, *text, "--threads", 1, "-o", out)
     return (out / "quality.md").read_text(), json.loads((out / "quality.json").read_text()), out
 
 
@@ -236,7 +240,7 @@ def test_the_mix_of_a_preset_is_as_far_as_the_preset(measured):
     assert mix["kl_nats"] == small["kl_nats"]
     assert small["on_frontier"] and not (plain["on_frontier"] and fed["on_frontier"])
     sizes = [c["file_bytes"] for c in found["candidates"]]
-    for language in ("code",):
+    for language in found["text"]["chunks"]:
         kl = [c["languages"][language]["kl_nats"] for c in found["candidates"]]
         marks = [c["languages"][language]["on_frontier"] for c in found["candidates"]]
         assert marks == on_frontier(sizes, kl)
@@ -250,21 +254,21 @@ def test_the_plot_has_the_line_and_the_ways(measured):
     assert {"frontier", "preset", "preset + feedback", "mix", "Q2_K"} <= said
 
 
-def test_tables_take_what_quality_wrote(measured, run, tmp_path, monkeypatch):
-    monkeypatch.setattr("dus_edge.tables.page.render_page", lambda measured, advance: "a page")
+def test_tables_take_what_quality_wrote(measured):
     _, found, out = measured
-    code, _, err = run("bench", "tables", "-o", tmp_path, "--quality", out / "quality.json")
-    assert code == 0, err
-    text = (tmp_path / "TABLES.md").read_text()
+    read = read_quality(out / "quality.json")
+    assert read == found
+    text = quality_markdown([read])
     for c in found["candidates"]:
         row = next(x for x in text.splitlines() if f"| {c['stored_as']} |" in x)
         assert row.endswith(f"| {'yes' if c['total']['on_frontier'] else ''} |")
-    rows = json.loads((tmp_path / "tables.json").read_text())["quality"]
-    whole = [r for r in rows if r["language"] is None]
-    assert [r["stored_as"] for r in whole] == [c["stored_as"] for c in found["candidates"]]
-    assert [r["on_frontier"] for r in whole] == [
-        c["total"]["on_frontier"] for c in found["candidates"]
-    ]
+    whole = [r for r in quality_rows([read]) if r["language"] is None]
+    for row, c in zip(whole, found["candidates"], strict=True):
+        assert (row["stored_as"], row["way"]) == (c["stored_as"], c["way"])
+        assert row["on_frontier"] == c["total"]["on_frontier"]
+    (panel,) = quality_panels([read])
+    assert [f.way for f in panel.files] == [c["way"] for c in found["candidates"]]
+    assert [f.name for f in panel.files] == [c["stored_as"] for c in found["candidates"]]
 
 
 # Medians over seeds
@@ -290,18 +294,16 @@ def test_runs_are_medians_over_seeds_and_the_last_line_counts():
 
 def test_the_rows_are_those_of_the_benchmark():
     rows = divergence_rows(LINES)
-    keys = {(x["model"], x["text"], x["preset"], x["way"]) for x in LINES}
-    assert len(rows) == len(keys)
-    for row in rows:
-        same = [x for x in LINES if (x["model"], x["text"]) == (row["model"], row["text"])]
-        assert row["kl_nats_low"] <= row["kl_nats"] <= row["kl_nats_high"]
-        assert row["kl_nats"] in {statistics.median([x["kl"]]) for x in same} or row["n_seeds"] > 1
+    seeds: dict[tuple[str, ...], dict[int, float]] = {}
+    for x in LINES:
+        key = (x["model"], x["text"], x["preset"], WAYS.get(x["way"], x["way"]))
+        seeds.setdefault(key, {})[x["seed"]] = x["kl"]
+    found = {(r["model"], r["text"], r["preset"], r["way"]): r["kl_nats"] for r in rows}
+    assert found == {key: statistics.median(kl.values()) for key, kl in seeds.items()}
+    assert len(rows) == len(found)
     for model, text in {(r["model"], r["text"]) for r in rows}:
-        best = min(
-            (r for r in rows if (r["model"], r["text"]) == (model, text)),
-            key=lambda r: r["kl_nats"],
-        )
-        assert best["on_frontier"]
+        same = [r for r in rows if (r["model"], r["text"]) == (model, text)]
+        assert min(same, key=lambda r: r["kl_nats"])["on_frontier"]
 
 
 def test_the_table_marks_the_frontier():
