@@ -6,7 +6,8 @@
 
 CHECKPOINT: `pico`, or SmolLM2-135M as `padded.py` writes it. Each file is made by `dus-edge gguf`,
 read back block by block as float32, and run through the calibration engine over held-out text: the
-English and the code of the built-in evaluation texts. What is measured is KL(model || file) of
+English and the code of the built-in evaluation texts, and the English of Python's own reference, a
+text of another kind than all that is calibrated on. What is measured is KL(model || file) of
 every next token, in nats, in float32 on both sides; llama.cpp would round activations too. All ways
 of one seed see the same 24 chunks of 512 tokens of the calibration texts, for importance,
 sensitivity and feedback alike. Ratios are paired: chunks are drawn together 2,000 times.
@@ -18,6 +19,7 @@ with the mean of each chunk.
 from __future__ import annotations
 
 import argparse
+import pydoc_data.topics
 import shutil
 import subprocess
 import sys
@@ -41,7 +43,7 @@ from dus_edge.quant.choose import find_quantizer
 from dus_edge.quant.imatrix import match, read_imatrix
 from dus_edge.quant.sensitivity import Sensitivity, weights_identity, write_sensitivity
 from dus_edge.text.chunks import make_chunks
-from dus_edge.text.documents import builtin_documents
+from dus_edge.text.documents import Document, builtin_documents
 from dus_edge.text.tokenizers import load_tokenizer
 from dus_edge.upscale.model import find_model
 from dus_edge.upscale.plan import identity
@@ -64,13 +66,19 @@ WAYS = {
 }
 TABLE = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
 #: Chunks of each held-out text, at most.
-TEXTS = {"en": 16, "code": 8}
+TEXTS = {"en": 16, "code": 8, "reference": 8}
+#: What the report counts together: the English of both kinds.
+ENGLISH = ("en", "reference")
 
 
 def text_chunks(checkpoint: str, language: str, n_chunks: int) -> np.ndarray:
     """Held-out tokens ``(n_chunks, N_CTX)``."""
     model = find_model(checkpoint, identity, weights=True, say=lambda line: None)
-    documents = [d for d in builtin_documents("evaluation") if d.language == language]
+    if language == "reference":
+        topics = (topic.strip() for _, topic in sorted(pydoc_data.topics.topics.items()))
+        documents = [Document(topic, "en", "pydoc_data.topics") for topic in topics]
+    else:
+        documents = [d for d in builtin_documents("evaluation") if d.language == language]
     tokenizer = load_tokenizer(model.source.folder, model.config.vocab_size)
     return make_chunks(documents, tokenizer, N_CTX, n_chunks=n_chunks).tokens
 
@@ -90,6 +98,20 @@ class Scored:
     def log_probabilities(self, chunk: int, rows: slice) -> torch.Tensor:
         h = self.states[chunk, rows]
         return next_token_logits(h, self.norm, self.head, self.config).log_softmax(-1)
+
+
+class Reference(Scored):
+    """The same, with all that it predicts kept."""
+
+    def __init__(self, checkpoint: Checkpoint, tokens: np.ndarray) -> None:
+        super().__init__(checkpoint, tokens)
+        self.kept: dict[tuple[int, int], torch.Tensor] = {}
+
+    def log_probabilities(self, chunk: int, rows: slice) -> torch.Tensor:
+        place = chunk, rows.start
+        if place not in self.kept:
+            self.kept[place] = super().log_probabilities(chunk, rows)
+        return self.kept[place]
 
 
 def divergences(reference: Scored, candidate: Scored) -> np.ndarray:
@@ -160,21 +182,23 @@ def made(checkpoint: str, preset: str, way: str, seed: int, work: Path) -> tuple
 def run(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     name = Path(args.checkpoint).name
-    known = {(x["model"], x["preset"], x["way"], x["seed"]) for x in read(OUT)}
+    known = {(x["model"], x["preset"], x["way"], x["seed"], x["text"]) for x in read(OUT)}
     tokens = {t: text_chunks(args.checkpoint, t, n) for t, n in TEXTS.items()}
     base = find_model(args.checkpoint, identity, weights=True, say=lambda line: None).open()
-    reference = {t: Scored(base, x) for t, x in tokens.items()}
+    reference = {t: Reference(base, x) for t, x in tokens.items()}
     for seed in map(int, args.seeds.split(",")):
         for preset in args.presets.split(","):
             for way in args.ways.split(","):
                 drawn = seed if "IMATRIX" in WAYS[way] else 0
-                if (name, preset, way, drawn) in known:
+                wanted = [t for t in tokens if (name, preset, way, drawn, t) not in known]
+                if not wanted:
                     continue
-                known.add((name, preset, way, drawn))
+                known |= {(name, preset, way, drawn, t) for t in wanted}
                 path, seconds = made(args.checkpoint, preset, way, drawn, args.work)
                 checkpoint = open_file(str(path))
                 lines: list[dict[str, Any]] = []
-                for text, held_out in tokens.items():
+                for text in wanted:
+                    held_out = tokens[text]
                     kl = divergences(reference[text], Scored(checkpoint, held_out))
                     line = {"model": name, "preset": preset, "way": way, "seed": drawn}
                     line |= {"text": text, "n_tokens": held_out.size, "kl": float(kl.mean())}

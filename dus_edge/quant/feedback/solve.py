@@ -46,7 +46,7 @@ class FeedbackSettings:
         in_sequence: whether a layer's inputs are those behind layers quantized already.
     """
 
-    damp: float = 0.03
+    damp: float = 0.1
     refits: int = 1
     in_sequence: bool = True
 
