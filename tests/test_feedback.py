@@ -64,15 +64,20 @@ def test_what_is_read_of_a_block_is_what_ggml_reads():
         blocks, layout = blocks_of(kind, rows), LAYOUTS[kind]
         d, m = (np.repeat(a, kind.block_weights // a.shape[1], axis=1) for a in layout.grid(blocks))
         values = ggml.dequantize(blocks.reshape(-1), kind, rows.shape).reshape(d.shape)
-        codes = np.rint((values + m) / np.where(d == 0, 1, d))
+        units = (values + m) / np.where(d == 0, 1, d)
+        if layout.levels is None:
+            levels, codes = np.arange(layout.top + 1), np.rint(units)
+        else:
+            levels = layout.levels
+            codes = np.abs(units[..., None] - levels).argmin(-1)
         assert codes.min() >= 0 and codes.max() <= layout.top
         assert len(np.unique(codes)) > layout.top // 2
-        np.testing.assert_allclose(d * codes - m, values, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(d * levels[codes.astype(int)] - m, values, rtol=0, atol=1e-6)
         # And what is put there comes out again.
         changed = np.random.default_rng(1).integers(0, layout.top + 1, codes.shape, np.uint8)
         layout.put(blocks, changed)
         found = ggml.dequantize(blocks.reshape(-1), kind, rows.shape).reshape(d.shape)
-        np.testing.assert_allclose(found, d * changed - m, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(found, d * levels[changed] - m, rtol=0, atol=2e-6)
         np.testing.assert_allclose(
             stored_values(blocks.reshape(len(rows), -1), kind), found.reshape(rows.shape), atol=1e-6
         )
@@ -108,19 +113,20 @@ def test_which_rows_take_feedback():
 # The solver
 
 
-def long_way(x, hessian, part, scale, minimum, top) -> np.ndarray:
+def long_way(x, hessian, part, scale, minimum, levels) -> np.ndarray:
     """Codes of columns from the last to the first, the inverse taken anew for each; float64."""
     w, codes = x.copy(), np.zeros(x.shape, int)
     for i in range(len(x) - 1, -1, -1):
         inverse = np.linalg.inv(hessian[: i + 1, : i + 1])
         s, m = scale[part[i]], minimum[part[i]]
-        codes[i] = np.clip(np.rint((w[i] + m) / s), 0, top)
-        error = w[i] - (s * codes[i] - m)
+        codes[i] = np.abs((w[i] + m) / s - levels[:, None]).argmin(0)
+        error = w[i] - (s * levels[codes[i]] - m)
         w[: i + 1] -= np.outer(inverse[:, i], error / inverse[i, i])
     return codes
 
 
-def test_codes_are_those_of_the_long_way():
+@pytest.mark.parametrize("curved", [False, True])
+def test_codes_are_those_of_the_long_way(curved):
     rng = np.random.default_rng(3)
     n, rows = 32, 48
     _, hessian = problem(1, n, 5)
@@ -129,15 +135,22 @@ def test_codes_are_those_of_the_long_way():
     inverse = torch.linalg.inv(lower).float().numpy()
     x = rng.standard_normal((n, rows)).astype(np.float32)
     part = rng.integers(0, 2, n)
-    scale = rng.uniform(0.2, 0.4, (2, rows)).astype(np.float32)
-    minimum = rng.uniform(1, 2, (2, rows)).astype(np.float32)
+    if curved:
+        levels = LAYOUTS[t.IQ4_XS].levels
+        scale = (rng.uniform(0.01, 0.02, (2, rows)) * rng.choice([-1, 1], rows)).astype(np.float32)
+        minimum = np.zeros((2, rows), np.float32)
+    else:
+        levels = np.arange(8, dtype=np.float32)
+        scale = rng.uniform(0.2, 0.4, (2, rows)).astype(np.float32)
+        minimum = rng.uniform(1, 2, (2, rows)).astype(np.float32)
     codes, cost = np.empty((n, rows), np.uint8), np.empty(rows, np.float32)
-    kernels.load("feed_block")(x, inverse, part, scale, minimum, 7, codes, cost)
-    expected = long_way(x.astype(float), hessian.numpy(), part, scale, minimum, 7)
+    top = len(levels) - 1
+    kernels.load("feed_block")(x, inverse, part, scale, minimum, top, curved, codes, cost)
+    expected = long_way(x.astype(float), hessian.numpy(), part, scale, minimum, levels)
     # A tie that float32 sees the other way changes the columns behind it.
     same = (codes == expected).all(0)
     assert same.mean() > 0.9
-    delta = x - (scale[part] * codes - minimum[part])
+    delta = x - (scale[part] * levels[codes] - minimum[part])
     true = np.einsum("ir,ij,jr->r", delta, hessian.numpy(), delta)
     np.testing.assert_allclose(cost, true, rtol=1e-4)
 

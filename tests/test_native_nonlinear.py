@@ -10,13 +10,14 @@ from numba import njit
 from dus_edge.quant import ggml, native
 from dus_edge.quant import types as t
 from dus_edge.quant.kernels import nonlinear
-from dus_edge.quant.kernels.nonlinear import VALUES, near_value, nearest_index
+from dus_edge.quant.kernels.nonlinear import near_value, nearest_index
 from dus_edge.quant.simd import LANES, load, store
+from dus_edge.quant.types import IQ4_LEVELS
 
 from .cases import check_each
 from .native_cases import gaussian
 
-MIDDLES = np.add(VALUES[1:], VALUES[:-1]) / 2
+MIDDLES = np.add(IQ4_LEVELS[1:], IQ4_LEVELS[:-1]) / 2
 
 
 @njit
@@ -44,8 +45,8 @@ def everywhere() -> np.ndarray:
 
 
 def test_values_are_llama_cpps():
-    assert list(VALUES) == list(gguf.quants.IQ4_NL.kvalues)
-    rows = np.repeat(np.array(VALUES, np.float32), 2)[None]
+    assert list(IQ4_LEVELS) == list(gguf.quants.IQ4_NL.kvalues)
+    rows = np.repeat(np.array(IQ4_LEVELS, np.float32), 2)[None]
     for kind, n in ((t.IQ4_NL, 1), (t.IQ4_XS, 8)):
         data = native.quantize(np.tile(rows, n), kind)
         # Every one of them can be met, by a scale of one.
@@ -57,20 +58,20 @@ def test_values_are_llama_cpps():
 def test_what_is_stored_is_the_nearest():
     y = everywhere()
     found = through(_indices, y)[: y.size].astype(int)
-    error = np.abs(y[:, None] - np.array(VALUES))
+    error = np.abs(y[:, None] - np.array(IQ4_LEVELS))
     np.testing.assert_array_equal(error[np.arange(y.size), found], error.min(1))
 
 
 def test_a_candidate_takes_a_neighbour_only_at_the_middle():
     y = everywhere()
     found = through(_near, y)[: y.size]
-    assert set(found.astype(int)) == set(VALUES)
-    nearest = np.array(VALUES)[through(_indices, y)[: y.size].astype(int)]
+    assert set(found.astype(int)) == set(IQ4_LEVELS)
+    nearest = np.array(IQ4_LEVELS)[through(_indices, y)[: y.size].astype(int)]
     wrong = found != nearest
-    steps = np.diff(VALUES)
+    steps = np.diff(IQ4_LEVELS)
     for at, value, best in zip(y[wrong], found[wrong], nearest[wrong], strict=True):
-        lower = VALUES.index(int(min(value, best)))
-        assert max(value, best) == VALUES[lower + 1]
+        lower = IQ4_LEVELS.index(int(min(value, best)))
+        assert max(value, best) == IQ4_LEVELS[lower + 1]
         assert abs(at - MIDDLES[lower]) <= 0.03 * steps[lower]
     assert 0 < wrong.mean() < 0.03
 
@@ -79,7 +80,7 @@ def test_a_candidate_takes_a_neighbour_only_at_the_middle():
 def test_what_lies_outside_takes_an_end(value):
     for function in (_near, _indices):
         (found,) = set(through(function, np.full(LANES, value)))
-        assert int(found) in {VALUES[0], VALUES[-1], 0, 15}
+        assert int(found) in {IQ4_LEVELS[0], IQ4_LEVELS[-1], 0, 15}
 
 
 def test_scales_of_both_signs():

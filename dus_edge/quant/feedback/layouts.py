@@ -1,7 +1,8 @@
 """Blocks of GGUF types taken apart: the steps of their scales, and their codes.
 
-Every type stores a weight as ``d·q − m``: q is its code, an integer from 0 to the type's largest,
-and d and m are shared by a *part* of a block. Feedback chooses codes for scales that are found, so
+Every type stores a weight as ``d·q − m``: q is its code, an integer from 0 to the type's largest
+(of IQ4_NL and IQ4_XS the level that it stands for), and d and m are shared by a *part* of a block.
+Feedback chooses codes for scales that are found, so
 all it needs of a type is to read d and m, and to put codes in.
 
 Byte layouts: ggml/src/ggml-common.h, read as `dequantize_row_…` of ggml/src/ggml-quants.c does.
@@ -32,6 +33,7 @@ class Layout:
         top: the largest code.
         grid: blocks ``(n, block_bytes)`` uint8 to `Grid`.
         put: writes codes ``(n, block_weights)`` uint8 into blocks, in place; scales stay.
+        levels: what the codes stand for, where not for themselves, ``(top + 1,)`` float32.
         halves: bytes at which the float16 stand that every d and every m is a multiple of: one
             for both, or two.
     """
@@ -41,6 +43,7 @@ class Layout:
     grid: Callable[[np.ndarray], Grid]
     put: Callable[[np.ndarray, np.ndarray], None]
     halves: tuple[int, ...]
+    levels: np.ndarray | None = None
 
 
 def _half(blocks: np.ndarray, at: int) -> np.ndarray:
@@ -61,6 +64,11 @@ def _symmetric(middle: int) -> Callable[[np.ndarray], Grid]:
 
 def _affine(blocks: np.ndarray) -> Grid:
     return _half(blocks, 0), -_half(blocks, 2)
+
+
+def _iq4_nl(blocks: np.ndarray) -> Grid:
+    d = _half(blocks, 0)
+    return d, np.zeros_like(d)
 
 
 def _put_32(skip: int, bits: int) -> Callable[[np.ndarray, np.ndarray], None]:
@@ -150,6 +158,20 @@ def _put_q6_k(blocks: np.ndarray, codes: np.ndarray) -> None:
     blocks[:, 128:192] = _pairs(codes >> 4)
 
 
+def _iq4_xs(blocks: np.ndarray) -> Grid:
+    high = np.ascontiguousarray(blocks[:, 2:4]).view("<u2") >> 2 * np.arange(8, dtype=np.uint16) & 3
+    low = np.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], axis=2).reshape(-1, 8)
+    d = _half(blocks, 0) * ((low | high << 4).astype(np.float32) - np.float32(32))
+    return d, np.zeros_like(d)
+
+
+def _put_iq4_xs(blocks: np.ndarray, codes: np.ndarray) -> None:
+    q = codes.reshape(-1, 8, 2, 16) & 15
+    blocks[:, 8:] = (q[:, :, 0] | q[:, :, 1] << 4).reshape(-1, 128)
+
+
+_CURVED = np.array(t.IQ4_LEVELS, np.float32)
+
 #: Of every type that feedback can go into.
 LAYOUTS: Mapping[QuantType, Layout] = {
     t.Q4_0: Layout(32, 15, _symmetric(8), _put_32(2, 4), (0,)),
@@ -162,6 +184,8 @@ LAYOUTS: Mapping[QuantType, Layout] = {
     t.Q4_K: Layout(32, 15, _q4_k, _put_q4_k, (0, 2)),
     t.Q5_K: Layout(32, 31, _q4_k, _put_q5_k, (0, 2)),
     t.Q6_K: Layout(16, 63, _q6_k, _put_q6_k, (208,)),
+    t.IQ4_NL: Layout(32, 15, _iq4_nl, _put_32(2, 4), (0,), _CURVED),
+    t.IQ4_XS: Layout(32, 15, _iq4_xs, _put_iq4_xs, (0,), _CURVED),
 }
 
 

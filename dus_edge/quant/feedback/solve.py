@@ -242,9 +242,11 @@ class _Solver:
         """Values and codes ``(n, rows)`` for the scales in `data`, and the rows' costs."""
         scale, minimum = (np.ascontiguousarray(a.T, np.float32) for a in self.layout.grid(data))
         codes, cost = np.empty(x.shape, np.uint8), np.empty(x.shape[1], np.float32)
-        kernel = kernels.load("feed_block")
-        kernel(x, block.inverse, block.part, scale, minimum, self.layout.top, codes, cost)
-        return scale[block.part] * codes - minimum[block.part], codes, cost
+        top, levels = self.layout.top, self.layout.levels
+        kernel, curved = kernels.load("feed_block"), levels is not None
+        kernel(x, block.inverse, block.part, scale, minimum, top, curved, codes, cost)
+        units = codes if levels is None else levels[codes]
+        return scale[block.part] * units - minimum[block.part], codes, cost
 
     def _refit(
         self,

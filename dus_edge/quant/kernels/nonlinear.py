@@ -55,15 +55,15 @@ from dus_edge.quant.simd import (
     to_i32,
     where,
 )
+from dus_edge.quant.types import IQ4_LEVELS
 
-VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_LOW, _HIGH = float(VALUES[0]), float(VALUES[-1])
+_LOW, _HIGH = float(IQ4_LEVELS[0]), float(IQ4_LEVELS[-1])
 #: Index less 8 of the value nearest to y, by y⁰ … y⁵: within 0.026 wherever it changes.
 _INDEX = (-0.1215645, 0.08529235, 1.950969e-06, -2.743543e-06, -6.916322e-10, 8.186579e-11)
 #: The value by powers of its index less 8: within 0.44, so that rounding gives it.
 _VALUE = (1.43299, 11.43981, -0.01681205, 0.08183981, 0.001586043)
 #: Halfway from each value to the next.
-_MIDDLES = tuple((a + b) / 2 for a, b in itertools.pairwise(VALUES))
+_MIDDLES = tuple((a + b) / 2 for a, b in itertools.pairwise(IQ4_LEVELS))
 
 _N_SUB = QK_K // QK
 #: Scales of IQ4_XS: s in −32 … 31.
@@ -98,7 +98,12 @@ def near_value(y):
     i = fma(i, y, f32(_INDEX[3]))
     i = fma(i, y, f32(_INDEX[2]))
     i = fma(i, y, f32(_INDEX[1]))
-    i = nearest(fma(i, y, f32(_INDEX[0])))
+    return value_at(nearest(fma(i, y, f32(_INDEX[0]))))
+
+
+@njit(nogil=True)
+def value_at(i):
+    """The value with index i + 8, float32."""
     v = fma(i, f32(_VALUE[4]), f32(_VALUE[3]))
     v = fma(v, i, f32(_VALUE[2]))
     v = fma(v, i, f32(_VALUE[1]))
