@@ -38,6 +38,7 @@ _MODULES = {
     **dict.fromkeys(("q2_k", "q4_k", "q5_k"), "affine_k"),
     **dict.fromkeys(("q3_k", "q6_k"), "symmetric_k"),
     **dict.fromkeys(("iq4_nl", "iq4_xs"), "nonlinear"),
+    "iq3_s": "lattice.iq3_s",
     **dict.fromkeys(("mlx_affine", "mlx_affine_bf16"), "mlx"),
     "feed_block": "feedback",
 }
@@ -97,7 +98,7 @@ def cache_folder() -> Path:
     here = Path(__file__).parent
     digest = hashlib.sha256()
     beside = [here.parent / name for name in ("simd.py", "gptq_kernel.py")]
-    for path in sorted([*here.glob("*.py"), *beside]):
+    for path in sorted([*here.rglob("*.py"), *beside]):
         digest.update(path.read_bytes())
     name = f"kernels-{digest.hexdigest()[:16]}"
     for base in (user_cache(), _own_temporary()):
