@@ -42,7 +42,7 @@ from dus_edge.words import markdown_table
 #: The types measured: those for which ggml has no use for importance, and those for which it has.
 UNWEIGHTED = ["F16", "BF16", "Q8_0"]
 WEIGHTED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
-WEIGHTED += ["IQ4_NL", "IQ4_XS"]
+WEIGHTED += ["IQ4_NL", "IQ4_XS", "IQ3_S"]
 NAMES = UNWEIGHTED + WEIGHTED
 DATA = ("gaussian", "heavy", "pico")
 SEED = 20261121
@@ -254,7 +254,7 @@ def search_weights(
         match kind.name:
             case "Q2_K":
                 return np.sqrt(x2)
-            case "Q3_K" | "Q6_K" | "IQ4_NL" | "IQ4_XS":
+            case "Q3_K" | "Q6_K" | "IQ4_NL" | "IQ4_XS" | "IQ3_S":
                 return x2
             case "Q4_K" | "Q5_K":
                 return np.sqrt(mean(32)) + np.sqrt(x2)
@@ -264,7 +264,7 @@ def search_weights(
             return np.broadcast_to(importance.astype(np.float64), rows.shape)
         case "Q2_K":
             sigma2 = mean(256)
-        case "Q3_K" | "Q4_K" | "Q5_K" | "IQ4_NL" | "IQ4_XS":
+        case "Q3_K" | "Q4_K" | "Q5_K" | "IQ4_NL" | "IQ4_XS" | "IQ3_S":
             sigma2 = 2 * mean(kind.block_weights)
         case _:
             sigma2 = mean(rows.shape[1])

@@ -405,6 +405,7 @@ def test_every_rule_with_importance_is_llama_cpps(make_checkpoint, tmp_path, sha
     for name in ("blk.0.ffn_down.weight", "blk.1.attn_v.weight"):
         del importance.sums[name]
     presets = ["q4_0", "q5_0", "q4_k_m", "q4_k_s", "q3_k_m", "iq4_nl", "iq4_xs"]
+    presets += ["iq3_s", "iq3_m"]
     files = export(base, tmp_path, presets, importance, "i.gguf", plan=plan)
     source = export(base, tmp_path / "plain", ["f32"], plan=plan)["f32"]
     for preset, ours in files.items():
@@ -415,7 +416,7 @@ def test_every_rule_with_importance_is_llama_cpps(make_checkpoint, tmp_path, sha
 
 def test_our_own_quantizers_files_load_and_weigh(pico, tmp_path, collected):
     """llama.cpp runs them, and the errors that importance weighs are smaller than without it."""
-    presets = ["q2_k", "q3_k_m", "q4_k_m", "q4_0", "q5_1", "iq4_xs", "iq4_nl", "q8_0"]
+    presets = ["q2_k", "q3_k_m", "q4_k_m", "q4_0", "q5_1", "iq4_xs", "iq4_nl", "iq3_m", "q8_0"]
     with_it = export(pico, tmp_path / "w", presets, collected, "i.gguf", quantizer="native")
     without = export(pico, tmp_path / "o", [*presets, "f32"], quantizer="native")
     true = {x.name: x.data for x in gguf_py.GGUFReader(without["f32"]).tensors}

@@ -21,7 +21,7 @@ from dus_edge.verify.digest import read_digests, write_digests
 from dus_edge.verify.gguf import SCALES, verify_gguf
 
 MIXES = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_1", "q5_0", "q5_1", "q4_0", "q2_k")
-MIXES += ("iq4_nl", "iq4_xs")
+MIXES += ("iq4_nl", "iq4_xs", "iq3_s")
 
 
 @pytest.fixture(scope="module")

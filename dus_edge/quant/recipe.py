@@ -65,6 +65,8 @@ PRESETS: Mapping[str, Preset] = {
         Preset("iq4_nl", 25, t.IQ4_NL),
         Preset("iq4_xs", 30, t.IQ4_XS),
         Preset("q3_k_m", 12, t.Q3_K),
+        Preset("iq3_m", 27, t.IQ3_S),
+        Preset("iq3_s", 26, t.IQ3_S),
         Preset("q2_k", 10, t.Q2_K),
     )
 }
@@ -172,6 +174,10 @@ def _attn_v(preset: Preset, layer: int, model: ModelShape) -> QuantType:
             chosen = t.Q4_K if model.n_gqa >= 4 else t.Q3_K
         case "q3_k_m":
             chosen = t.Q5_K if layer < 2 else t.Q4_K
+        case "iq3_m":
+            chosen = t.Q4_K
+        case "iq3_s" if model.n_gqa >= 4:
+            chosen = t.Q4_K
         case "q4_k_m" | "q5_k_m" if _uses_more_bits(layer, model.n_layers):
             chosen = t.Q6_K
         case "q4_k_s" if layer < 4:
@@ -191,6 +197,8 @@ def _ffn_down(preset: Preset, layer: int, model: ModelShape) -> QuantType:
             return t.Q3_K
         case "q3_k_m":
             return t.Q5_K if layer < n // 16 else t.Q4_K
+        case "iq3_m" if layer < n // 8:
+            return t.Q4_K
         case "q4_k_m" | "q5_k_m" if _uses_more_bits(layer, n):
             return t.Q6_K
         case "q4_k_s" if layer < n // 8:
@@ -205,13 +213,14 @@ def _ffn_down(preset: Preset, layer: int, model: ModelShape) -> QuantType:
 
 
 def _attn_output(preset: Preset, layer: int, model: ModelShape) -> QuantType:
-    return {"q2_k": t.Q3_K, "q3_k_m": t.Q4_K}.get(preset.name, preset.default)
+    wider = {"q2_k": t.Q3_K, "q3_k_m": t.Q4_K, "iq3_m": t.Q4_K}
+    return wider.get(preset.name, preset.default)
 
 
 #: What stands in for a 256-weight block type when a row is no whole number of such blocks.
 _NARROWER = {
     t.Q2_K: t.Q4_0, t.Q3_K: t.Q4_0, t.Q4_K: t.Q5_0, t.Q5_K: t.Q5_1, t.Q6_K: t.Q8_0,
-    t.IQ4_XS: t.IQ4_NL,
+    t.IQ3_S: t.IQ4_NL, t.IQ4_XS: t.IQ4_NL,
 }  # fmt: skip
 
 

@@ -18,10 +18,10 @@ _GROUP_OF = {
     "F32": "f16", "F16": "f16", "BF16": "f16", "Q8_0": "q8",
     "Q4_0": "q4", "Q4_1": "q4", "Q5_0": "q4", "Q5_1": "q4",
     "Q4_K": "k", "Q5_K": "k", "Q6_K": "k", "Q3_K": "k_low", "Q2_K": "k_low",
-    "IQ4_NL": "k", "IQ4_XS": "k",
+    "IQ4_NL": "k", "IQ4_XS": "k", "IQ3_S": "k_low",
 }  # fmt: skip
 #: Types of which no run is published: taken for others of as many bits, with wider intervals.
-_UNPUBLISHED = frozenset({"IQ4_NL", "IQ4_XS"})
+_UNPUBLISHED = frozenset({"IQ4_NL", "IQ4_XS", "IQ3_S"})
 #: GPTQ weights by the bits of a code.
 _GPTQ_GROUP_OF = {2: "k_low", 3: "k_low", 4: "q4", 8: "q8"}
 

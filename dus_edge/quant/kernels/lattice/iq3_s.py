@@ -1,7 +1,7 @@
 """IQ3_S: x ≈ ±D·m·v, m an odd number for 32 weights, v one of 512 points for every four.
 
 Magnitudes are rounded to four codes, and of the points that `points` names for these the one of
-the least weighted error is taken; four are tried while scales are searched, eight for what is
+the least weighted error is taken; six are tried while scales are searched, twelve for what is
 stored. ggml (quantize_row_iq3_s_impl in ggml/src/ggml-quants.c) tries 19 scales and quantizes once
 for the scale that was found, not for the one that is stored.
 
@@ -53,7 +53,7 @@ _N_SUB = QK_K // QK
 #: Weights of a point.
 _FOUR = 4
 #: Points tried while scales are searched.
-_FEW = 4
+_FEW = 6
 #: The point of four ones, packed.
 _LEAST = 0x1111
 _FEW_PAIRS, _ALL_PAIRS, _NUMBERS = pairs(_FEW), pairs(NEAR), numbers()
@@ -277,7 +277,7 @@ def _encode(source, importance, out, weighted, search, few, every, numbered):
 
 
 _COARSE = Steps(27.0, 0.5, 10)
-_ALONE = _Search(Steps(11.0, 1.0, 7), 2, _COARSE, 2)
+_ALONE = _Search(Steps(10.5, 1.5, 5), 2, _COARSE, 2)
 
 
 @njit(nogil=True, cache=True)
@@ -286,7 +286,7 @@ def iq3_s(source, importance, sigma2, out):
     return _encode(source, importance, out, False, _ALONE, _FEW_PAIRS, _ALL_PAIRS, _NUMBERS)
 
 
-_BY_IMPORTANCE = _Search(Steps(11.0, 1.0, 7), 2, _COARSE, 2)
+_BY_IMPORTANCE = _Search(Steps(9.5, 1.25, 7), 2, _COARSE, 2)
 
 
 @njit(nogil=True, cache=True)

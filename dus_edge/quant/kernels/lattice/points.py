@@ -18,12 +18,12 @@ import functools
 import numpy as np
 
 #: Points named for every four codes.
-NEAR = 8
+NEAR = 12
 #: Codes of a value: 0 … 7 for 1, 3 … 15.
 CODES = 8
 _N_KEYS = CODES**4
 #: Points nearest by distance that are looked at for the table, and draws that they are judged by.
-_AROUND = 24
+_AROUND = 32
 _DRAWS = 64
 #: Importance in these draws goes from exp(−this) to exp(this).
 _SPREAD = 1.7
