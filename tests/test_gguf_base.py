@@ -68,9 +68,10 @@ def test_copied_layers_are_what_an_export_of_the_deeper_model_has(pico, tmp_path
     assert found.with_suffix(".Modelfile").read_text().startswith("# pico DUS 8.13M v1.0, made by")
 
 
-def test_llama_cpp_computes_what_the_plan_says(pico, tmp_path, run):
+@pytest.mark.parametrize("preset", ["q4_k_m", "iq3_m"])
+def test_llama_cpp_computes_what_the_plan_says(pico, tmp_path, run, preset):
     """A mix with several types: against the same layers dequantized and run by transformers."""
-    base = export(pico, tmp_path, "q4_k_m", plan="0:8")["q4_k_m"]
+    base = export(pico, tmp_path, preset, plan="0:8")[preset]
     code, out, _ = run("gguf", base, "--block", "2:5", "-o", tmp_path / "out")
     assert code == 0
     code, *_ = run("upscale", base, "--block", "2:5", "-o", tmp_path / "folder")

@@ -194,9 +194,13 @@ def test_stored_constants_are_those_of_the_fit(fit_speed, stored):
         assert np.abs(rates - problem.log_rates(thetas[which])).max() < 0.005
 
 
+#: Presets of which no run is published.
+UNPUBLISHED = ("iq4_nl", "iq4_xs", "iq3_s", "iq3_m")
+
+
 def test_a_type_that_nobody_measured_is_less_certain(fit_speed, stored):
     """Q4_0's rows, predicted as if no run of that type were known, tell by how much."""
-    assert all(row["quant"].lower() not in ("iq4_nl", "iq4_xs") for row in read_published("runs"))
+    assert all(row["quant"].lower() not in UNPUBLISHED for row in read_published("runs"))
     fresh = fit_speed.fit_unpublished(fit_speed.fit_all()[0])
     assert stored["unpublished"] == pytest.approx(fresh, abs=0.005)
     assert min(fresh.values()) > 0
@@ -207,11 +211,13 @@ def test_a_type_that_nobody_measured_is_less_certain(fit_speed, stored):
         tg = x.tg_tokens_per_s_high / x.tg_tokens_per_s_low
         return np.array([tg, x.pp_tokens_per_s_high / x.pp_tokens_per_s_low])
 
-    known, half = widths({"Q4_K": 2e9}), widths({"Q4_K": 1e9, "IQ4_NL": 1e9})
+    certain, half = widths({"Q4_K": 2e9}), widths({"Q4_K": 1e9, "IQ4_NL": 1e9})
     whole = widths({"IQ4_NL": 2e9})
-    assert (known < half).all() and (half < whole).all()
-    same = [predict(device(), Work(shape, {kind: 2e9})) for kind in ("Q4_K", "IQ4_NL")]
-    assert same[0].tg_tokens_per_s == same[1].tg_tokens_per_s
+    assert (certain < half).all() and (half < whole).all()
+    for known, taken in (("Q4_K", "IQ4_NL"), ("Q3_K", "IQ3_S")):
+        same = [predict(device(), Work(shape, {kind: 2e9})) for kind in (known, taken)]
+        assert same[0].tg_tokens_per_s == same[1].tg_tokens_per_s
+        assert same[0].tg_tokens_per_s_high < same[1].tg_tokens_per_s_high
 
 
 def test_no_constant_belongs_to_a_device(stored):

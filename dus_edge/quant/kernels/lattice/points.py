@@ -27,6 +27,7 @@ _AROUND = 32
 _DRAWS = 64
 #: Importance in these draws goes from exp(−this) to exp(this).
 _SPREAD = 1.7
+_SLIGHTLY = 1e-5
 #: Keys worked on at once.
 _CHUNK = 512
 
@@ -104,9 +105,12 @@ def _chosen(keys: np.ndarray, residuals: np.ndarray, weights: np.ndarray) -> np.
     best = np.full((len(keys), 1, len(weights)), np.inf, np.float32)
     found = np.empty((len(keys), NEAR), np.int64)
     for i in range(NEAR):
-        taken = np.minimum(best, costs).sum(-1).argmin(1)
+        # Where none is any better for a draw, the one of the least cost; none is taken twice.
+        sums = np.minimum(best, costs).sum(-1) + _SLIGHTLY * costs.sum(-1)
+        taken = sums.argmin(1)
         found[:, i] = around[rows, taken]
         best = np.minimum(best, costs[rows, taken][:, None])
+        costs[rows, taken] = np.inf
     exact = distances.min(1) == 0
     found[exact] = distances[exact].argmin(1)[:, None]
     return found
