@@ -23,6 +23,7 @@ from dus_edge.predict.prediction import (
 from dus_edge.predict.processors import find_processor, memory_gbps
 from dus_edge.predict.report import prediction_text
 from dus_edge.predict.speed.cpu import host_gbps, predict_cpu
+from dus_edge.predict.speed.work import Work
 from dus_edge.tables.predicted import PRESET_COLUMNS, solar_config
 
 from .cases import check_each
@@ -88,6 +89,18 @@ def test_more_memory_bandwidth_and_cores_are_faster():
     assert (
         predict_cpu(find_processor(names[0]), smaller).tg_tokens_per_s > speeds[0].tg_tokens_per_s
     )
+
+
+def test_a_type_that_keeps_cores_busy_may_be_slower():
+    """As many bytes in IQ3_S as in Q3_K: the same at best, and a lower low end."""
+    processor = find_processor("cpu-ddr4-3200")
+    shape = dense_work("q4_k_m", LLAMA3_8B).shape
+    mixes = ({"Q3_K": 2e9}, {"Q3_K": 1e9, "IQ3_S": 1e9}, {"IQ3_S": 2e9})
+    known, half, whole = (predict_cpu(processor, Work(shape, mix)) for mix in mixes)
+    assert known.tg_tokens_per_s == half.tg_tokens_per_s == whole.tg_tokens_per_s
+    assert known.tg_tokens_per_s_high == whole.tg_tokens_per_s_high
+    lows = [x.tg_tokens_per_s_low for x in (known, half, whole)]
+    assert lows[0] / lows[2] > 2 and lows[1] == pytest.approx(2 / (1 / lows[0] + 1 / lows[2]))
 
 
 def test_without_cores_only_generation_is_predicted():

@@ -315,7 +315,7 @@ def store_word(context: Any, array: Any, index: Any, word: Any) -> Any:
 def lookup(context: Any, table: Any, index: Any) -> Any:
     """``table[index]`` lane by lane: int32 from an int32 array; nothing checks the indices.
 
-    Sixteen loads: gather instructions take as long where there are any.
+    Sixteen loads, so that no processor needs an instruction for it.
     """
 
     def emit(cg: Any, builder: Any, sig: Any, args: Any) -> Any:

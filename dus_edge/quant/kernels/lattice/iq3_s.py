@@ -292,6 +292,4 @@ _BY_IMPORTANCE = _Search(Steps(9.5, 1.25, 7), 2, _COARSE, 2)
 @njit(nogil=True, cache=True)
 def iq3_s_weighted(source, importance, sigma2, out):
     """Quantize to IQ3_S by importance; see `kernels`."""
-    return _encode(
-        source, importance, out, True, _BY_IMPORTANCE, _FEW_PAIRS, _ALL_PAIRS, _NUMBERS
-    )
+    return _encode(source, importance, out, True, _BY_IMPORTANCE, _FEW_PAIRS, _ALL_PAIRS, _NUMBERS)
