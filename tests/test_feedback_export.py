@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, dequantize
 
-from dus_edge.calibrate import engine
+from dus_edge.calibrate import engine, head_feedback
 from dus_edge.calibrate.imatrix import ImatrixCollector
 from dus_edge.checkpoint.builtin import BUILTIN
 from dus_edge.checkpoint.hub import fetch as hub
@@ -59,7 +59,7 @@ def test_the_command_says_what_was_kept_and_llama_cpp_runs_the_file(run, text, t
     code, out, err = run(*common, "--feedback", *short(text), "-o", tmp_path / "fed")
     assert code == 0, err
     said = " ".join(out.split())
-    assert "error feedback is kept in" in said and "of 42 matrices" in said
+    assert "error feedback is kept in" in said and "of 43 matrices" in said
     assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 80
     code, _, err = run(*common, "--imatrix", "auto", *short(text), "-o", tmp_path / "plain")
     assert code == 0, err
@@ -70,8 +70,8 @@ def test_the_command_says_what_was_kept_and_llama_cpp_runs_the_file(run, text, t
         (x.name, x.tensor_type, x.n_bytes) for x in b.tensors
     ]
     kept = int(a.fields["dus.feedback.kept"].contents())
-    assert int(a.fields["dus.feedback.tried"].contents()) == 42
-    assert f"kept in {kept} of 42" in said and kept > 21
+    assert int(a.fields["dus.feedback.tried"].contents()) == 43
+    assert f"kept in {kept} of 43" in said and kept > 21
     assert "dus.feedback.kept" not in b.fields
     assert int(a.fields["quantize.imatrix.entries_count"].contents()) == 42
     # Rows of q and k are where llama.cpp wants them: near the original's, matrix by matrix.
@@ -106,6 +106,7 @@ def test_layers_go_on_with_what_is_stored(text, tmp_path):
 
     def spy(*args, **kwargs):
         seen.append((args[1], original(*args, **kwargs)))
+        return seen[-1][1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "run_layers", spy)
@@ -151,7 +152,7 @@ def test_importance_of_a_file_is_used_where_feedback_is_not_kept(run, text, tmp_
     assert code == 0, err
     fields = GGUFReader(only(tmp_path / "out")).fields
     assert fields["quantize.imatrix.file"].contents().endswith("i.gguf")
-    assert int(fields["dus.feedback.tried"].contents()) == 84
+    assert int(fields["dus.feedback.tried"].contents()) == 85
 
 
 #: Six layers forward, six down, then twice each with feedback: how often `ffn` is called before
@@ -161,6 +162,7 @@ CUTS = {
     "down": (6 + 4, ".tokens.calibration", "downward.json", 1 + 4),
     "first layer fed": (12 + 2, ".gguf.calibration", "state.json", 1),
     "last but one": (12 + 10, ".gguf.calibration", "state.json", 5),
+    "head": (12 + 12, ".gguf.calibration", "state.json", 6),
 }
 
 
@@ -176,8 +178,12 @@ def test_interrupted_and_resumed_gives_the_same_bytes(text, tmp_path, where):
             raise KeyboardInterrupt
         return original(self, x)
 
+    def no_head(*args, **kwargs):
+        raise KeyboardInterrupt
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.DecoderLayer, "ffn", interrupting)
+        patch.setattr(head_feedback, "feed_head", no_head)
         with pytest.raises(KeyboardInterrupt):
             export(text, tmp_path / "cut", "q4_k_m")
     assert not list((tmp_path / "cut").glob("*.gguf"))
@@ -190,7 +196,7 @@ def test_interrupted_and_resumed_gives_the_same_bytes(text, tmp_path, where):
     assert len(calls) == 6 + 6 + 12 - allowed
     whole, again = only(tmp_path / "whole"), only(tmp_path / "cut")
     assert whole.read_bytes() == again.read_bytes()
-    assert any("of 42 matrices" in note for note in result.notes)
+    assert any("of 43 matrices" in note for note in result.notes)
     assert not list((tmp_path / "cut").glob("*.calibration"))
 
 

@@ -42,7 +42,7 @@ def weighed(base, folder, seed=0):
 
 def test_weights_are_those_of_transformers_gradients(make_checkpoint, tmp_path):
     base = make_checkpoint(dtype="F32", **FORMS["llama-gqa"])
-    found = weighed(base, tmp_path / "state", seed=3)
+    found, ends = weighed(base, tmp_path / "state", seed=3)
     model = deep_copied(load(base), SOURCES)
     outputs: dict[str, torch.Tensor] = {}
 
@@ -53,6 +53,7 @@ def test_weights_are_those_of_transformers_gradients(make_checkpoint, tmp_path):
 
         return hook
 
+    model.get_input_embeddings().register_forward_hook(keep("rows"))
     for name, module in model.named_modules():
         if name.endswith("_proj"):
             module.register_forward_hook(keep(name))
@@ -66,8 +67,20 @@ def test_weights_are_those_of_transformers_gradients(make_checkpoint, tmp_path):
             names = [f"model.layers.{layer}.{role}" for role in roles]
             squares = sum(outputs[n].grad.double().square().sum(-1) for n in names)
             np.testing.assert_allclose(
-                found[layer][site], weights_of(squares.numpy(), LANGUAGES), rtol=1e-3, atol=1e-4
+                found[layer][site],
+                weights_of(squares.sqrt().numpy(), LANGUAGES),
+                rtol=1e-3,
+                atol=1e-4,
             )
+
+    rows, spread = (
+        outputs["rows"],
+        1 - logits.detach().double().softmax(-1).square().sum(-1).numpy(),
+    )
+    np.testing.assert_allclose(ends.tokens, weights_of(spread, LANGUAGES), rtol=1e-4)
+    squares = rows.grad.double().square().sum(-1).numpy()
+    weights = weights_of(squares, LANGUAGES) * squares.sum() / spread.sum() / rows.shape[-1]
+    np.testing.assert_allclose(ends.lookups, weights.sum(1), rtol=1e-3)
 
 
 def test_weights_have_a_mean_of_one_and_no_token_is_left_out():

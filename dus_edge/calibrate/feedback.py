@@ -194,11 +194,11 @@ class FeedbackCollector:
         n_threads = self._n_threads
         data = quantize_rows(weight, kind, self._quantizer, importance, n_threads)
         values = torch.from_numpy(stored_values(data, kind))
-        plain_loss, loss, why = _loss(held, weight - values), None, factor.fallback
+        plain_loss, loss, why = output_loss(held, weight - values), None, factor.fallback
         if why is None:
             fed = feed(weight, factor, kind, self._quantizer, self._settings, n_threads)
             found = torch.from_numpy(stored_values(fed, kind))
-            loss = _loss(held, weight - found)
+            loss = output_loss(held, weight - found)
             if loss < plain_loss:
                 data, values = fed, found
             else:
@@ -243,6 +243,6 @@ def read_blocks(path: Path, name: str, kind: QuantType) -> np.ndarray:
         return file.get_tensor(f"{name} {kind.name}")
 
 
-def _loss(inputs: torch.Tensor, delta: torch.Tensor) -> float:
+def output_loss(inputs: torch.Tensor, delta: torch.Tensor) -> float:
     """Squared error of outputs over all inputs ``(n, in)`` for errors ``(out, in)``."""
     return float((inputs.float() @ delta.T).square_().sum(dtype=torch.float64))

@@ -182,11 +182,14 @@ class Descent:
         norm, head = (w.to(settings.device, DTYPES[settings.dtype]) for w in read)
         return norm, head
 
-    def head(self, norm: torch.Tensor, head: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    def head(
+        self, norm: torch.Tensor, head: torch.Tensor
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Step 0: gradients of labels with regard to final states, chunk by chunk.
 
         Yields:
-            the chunk, and its states behind the last layer ``(n_ctx, hidden)``.
+            the chunk, its states behind the last layer ``(n_ctx, hidden)``, and the second of
+            `label_gradients` where labels are, ``(n_labels,)``.
         """
         config, device = self.checkpoint.config, self.settings.device
         n_chunks, n_ctx = self.tokens.shape
@@ -196,13 +199,15 @@ class Descent:
             h = self.states.load(config.n_layers, slice(chunk, chunk + 1)).to(device)
             gradient = torch.zeros_like(h)
             u = torch.from_numpy(self.drawn[chunk]).to(device)
+            spread = []
             for i in range(first, n_ctx, at_once):
                 some = slice(i, min(i + at_once, n_ctx))
-                gradient[0, some] = label_gradients(
+                gradient[0, some], found = label_gradients(
                     h[0, some], norm, head, config, u[i - first : i - first + at_once]
                 )
+                spread.append(found)
             self.states.put(self.slot(0), gradient.cpu(), chunk)
-            yield chunk, h[0]
+            yield chunk, h[0], torch.cat(spread)
 
     def traced(self, index: int) -> TracedLayer:
         """A layer's weights, ready to go down through."""

@@ -72,7 +72,7 @@ def layer_gradients(layer: TracedLayer, h: torch.Tensor, behind: torch.Tensor) -
 
 def label_gradients(
     h: torch.Tensor, norm: torch.Tensor, head: torch.Tensor, c: ModelConfig, u: torch.Tensor
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of −log p of labels that are drawn from p, with regard to final states.
 
     Args:
@@ -83,14 +83,17 @@ def label_gradients(
         u: ``(n,)`` float32 in [0, 1): which label is drawn, by the distribution's sums.
 
     Returns:
-        ``(n, hidden)``, in the dtype of the states.
+        the gradients ``(n, hidden)``, in the dtype of the states; and 1 − Σp² ``(n,)`` float32,
+        what the squares of the gradient of the logits are expected to add up to.
     """
     with torch.enable_grad():
         h = h.detach().requires_grad_()
         logits = next_token_logits(h, norm, head, c)
-    sums = logits.detach().softmax(-1).cumsum(-1)
+    p = logits.detach().softmax(-1)
+    spread = 1 - p.square().sum(-1)
+    sums = p.cumsum(-1)
     # Of the last sum, which rounding keeps from 1.
     labels = torch.searchsorted(sums, (u * sums[:, -1])[:, None], right=True)[:, 0]
     with torch.enable_grad():
         loss = F.cross_entropy(logits, labels.clamp(max=sums.shape[1] - 1), reduction="sum")
-    return torch.autograd.grad(loss, h)[0]
+    return torch.autograd.grad(loss, h)[0], spread

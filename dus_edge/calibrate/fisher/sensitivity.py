@@ -193,7 +193,7 @@ class _Measuring(Descent):
         shares = self.shares()
         every = -(-self.n_labelled // _HEAD_TOKENS)
         taken: list[torch.Tensor] = []
-        for chunk, h in self.head(norm, head):
+        for chunk, h, _ in self.head(norm, head):
             place = chunk * self.world.size + self.world.rank
             offset = -place * n_labels % every
             taken.append(head_input(h[n_ctx - n_labels + offset :: every], norm, config).float())

@@ -7,15 +7,21 @@ gradient of the model's own labels with regard to what the matrices give there: 
 the weighted error would be the expected divergence if all outputs of a token mattered alike (as in
 GuidedQuant, arXiv:2505.07004). One draw of labels says little of a single token, though; the square
 roots of the squares lose less on text that was held out (benchmarks/LOG.md).
+
+At the head the squares of the gradient of the logits are known without a draw, and are taken as
+they are. Rows of an embedding are looked up, so there it is the gradient at what they give that
+counts; an embedding that is the head as well is weighed by both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from dus_edge.calibrate.engine import ComputeSettings
 from dus_edge.calibrate.fisher.descent import Descent, DownwardState, drawn_labels
@@ -25,6 +31,26 @@ from dus_edge.errors import CheckpointError
 
 #: By site, ``(n_chunks, n_ctx)`` float32 with a mean of 1.
 TokenWeights = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """What errors at the model's two ends are worth, in one unit.
+
+    Attributes:
+        tokens: ``(n_chunks, n_ctx)`` float32 with a mean of 1, of errors of the logits.
+        lookups: ``(n_chunks,)`` float32, of errors of looked-up rows, summed over a chunk and
+            averaged over columns.
+    """
+
+    tokens: np.ndarray
+    lookups: np.ndarray
+
+
+#: Names of arrays that are kept of the ends, beside those of sites.
+_HEAD, _LOOKUPS = "head", "lookups"
+#: What every token counts, as a share of the mean.
+_LEAST = 0.03
 
 
 def weighing_work(checkpoint: Checkpoint, tokens: np.ndarray) -> int:
@@ -42,7 +68,7 @@ def weigh_tokens(
     languages: Sequence[str],
     seed: int = 0,
     advance: Callable[[int], None] = lambda n: None,
-) -> list[TokenWeights]:
+) -> tuple[list[TokenWeights], HeadWeights]:
     """Weights of all tokens at all sites, found on the way from the head to the first layer.
 
     Args:
@@ -56,7 +82,7 @@ def weigh_tokens(
         advance: told of work done, out of `weighing_work`.
 
     Returns:
-        by layer.
+        those of each layer, and those of the head and the embedding.
 
     Raises:
         CheckpointError: a gradient is no finite number.
@@ -69,14 +95,20 @@ def weigh_tokens(
     for step in range(n_layers + 1):
         if step < done:
             advance(tokens.size)
-        elif step == 0:
-            way.go_through_head()
-            state.done(step, lambda path: path.touch())
         else:
-            found = way.squares_of_layer(step, n_layers - step)
-            state.done(step, lambda path, found=found: _keep(found, path))
-    squares = (_kept(state.found(n_layers - i)) for i in range(n_layers))
-    return [{site: weights_of(s, languages) for site, s in found.items()} for found in squares]
+            found = way.squares_of_layer(step) if step else way.squares_of_head()
+            state.done(step, partial(_keep, found))
+    squares = [_kept(state.found(step)) for step in range(n_layers + 1)]
+    head, lookups = squares[0][_HEAD], squares[n_layers].pop(_LOOKUPS)
+    layers = [
+        {site: weights_of(np.sqrt(s), languages) for site, s in found.items()}
+        for found in reversed(squares[1:])
+    ]
+    config = checkpoint.config
+    # A logit moves by what the head gives over the divisor.
+    unit = lookups.sum() / head.sum() * config.logit_divisor**2 / config.hidden_size
+    looked_up = (weights_of(lookups, languages).sum(1) * unit).astype(np.float32)
+    return layers, HeadWeights(weights_of(head, languages), looked_up)
 
 
 def _keep(found: Mapping[str, np.ndarray], path: Path) -> None:
@@ -84,47 +116,59 @@ def _keep(found: Mapping[str, np.ndarray], path: Path) -> None:
         np.savez(file, **found)
 
 
-def _kept(path: Path) -> Mapping[str, np.ndarray]:
+def _kept(path: Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as file:
         return dict(file)
 
 
 @dataclass(frozen=True)
 class _Weighing(Descent):
-    def go_through_head(self) -> None:
+    def squares_of_head(self) -> Mapping[str, np.ndarray]:
         shares = self.shares()
-        for _ in self.head(*self.head_weights()):
+        found = np.zeros(self.tokens.shape)
+        for chunk, _, spread in self.head(*self.head_weights()):
+            found[chunk] = spread.cpu().numpy()
             shares(self.tokens.shape[1], 1)
+        return {_HEAD: found}
 
-    def squares_of_layer(self, step: int, index: int) -> Mapping[str, np.ndarray]:
+    def squares_of_layer(self, step: int) -> Mapping[str, np.ndarray]:
+        index = self.checkpoint.config.n_layers - step
         layer, shares = self.traced(index), self.shares()
         sites = {r.role: site for site, rules in layer.config.family.sites.items() for r in rules}
-        squares = {site: np.zeros(self.tokens.shape, np.float64) for site in sites.values()}
+        places = {*sites.values()} | ({_LOOKUPS} if index == 0 else set())
+        squares = {place: np.zeros(self.tokens.shape) for place in places}
         for batch, found in self.layer(layer, step, index, range(len(self.tokens))):
             for role, gradient in found.outputs.items():
-                squares[sites[role]][batch] += gradient.float().square().sum(-1).cpu().numpy()
+                squares[sites[role]][batch] += _squares(gradient)
+            if index == 0:
+                scale = self.checkpoint.config.embedding_scale
+                squares[_LOOKUPS][batch] = _squares(found.below) * scale**2
             shares((batch.stop - batch.start) * self.tokens.shape[1], 1)
-        for site, s in squares.items():
+        for place, s in squares.items():
             if not np.isfinite(s).all():
                 raise CheckpointError(
-                    f"gradients behind {site} of layer {index} are not finite; its weights or "
+                    f"gradients at {place} of layer {index} are not finite; its weights or "
                     "those above are damaged, or need --dtype float32."
                 )
         return squares
 
 
-def weights_of(squares: np.ndarray, languages: Sequence[str]) -> np.ndarray:
-    """Weights of tokens from the squared sizes of their gradients; all alike where there are none.
+def _squares(gradient: torch.Tensor) -> np.ndarray:
+    return gradient.float().square().sum(-1).cpu().numpy()
+
+
+def weights_of(counts: np.ndarray, languages: Sequence[str]) -> np.ndarray:
+    """Weights of tokens; all alike where none counts.
 
     Args:
-        squares: ``(n_chunks, n_ctx)`` float64, not negative.
+        counts: ``(n_chunks, n_ctx)`` float64, not negative: what each counts within its language.
         languages: one a chunk; the weights of each add up to the same.
 
     Returns:
         the same shape, float32, with a mean of 1.
     """
     # No token is left out, not even one that no label has told anything of.
-    found = np.sqrt(squares + (1e-3 * squares.mean() or 1.0))
+    found = counts + (_LEAST * counts.mean() or 1.0)
     for language in set(languages):
         own = [i for i, other in enumerate(languages) if other == language]
         found[own] /= found[own].sum()

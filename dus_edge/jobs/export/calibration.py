@@ -148,8 +148,11 @@ def run_collector(
     state: State,
     say: Say,
     between: Callable[[int, Any], None] = lambda layer, h: None,
-) -> None:
+) -> Any:
     """Run this process's share of a text through a model, with `engine.run_layers`' arguments.
+
+    Returns:
+        what they return: states behind the last layer.
 
     Raises:
         UsageError: a process would have no chunk.
@@ -170,7 +173,7 @@ def run_collector(
     )
     own = chunks.tokens[world.share]
     with progress_of(world, "Calibrating", engine.total_token_layers(checkpoint, own)) as tick:
-        engine.run_layers(
+        return engine.run_layers(
             checkpoint,
             own,
             collector,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gguf import GGUFValueType as Kind
@@ -30,17 +30,18 @@ from dus_edge.jobs.export.calibration import (
     run_collector,
 )
 from dus_edge.packages import require
+from dus_edge.progress import progress
 from dus_edge.quant.feedback.layouts import LOSES_MORE, takes_feedback
-from dus_edge.quant.imatrix import Importance
+from dus_edge.quant.imatrix import Importance, takes_importance
 from dus_edge.quant.quantizer import Quantizer
 from dus_edge.quant.types import QuantType
 from dus_edge.text.chunks import Chunks
 from dus_edge.upscale.model import Model, Say
 
 if TYPE_CHECKING:  # these import torch
-    from dus_edge.calibrate.engine import ComputeSettings
+    from dus_edge.calibrate.engine import ComputeSettings, State
     from dus_edge.calibrate.feedback import FedMatrix, WantedBlocks
-    from dus_edge.calibrate.fisher.token_weights import TokenWeights
+    from dus_edge.calibrate.fisher.token_weights import HeadWeights, TokenWeights
 
 
 @dataclass(frozen=True)
@@ -134,13 +135,14 @@ def fed_blocks(
     """
     from dus_edge.calibrate import engine
     from dus_edge.calibrate.feedback import FeedbackCollector, read_blocks
+    from dus_edge.calibrate.head_feedback import read_head
     from dus_edge.quant.feedback.solve import FeedbackSettings
 
     compute = engine.choose_settings(choice.machine.device, choice.machine.dtype)
     settings = FeedbackSettings()
     family = model.config.family
     weighed_beside = files[0].path.with_name(f"{files[0].path.name}.tokens")
-    weights = _token_weights(
+    weights, head_weights = _token_weights(
         model, checkpoint, chunks, compute, weighed_beside, choice.text.seed, say
     )
     given = {
@@ -161,7 +163,11 @@ def fed_blocks(
         )
         more = f"feedback {settings} {quantizer.NAME} {wanted} {_digest(given)}"
         with kept_state(file.path, model, chunks, compute, more, say) as state:
-            run_collector(checkpoint, chunks, collector, compute, state, say)
+            h = run_collector(checkpoint, chunks, collector, compute, state, say)
+            head, at_end = wanted_head(model, file), _head_file(state)
+            if head is not None and not at_end.exists():
+                made_of = head, h, head_weights
+                _feed_head(checkpoint, *made_of, quantizer, given, n_threads, at_end)
         kept = state.layer_files(model.config.n_layers)
 
         def blocks(name: str, kind: QuantType, kept: list[Path] = kept) -> np.ndarray:
@@ -173,6 +179,9 @@ def fed_blocks(
             family.gguf_name(name): partial(blocks, name, w.kind) for name, w in wanted.items()
         }
         outcomes[file.path] = tuple(collector.outcomes.values())
+        if head is not None:
+            made[file.path][family.gguf_name(head[0])] = lambda at_end=at_end: read_head(at_end)[1]
+            outcomes[file.path] += (read_head(at_end)[0],)
         sums = {family.gguf_name(name): array for name, array in collector.sums.items()}
     n_chunks, n_ctx = chunks.tokens.shape
     counts = dict.fromkeys(sums, float(chunks.tokens.size))
@@ -190,8 +199,8 @@ def _token_weights(
     keep: Path,
     seed: int,
     say: Say,
-) -> list[TokenWeights]:
-    """How much errors behind each token count, by layer; kept beside `keep`."""
+) -> tuple[list[TokenWeights], HeadWeights]:
+    """How much errors behind each token count; kept beside `keep`."""
     from dus_edge.calibrate.fisher.token_weights import weigh_tokens, weighing_work
     from dus_edge.calibrate.streams import NullVisitor
 
@@ -214,6 +223,38 @@ def _token_weights(
             )
 
 
+def _feed_head(
+    checkpoint: Checkpoint,
+    head: tuple[str, WantedBlocks],
+    h: Any,
+    weights: HeadWeights,
+    quantizer: Quantizer,
+    importance: Mapping[str, np.ndarray],
+    n_threads: int,
+    path: Path,
+) -> None:
+    """Make the head's blocks, and keep them at `path`; of `wanted_head`."""
+    from dus_edge.calibrate.head_feedback import feed_head, head_inputs, write_head
+    from dus_edge.quant.feedback.solve import FeedbackSettings
+
+    (name, wanted), config = head, checkpoint.config
+    inputs = head_inputs(checkpoint, h, weights, config.tied_head)
+    given = importance.get(name) if takes_importance(wanted.kind) else None
+    with progress("Feeding the head", config.vocab_size, unit="rows") as tick:
+        outcome, data = feed_head(
+            checkpoint,
+            name,
+            wanted,
+            inputs,
+            quantizer,
+            FeedbackSettings(),
+            importance=given,
+            n_threads=n_threads,
+            advance=tick,
+        )
+    write_head(path, outcome, data)
+
+
 def wanted_blocks(model: Model, file: GGUFFile) -> dict[str, WantedBlocks]:
     """What feedback makes of the matrices of a file's layers, by Hugging Face name."""
     from dus_edge.calibrate.feedback import WantedBlocks
@@ -226,6 +267,21 @@ def wanted_blocks(model: Model, file: GGUFFile) -> dict[str, WantedBlocks]:
             scale = config.family.folded_scale(name, config, config.attention_scale)
             found[name] = WantedBlocks(kind, scale)
     return found
+
+
+def wanted_head(model: Model, file: GGUFFile) -> tuple[str, WantedBlocks] | None:
+    """What feedback makes of a file's head, and its Hugging Face name."""
+    from dus_edge.calibrate.feedback import WantedBlocks
+
+    family = model.config.family
+    name = family.name("embedding" if model.config.tied_head else "head")
+    kinds = {info.name: info.kind for info in file.tensors}
+    kind = kinds[family.gguf_name(name)]
+    return (name, WantedBlocks(kind)) if takes_feedback(kind, model.shapes[name][-1]) else None
+
+
+def _head_file(state: State) -> Path:
+    return state.folder / "head.safetensors"
 
 
 def _digest(importance: Mapping[str, np.ndarray]) -> str:

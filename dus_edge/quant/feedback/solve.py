@@ -146,7 +146,7 @@ def quantize_rows(
     weight: torch.Tensor,
     kind: QuantType,
     quantizer: Quantizer,
-    importance: np.ndarray,
+    importance: np.ndarray | None,
     n_threads: int = 1,
 ) -> np.ndarray:
     """Quantize a matrix without feedback, on several threads; as `feed`.
@@ -155,7 +155,7 @@ def quantize_rows(
         weight: ``(out, in)`` float32 on the CPU.
         kind: any type of blocks.
         quantizer: makes the blocks.
-        importance: ``(in,)`` float32.
+        importance: ``(in,)`` float32; None for none.
         n_threads: worker threads.
 
     Raises:
