@@ -18,6 +18,7 @@ import torch
 
 from dus_edge.calibrate.fisher.token_weights import TokenWeights
 from dus_edge.errors import UsageError
+from dus_edge.quant.feedback.gram import add_gram, mirror
 from dus_edge.quant.feedback.layouts import LOSES_MORE, stored_values
 from dus_edge.quant.feedback.solve import (
     BlockFactor,
@@ -89,7 +90,8 @@ class _Inputs:
     """Of one site.
 
     Attributes:
-        gram: XᵀWX ``(width, width)`` of the chunks that feedback is fitted to.
+        gram: XᵀWX ``(width, width)`` of the chunks that feedback is fitted to, its upper half
+            only once it is mirrored.
         squares: Σx² ``(width,)`` float64 of all chunks, without weights.
         held: inputs of the others, ``(n_tokens, width)`` each, times √w.
         n_chunks: chunks seen.
@@ -156,12 +158,13 @@ class FeedbackCollector:
         if held:
             left = [i for i in range(len(chunks)) if i not in held]
             wide = chunks[left].flatten(0, 1)
-        inputs.gram.addmm_(wide.T, wide)
+        add_gram(inputs.gram, wide)
 
     def finish_site(
         self, layer: int, site: str, weights: Mapping[str, torch.Tensor]
     ) -> Mapping[str, torch.Tensor]:
         inputs = self._sites.pop(site)
+        mirror(inputs.gram)
         gram, held = inputs.gram.cpu(), torch.cat(inputs.held)
         squares = inputs.squares.float().numpy()
         factors: dict[int, BlockFactor] = {}

@@ -17,6 +17,7 @@ import torch
 
 from dus_edge.calibrate.world import ALONE, World
 from dus_edge.quant import gptq, gptq_format
+from dus_edge.quant.feedback.gram import add_gram, mirror
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,16 @@ class GptqCollector:
         self._unsaved: list[Outcome] = []
 
     def observe(self, layer: int, site: str, x: torch.Tensor) -> None:
-        wide = x.float()
         if self._hessian is None:
             self._hessian = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
-        self._hessian.addmm_(wide.T, wide)
+        add_gram(self._hessian, x.float())
 
     def finish_site(
         self, layer: int, site: str, weights: Mapping[str, torch.Tensor]
     ) -> Mapping[str, torch.Tensor]:
         hessian, self._hessian = self._hessian, None
         assert hessian is not None
+        mirror(hessian)
         # All processes solve the same, from the same bits.
         hessian = self._world.summed(hessian)
         factor = gptq.prepare(hessian, self.settings)

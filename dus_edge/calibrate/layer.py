@@ -76,6 +76,7 @@ class DecoderLayer:
         q, k, v = self._parts(x, ("q", "k", "v"), "qkv", (c.q_width, c.kv_width, c.kv_width))
 
         def heads(y: torch.Tensor, norm: str | None = None) -> torch.Tensor:
+            y = y.to(x.dtype)
             y = y if norm is None else self._norm(y, norm)
             return y.view(batch, n_ctx, -1, c.head_dim).transpose(1, 2)
 
@@ -105,8 +106,9 @@ class DecoderLayer:
         return self._added(h, x, "down", "ffn_post_norm")
 
     def linear(self, x: torch.Tensor, role: str) -> torch.Tensor:
-        """One of the matrices applied."""
-        return F.linear(x, self.weights[f"{role}.weight"], self.weights.get(f"{role}.bias"))
+        """One of the matrices applied, in its own dtype, which is the result's."""
+        weight = self.weights[f"{role}.weight"]
+        return F.linear(x.to(weight.dtype), weight, self.weights.get(f"{role}.bias"))
 
     def _parts(
         self, x: torch.Tensor, roles: tuple[str, ...], fused: str, widths: tuple[int, ...]
@@ -117,7 +119,7 @@ class DecoderLayer:
         return tuple(self.linear(x, role) for role in roles)
 
     def _added(self, h: torch.Tensor, x: torch.Tensor, role: str, norm: str) -> torch.Tensor:
-        out = self._norm(self.linear(x, role), norm)
+        out = self._norm(self.linear(x, role).to(h.dtype), norm)
         scale = self.config.residual_scale
         return h + (out if scale == 1 else out * scale)
 
@@ -221,7 +223,8 @@ def positions(
     config: ModelConfig, n_ctx: int, device: str, dtype: torch.dtype
 ) -> tuple[Positions, ...]:
     """Of each layer, rotary tables, by transformers for every kind of scaling, and its mask."""
-    rotary, known = _rotary(config)
+    plain = config.rope.kind == "default" and config.rope.theta_local is None
+    rotary, known = (_plain_rotary(config), None) if plain else _rotary(config)
     known_layers: dict[tuple[int | None, bool], Positions] = {}
 
     def of_layer(i: int) -> Positions:
@@ -239,6 +242,20 @@ def positions(
         return known_layers[kind]
 
     return tuple(of_layer(i) for i in range(config.n_layers))
+
+
+def _plain_rotary(config: ModelConfig) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """The tables without scaling, to the bit transformers', whose import takes seconds."""
+    width = config.rope.channels(config.head_dim)
+    steps = torch.arange(0, width, 2, dtype=torch.int64).float() / width
+    frequencies = 1.0 / (config.rope.theta**steps)
+
+    def tables(x: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = at[..., None].float() * frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+    return tables
 
 
 def _rotary(config: ModelConfig) -> tuple[Any, Any]:

@@ -96,6 +96,14 @@ def _pick(values: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
     return values.gather(0, choice[None])[0]
 
 
+def load_kernels() -> None:
+    """Have the compiled loops ready: on the first matrix they would take half a second."""
+    x = torch.zeros(LANES, LANES)
+    ones, codes = torch.ones(1, LANES), torch.empty(LANES, LANES, dtype=torch.uint8)
+    solve_group(x, torch.eye(LANES), ones, ones, 1, codes, x.clone(), ones[0].clone())
+    choose_scales(x, ones[0], ones, ones, 1)
+
+
 @functools.cache
 def _kernel(name: str) -> Any:
     with kernels.cached_code():

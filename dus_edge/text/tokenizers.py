@@ -72,7 +72,9 @@ class _Fast:
         self.bos_id = _fast_bos(self._model, folder)
 
     def encode(self, text: str) -> list[int]:
-        ids = self._model.encode(text, add_special_tokens=False).ids
+        # `encode` keeps the interpreter from all other threads; a batch of one does not.
+        (found,) = self._model.encode_batch([text], add_special_tokens=False)
+        ids = found.ids
         _check_ids(ids, self._vocab_size, self.path)
         return ids
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,12 @@ class GPTQJob(Job[GPTQPlan]):
         sink.check_settings(checkpoint, self.settings)
         planned = sink.plan_tensors(checkpoint, self.settings)
         hf.check_outputs(checkpoint, self.folder, self.writing.overwrite, planned)
-        return GPTQPlan(planned, read_chunks(model, self.text))
+        # Imports that calibration needs take one core while the text becomes tokens on another.
+        with ThreadPoolExecutor(1, "load") as pool:
+            ready = pool.submit(_load)
+            chunks = read_chunks(model, self.text)
+        ready.result()
+        return GPTQPlan(planned, chunks)
 
     def write(
         self, model: Model, checkpoint: Checkpoint, planned: GPTQPlan, say: Say
@@ -132,9 +138,19 @@ class GPTQJob(Job[GPTQPlan]):
         from dus_edge.calibrate import engine
         from dus_edge.calibrate.gptq import GptqCollector
 
-        compute = engine.choose_settings(self.machine.device, self.machine.dtype)
+        compute = engine.choose_settings(
+            self.machine.device, self.machine.dtype, narrow=True
+        )
         more = f"gptq {self.settings}"
         with kept_state(self.folder, model, chunks, compute, more, say, self.world) as state:
             collector = GptqCollector(self.settings, world=state.world)
             run_collector(checkpoint, chunks, collector, compute, state, say)
             yield collector, state
+
+
+def _load() -> None:
+    """Import what calibration needs, and its compiled loops."""
+    from dus_edge.calibrate import engine, gptq  # noqa: F401
+    from dus_edge.quant import gptq_loops
+
+    gptq_loops.load_kernels()
