@@ -11,9 +11,10 @@ tools mean by it: symmetric, the largest weight of a group on the last code. `du
 compares all with the up-scaled model in float32 on pico's held-out text; the second half of every
 chunk counts.
 
-Time is wall time of whole processes, Python's start and loading included, and of quantizing alone;
-sides alternate. Peak memory is the kernel's maximum resident size (wait4). `--speed` times another
-model, without quality. Lines go to `results/gptq.jsonl`.
+Time is wall time of whole processes, Python's start and loading included, and of quantizing alone:
+GPTQModel's `quantize`, which is given tokens, and our calibration behind reading the text; sides
+alternate, and CPU time is that of the process. Peak memory is the kernel's maximum resident size
+(wait4). `--speed` times another model, without quality. Lines go to `results/gptq.jsonl`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,20 +46,55 @@ from dus_edge.words import markdown_table
 
 OUT = RESULTS / "gptq.jsonl"
 SIDE = HERE / "gptqmodel_side.py"
-CLI = [sys.executable, "-c", "from dus_edge.cli.main import main; main()"]
+#: Our command line, which says on its last line how long calibration took.
+TIMED = """
+import time
+from dus_edge.cli.main import main
+from dus_edge.jobs.export import gptq
+run = gptq.run_collector
+def timed(*args):
+    start = time.perf_counter()
+    run(*args)
+    spent.append(time.perf_counter() - start)
+spent, gptq.run_collector = [], timed
+try:
+    main()
+finally:
+    print(spent[0], flush=True)
+"""
+CLI = [sys.executable, "-c", TIMED]
 CHOOSE = plan_chooser(None, None, (), True)
 
 
-def timed(command: list[str], log: Path) -> tuple[float, int]:
-    """Wall seconds and peak resident bytes of a process; a failure stops the benchmark."""
+@dataclass
+class Timed:
+    """A process: wall and CPU seconds, those of quantizing alone, and peak resident bytes."""
+
+    wall_s: float
+    cpu_s: float
+    peak_rss_bytes: int
+    quantize_s: float = 0.0
+
+
+def timed(command: list[str], log: Path) -> Timed:
+    """Run a process; a failure stops the benchmark."""
     start = time.perf_counter()
     with log.open("w") as file:
         # GPTQModel leaves a folder of logs where it runs.
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent)
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=log.parent,
+            # It refuses machines of two cores else.
+            env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2"},
+        )
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{' '.join(command)} failed:\n{log.read_text()[-2000:]}")
-    return time.perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    wall = time.perf_counter() - start
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Timed(wall, usage.ru_utime + usage.ru_stime, peak)
 
 
 def nearest(folder: Path, settings: gptq_format.GPTQSettings) -> None:
@@ -95,25 +131,24 @@ def nearest(folder: Path, settings: gptq_format.GPTQSettings) -> None:
     sink.write_checkpoint(checkpoint, folder, "", settings, [codes_file], n_threads=1)
 
 
-def ours(base: str, options: list[str], out: Path) -> tuple[float, float, int]:
-    """Seconds of the process, of calibrating and quantizing in it, and peak bytes."""
+def ours(base: str, options: list[str], out: Path) -> Timed:
+    """Our side."""
     log = out.with_suffix(".log")
     command = [*CLI, "gptq", base, *options, "--device", "cpu", "-o", str(out), "--overwrite"]
-    wall, peak = timed(command, log)
-    found = re.findall(r"Done in ([0-9.:]+)", log.read_text())[-1]
-    parts = [float(x) for x in found.split(":")]
-    return wall, sum(x * 60**i for i, x in enumerate(reversed(parts))), peak
+    found = timed(command, log)
+    found.quantize_s = float(log.read_text().splitlines()[-1])
+    return found
 
 
 def theirs(
     python: str, model: Path, tokens: Path, settings: gptq_format.GPTQSettings, out: Path
-) -> tuple[float, float, int]:
-    """The same of GPTQModel; the second figure is of its `quantize` alone."""
+) -> Timed:
+    """GPTQModel's side."""
     log = out.with_suffix(".log")
     sizes = [str(settings.bits), str(settings.group_size)]
-    wall, peak = timed([python, str(SIDE), str(model), str(tokens), *sizes, str(out)], log)
-    inner = json.loads(log.read_text().splitlines()[-1])["quantize_s"]
-    return wall, inner, peak
+    found = timed([python, str(SIDE), str(model), str(tokens), *sizes, str(out)], log)
+    found.quantize_s = json.loads(log.read_text().splitlines()[-1])["quantize_s"]
+    return found
 
 
 def compare(args: argparse.Namespace, work: Path) -> None:
@@ -147,10 +182,13 @@ def compare(args: argparse.Namespace, work: Path) -> None:
         runs = {"dus-edge": ours(base, options, work / "ours")}
         if args.gptqmodel:
             runs["GPTQModel"] = theirs(args.gptqmodel, plain, tokens, settings, work / "theirs")
-        for side, (wall, inner, peak) in runs.items():
-            print(f"{side:10} {wall:7.1f} s, quantizing {inner:7.1f} s, {peak / 1e9:.2f} GB peak")
-            line = {"side": side, "wall_s": wall, "quantize_s": inner, "peak_rss_bytes": peak}
-            append(OUT, [line | facts])
+        for side, run in runs.items():
+            print(
+                f"{side:10} {run.wall_s:7.1f} s, quantizing {run.quantize_s:7.1f} s, "
+                f"CPU {run.cpu_s:7.1f} s, {run.peak_rss_bytes / 1e9:.2f} GB peak",
+                flush=True,
+            )
+            append(OUT, [{"side": side} | asdict(run) | facts])
     if not args.speed:
         measure_quality(work, plain, settings, facts, args.bytes)
 

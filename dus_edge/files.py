@@ -21,6 +21,7 @@ from pathlib import Path
 
 from dus_edge.errors import OutputError
 from dus_edge.locks import output_lock
+from dus_edge.machine import start_writing
 from dus_edge.stream import OpenFiles
 from dus_edge.words import format_bytes
 
@@ -108,7 +109,7 @@ def output_files(sizes: Sequence[tuple[Path, int]]) -> Iterator[list[int]]:
         try:
             for partial, (_, size) in zip(partials, sizes, strict=True):
                 fds.append(open_new(partial, size))
-            with _written_back(lambda: [os.fsync(fd) for fd in fds]):
+            with _written_back(lambda: [start_writing(fd) for fd in fds]):
                 yield fds
             while fds:
                 os.fsync(fds[0])
@@ -130,7 +131,7 @@ def output_files(sizes: Sequence[tuple[Path, int]]) -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def _written_back(sync: Callable[[], object]) -> Iterator[None]:
+def _written_back(start: Callable[[], object]) -> Iterator[None]:
     """Have the disk take what was written while the block goes on, so that little is left for sync.
 
     Raises:
@@ -141,7 +142,7 @@ def _written_back(sync: Callable[[], object]) -> Iterator[None]:
     def write_back() -> None:
         while not ended.wait(WRITE_BACK_S) and not refused:
             try:
-                sync()
+                start()
             except OSError as e:
                 refused.append(e)
 
@@ -193,13 +194,13 @@ def new_files(sizes: Sequence[tuple[Path, int]]) -> Iterator[list[Write]]:
 
         return write
 
-    def sync() -> None:
+    def start() -> None:
         for path, _ in sizes:
             with files.use(path) as fd:
-                os.fsync(fd)
+                start_writing(fd)
 
     try:
-        with _written_back(sync):
+        with _written_back(start):
             yield [writer(path) for path, _ in sizes]
     finally:
         files.close()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dus_edge.calibrate import engine
+from dus_edge.calibrate import engine, layer
 from dus_edge.calibrate.imatrix import ImatrixCollector
 from dus_edge.errors import CheckpointError, UsageError
 from dus_edge.families.family import load_families
@@ -33,6 +33,11 @@ SITES = {
     "ffn_output": ("mlp.down_proj",),
 }
 LINEARS = tuple(name for names in SITES.values() for name in names)
+
+
+PLAIN_ROPE = [
+    form for form in FORMS if "rope" not in form and form[:7] not in ("llama-3", "llama-5")
+]
 
 
 class Replacer(ImatrixCollector):
@@ -163,8 +168,8 @@ class Interrupting(Replacer):
         super().observe(layer, site, x)
 
 
-@pytest.mark.parametrize("layer", [1, 5])
-def test_an_interrupted_run_goes_on_with_the_same_bytes(make_checkpoint, tmp_path, layer):
+@pytest.mark.parametrize("cut", [1, 5])
+def test_an_interrupted_run_goes_on_with_the_same_bytes(make_checkpoint, tmp_path, cut):
     checkpoint = opened(make_checkpoint(dtype="BF16"))
 
     def run(stop: int | None, folder: str) -> tuple[torch.Tensor, Interrupting]:
@@ -174,8 +179,8 @@ def test_an_interrupted_run_goes_on_with_the_same_bytes(make_checkpoint, tmp_pat
 
     h, whole = run(None, "whole")
     with pytest.raises(KeyboardInterrupt):
-        run(layer, "cut")
-    assert engine.State(tmp_path / "cut", {"text": "same"}).n_done() == layer
+        run(cut, "cut")
+    assert engine.State(tmp_path / "cut", {"text": "same"}).n_done() == cut
     resumed, visitor = run(None, "cut")
     assert torch.equal(resumed, h)
     for name, (sums, count) in whole.results().items():
@@ -192,6 +197,42 @@ def test_a_state_of_other_inputs_is_not_taken_up(make_checkpoint, tmp_path):
     assert engine.State(tmp_path, {"text": "b"}).n_done() == 0
     (tmp_path / "state.json").write_text("{")
     assert engine.State(tmp_path, {"text": "a"}).n_done() == 0
+
+
+@pytest.mark.parametrize("kept", [0, 32 * 48 * 4 * 2, None])
+def test_what_is_kept_between_passes_changes_no_bit(make_checkpoint, monkeypatch, kept):
+    base = make_checkpoint(dtype="F32")
+    settings = engine.ComputeSettings("cpu", "float32", 64)
+    h = engine.run_layers(opened(base), TOKENS, Replacer(), settings)
+    if kept is not None:
+        monkeypatch.setattr(engine, "_KEPT_BYTES", kept)
+    assert torch.equal(engine.run_layers(opened(base), TOKENS, Replacer(), settings), h)
+
+
+@pytest.mark.parametrize("form", ["llama-gqa", "llama-biases", "mistral-head-dim"])
+def test_products_in_bfloat16_round_what_is_multiplied(make_checkpoint, form):
+    """As far off as rounding all factors to 8 bits puts it; hidden states stay float32."""
+    base = make_checkpoint(dtype="F32", **FORMS[form])
+    h, narrow = (
+        engine.run_layers(
+            opened(base), TOKENS, Replacer(), engine.ComputeSettings("cpu", "float32", 64, products)
+        )
+        for products in (None, "bfloat16")
+    )
+    assert narrow.dtype == torch.float32
+    off = float((narrow - h).norm() / h.norm())
+    assert 1e-4 < off < 2e-2
+
+
+@pytest.mark.parametrize("form", PLAIN_ROPE)
+def test_plain_rotary_tables_are_transformers(make_checkpoint, form):
+    config = opened(make_checkpoint(**FORMS[form])).config
+    assert config.rope.kind == "default"
+    rotary, _ = layer._rotary(config)
+    cos, sin = rotary(torch.zeros(1), torch.arange(300)[None])
+    for place in layer.positions(config, 300, "cpu", torch.float32):
+        assert torch.equal(place.rotary[0], cos[0])
+        assert torch.equal(place.rotary[1], sin[0])
 
 
 # Bad input
@@ -216,7 +257,15 @@ def test_devices():
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="no cuda device is usable here"):
             engine.choose_settings("cuda")
-    assert engine.choose_settings("cpu").dtype == "float32"
+    assert engine.choose_settings("cpu") == engine.ComputeSettings("cpu", "float32", 2048)
+    assert engine.choose_settings("cpu", "float32", narrow=True).products is None
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_bfloat16_products_where_the_processor_has_them(monkeypatch, there):
+    monkeypatch.setattr(engine, "_has_bf16", lambda: there)
+    found = engine.choose_settings("cpu", narrow=True)
+    assert (found.dtype, found.products) == ("float32", "bfloat16" if there else None)
 
 
 def test_identity_is_json(tmp_path):

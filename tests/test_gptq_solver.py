@@ -17,6 +17,7 @@ from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint
 from dus_edge.errors import CheckpointError, UsageError
 from dus_edge.quant import gptq, gptq_format, gptq_loops
+from dus_edge.quant.feedback import gram
 from dus_edge.quant.gptq import GPTQSettings
 
 from .cases import check_each
@@ -381,3 +382,15 @@ def test_shapes_that_do_not_divide_are_refused():
     weight, hessian = problem(32, 96, 0, torch.float32)
     with pytest.raises(UsageError, match=r"model\.q_proj: groups of 128 do not divide"):
         gptq.solve(weight, hessian, GPTQSettings(), "model.q_proj")
+
+
+@pytest.mark.parametrize("width", [1, 128, 300, 2080])
+def test_half_of_a_gram_matrix_is_enough(width):
+    x = torch.randn(70, width, generator=torch.Generator().manual_seed(width))
+    found = torch.zeros(width, width)
+    for part in x.split(32):
+        gram.add_gram(found, part)
+    gram.mirror(found)
+    assert torch.equal(found, found.T)
+    expected = (x.double().T @ x.double()).float()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)

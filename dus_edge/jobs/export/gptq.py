@@ -138,9 +138,7 @@ class GPTQJob(Job[GPTQPlan]):
         from dus_edge.calibrate import engine
         from dus_edge.calibrate.gptq import GptqCollector
 
-        compute = engine.choose_settings(
-            self.machine.device, self.machine.dtype, narrow=True
-        )
+        compute = engine.choose_settings(self.machine.device, self.machine.dtype, narrow=True)
         more = f"gptq {self.settings}"
         with kept_state(self.folder, model, chunks, compute, more, say, self.world) as state:
             collector = GptqCollector(self.settings, world=state.world)

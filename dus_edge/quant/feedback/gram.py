@@ -1,4 +1,4 @@
-"""XᵀX of a site's inputs, half of it: it is symmetric, so the products above its diagonal are spared.
+"""Half of XᵀX, which is symmetric: products above its diagonal are spared.
 
 BLAS has this as ``ssyrk``, which PyTorch does not offer. Strips of rows, each up to the diagonal,
 come to (1 + 1/strips) / 2 of the full product's operations.
