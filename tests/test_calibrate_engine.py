@@ -224,6 +224,19 @@ def test_products_in_bfloat16_round_what_is_multiplied(make_checkpoint, form):
     assert 1e-4 < off < 2e-2
 
 
+@pytest.mark.parametrize("n_ctx", [1, 128, 300])
+def test_narrow_attention_is_attention(n_ctx):
+    generator = torch.Generator().manual_seed(n_ctx)
+    q, k, v = (torch.randn(2, n, n_ctx, 16, generator=generator) for n in (6, 2, 2))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=0.3, enable_gqa=True
+    )
+    same = layer._causal_narrow(q, k, v, 0.3, torch.float32)
+    torch.testing.assert_close(same, expected, rtol=1e-4, atol=1e-5)
+    narrow = layer._causal_narrow(q, k, v, 0.3, torch.bfloat16)
+    assert float((narrow - expected).norm() / expected.norm()) < 1e-2
+
+
 @pytest.mark.parametrize("form", PLAIN_ROPE)
 def test_plain_rotary_tables_are_transformers(make_checkpoint, form):
     config = opened(make_checkpoint(**FORMS[form])).config

@@ -28,6 +28,10 @@ ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+#: Queries whose scores are computed at once; keys behind the last of them are left out.
+_QUERIES = 128
+
+
 @dataclass(frozen=True)
 class Positions:
     """What attention of a layer needs to know of positions 0 … n_ctx − 1.
@@ -84,7 +88,11 @@ class DecoderLayer:
         if p.rotary is not None:
             style = c.family.rope_style
             q, k = rotated(q, *p.rotary, style), rotated(k, *p.rotary, style)
-        out = _attended(q, k, v, p.mask, c)
+        narrow = self.weights["o.weight"].dtype
+        if narrow != x.dtype and p.mask is None and c.attention_softcap is None:
+            out = _causal_narrow(q, k, v, c.attention_scale, narrow)
+        else:
+            out = _attended(q, k, v, p.mask, c)
         return out.transpose(1, 2).reshape(batch, n_ctx, c.q_width)
 
     def after_attention(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -157,6 +165,39 @@ def _attended(
         mask = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
     scores = scores.masked_fill(~mask, -torch.inf)
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def _causal_narrow(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """Causal attention whose products are in a narrower dtype; the softmax stays as wide as `q`.
+
+    Args:
+        q: ``(batch, n_heads, n_ctx, head_dim)``.
+        k: ``(batch, n_kv_heads, n_ctx, head_dim)``; a head of keys serves as many of queries as
+            there are more of them.
+        v: the same.
+        scale: of the scores.
+        dtype: of the products.
+    """
+    batch, n_heads, n_ctx, width = q.shape
+    together = batch * k.shape[1]
+    shared = n_heads // k.shape[1]
+    q = (q * scale).to(dtype).reshape(together, shared, n_ctx, width)
+    k = k.to(dtype).reshape(together, n_ctx, width).transpose(1, 2)
+    v = v.to(dtype).reshape(together, n_ctx, width)
+    out = torch.empty(together, shared, n_ctx, width, dtype=torch.float32, device=q.device)
+    ahead = torch.ones(_QUERIES, _QUERIES, dtype=torch.bool, device=q.device).triu(1)
+    for first in range(0, n_ctx, _QUERIES):
+        end = min(first + _QUERIES, n_ctx)
+        n = end - first
+        asking = q[:, :, first:end].reshape(together, shared * n, width)
+        scores = torch.bmm(asking, k[:, :, :end]).float()
+        corner = scores.view(together, shared, n, end)[..., first:]
+        corner.masked_fill_(ahead[:n, :n], -torch.inf)
+        found = torch.bmm(torch.softmax(scores, -1).to(dtype), v[:, :end])
+        out[:, :, first:end] = found.view(together, shared, n, width)
+    return out.view(batch, n_heads, n_ctx, width)
 
 
 def _capped(x: torch.Tensor, cap: float) -> torch.Tensor:
