@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -130,8 +131,8 @@ def compare(args: argparse.Namespace) -> None:
                 append(OUT, [{"side": side, "preset": preset, "round": number} | facts | about])
                 rate = n_bytes / facts["wall_s"] / 1e6
                 print(f"{preset:5} {side:9} {facts['wall_s']:6.1f} s  {rate:6.0f} MB/s", flush=True)
-    prepare(base, out, dd, 0)
-    out.rmdir()
+    dd.unlink(missing_ok=True)
+    shutil.rmtree(out)
 
 
 def markdown() -> str:
