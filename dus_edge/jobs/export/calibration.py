@@ -81,6 +81,11 @@ def read_chunks(model: Model, text: TextChoice, split: Any = "calibration") -> C
     return make_chunks(documents, tokenizer, n_ctx, n_chunks=text.n_chunks, seed=text.seed)
 
 
+def under_torchrun() -> bool:
+    """Whether torchrun started this process as one of many."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 @contextmanager
 def joined_machine(machine: Machine) -> Iterator[tuple[World, Machine]]:
     """This process's place among those that torchrun started, and the device that is its own.
@@ -90,7 +95,7 @@ def joined_machine(machine: Machine) -> Iterator[tuple[World, Machine]]:
     """
     from dus_edge.calibrate.world import ALONE, joined_world, pick_device
 
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if not under_torchrun():
         yield ALONE, machine
         return
     if machine.device not in ("auto", "cpu", "cuda"):

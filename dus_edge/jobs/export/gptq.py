@@ -23,8 +23,9 @@ from dus_edge.jobs.export.calibration import (
     read_chunks,
     run_collector,
     run_shared,
+    under_torchrun,
 )
-from dus_edge.jobs.job import Job, Result, Writing, Written, quiet
+from dus_edge.jobs.job import Job, Result, Writing, Written, quiet, run_job
 from dus_edge.packages import require
 from dus_edge.quant.gptq_format import GPTQSettings
 from dus_edge.text.chunks import Chunks
@@ -54,6 +55,10 @@ def export_gptq(
     Under torchrun processes divide the chunks; all but the first return None.
     """
     require("hf", "calibration needs")
+    if not under_torchrun():
+        # Not even PyTorch is imported before the text is read; see `GPTQJob.check`.
+        job = GPTQJob(folder, settings, text, machine, Writing(n_threads, overwrite))
+        return run_job(job, base, choose, say, adapter)
     with joined_machine(machine) as (world, own):
         job = GPTQJob(folder, settings, text, own, Writing(n_threads, overwrite), world)
 
