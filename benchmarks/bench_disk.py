@@ -8,8 +8,8 @@ written as F16 and as Q8_0; `dd if=/dev/zero bs=16M conv=fsync` writes as many b
 folder. The two alternate, and which is first changes from round to round. Before each run what
 the one before wrote is removed, everything is synced, the source is read once so that it lies in
 the page cache, and nothing happens for `--pause` seconds: a virtual disk may let through
-a burst and then less until it has rested. `read_bytes` of a line says whether the source was cached after
-all. Wall time is the whole process's, Python's start included.
+a burst and then less until it has rested. `read_bytes` of a line says whether the source was
+cached after all. Wall time is the whole process's, Python's start included.
 
 Where ours goes: seconds that its threads spend in `preadv`, in `pwrite` (copying into the page
 cache, and waiting where too much of it is dirty) and in the syncs at the end, beside the wall time
