@@ -155,14 +155,14 @@ def test_importance_of_a_file_is_used_where_feedback_is_not_kept(run, text, tmp_
     assert int(fields["dus.feedback.tried"].contents()) == 85
 
 
-#: Six layers forward, six down, then twice each with feedback: how often `ffn` is called before
+#: Six layers forward, six down, then six with feedback: how often `ffn` is called before
 #: the run is cut short, where its state lies, and how many steps are kept.
 CUTS = {
     "forward": (3, ".tokens.calibration", "state.json", 3),
     "down": (6 + 4, ".tokens.calibration", "downward.json", 1 + 4),
-    "first layer fed": (12 + 2, ".gguf.calibration", "state.json", 1),
-    "last but one": (12 + 10, ".gguf.calibration", "state.json", 5),
-    "head": (12 + 12, ".gguf.calibration", "state.json", 6),
+    "first layer fed": (12 + 1, ".gguf.calibration", "state.json", 1),
+    "last but one": (12 + 5, ".gguf.calibration", "state.json", 5),
+    "head": (12 + 6, ".gguf.calibration", "state.json", 6),
 }
 
 
@@ -193,7 +193,7 @@ def test_interrupted_and_resumed_gives_the_same_bytes(text, tmp_path, where):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.DecoderLayer, "ffn", lambda *a: calls.append(1) or original(*a))
         result = export(text, tmp_path / "cut", "q4_k_m")
-    assert len(calls) == 6 + 6 + 12 - allowed
+    assert len(calls) == 6 + 6 + 6 - allowed
     whole, again = only(tmp_path / "whole"), only(tmp_path / "cut")
     assert whole.read_bytes() == again.read_bytes()
     assert any("of 43 matrices" in note for note in result.notes)
