@@ -31,6 +31,8 @@ COMMANDS = {
     "gguf": ["gguf", "pico", "-q", "q4_k_m", "-q", "q8_0", "--alias", "a", "-o", "OUT"],
     "upscale": ["upscale", "pico", "-o", "OUT/up"],
     "imatrix": ["imatrix", "pico", *CALIBRATION, "-o", "OUT/imatrix.gguf"],
+    "sensitivity": ["sensitivity", "pico", *CALIBRATION, "-o", "OUT/sensitivity.json"],
+    "feedback": ["gguf", "pico", "-q", "q3_k_m", "--feedback", *CALIBRATION, "-o", "OUT"],
     "gptq": ["gptq", "pico", "--group-size", "64", *CALIBRATION, "-o", "OUT/gptq"],
     "bnb": ["bnb", "pico", "-o", "OUT/bnb"],
     "mlx": ["mlx", "pico", "-o", "OUT/mlx"],
