@@ -219,38 +219,49 @@ def ratio(ours: Sequence[dict], theirs: Sequence[dict]) -> tuple[float, float, f
     return a.mean() / b.mean(), low, high
 
 
+def gathered(lines: Sequence[dict], texts: Sequence[str]) -> list[dict]:
+    """Lines of files that were measured on all of some texts, with the chunks of all."""
+    found: dict[tuple, dict[str, dict]] = {}
+    for x in lines:
+        found.setdefault((x["model"], x["preset"], x["way"], x["seed"]), {})[x["text"]] = x
+    whole = [by_text for by_text in found.values() if all(t in by_text for t in texts)]
+    chunks = [[kl for t in texts for kl in by_text[t]["by_chunk"]] for by_text in whole]
+    return [
+        by_text[texts[0]] | {"by_chunk": one, "kl": float(np.mean(one))}
+        for by_text, one in zip(whole, chunks, strict=True)
+    ]
+
+
 def report() -> None:
     """Tables as Markdown."""
-    lines = read(OUT)
+    for label, texts in (("English", ENGLISH), ("code", ("code",))):
+        lines = gathered(read(OUT), texts)
+        for model in sorted({x["model"] for x in lines}):
+            print(f"\n**{model}, {label}**\n")
+            table([x for x in lines if x["model"] == model])
+
+
+def table(lines: Sequence[dict]) -> None:
+    """One model's files, a row a preset."""
     ways = [w for w in WAYS if any(x["way"] == w for x in lines)]
-    for model, text in sorted({(x["model"], x["text"]) for x in lines}):
-        print(f"\n### {model}, {text}\n")
-        print("| preset | " + " | ".join(ways) + " |")
-        print("| --- |" + " ---: |" * len(ways))
-        for preset in TABLE:
-            here = {
-                w: [
-                    x
-                    for x in lines
-                    if (x["model"], x["text"], x["preset"], x["way"]) == (model, text, preset, w)
-                ]
-                for w in ways
-            }
-            if not any(here.values()):
-                continue
-            cells = []
-            for way in ways:
-                if not here[way]:
-                    cells.append("")
-                    continue
-                kl = np.median([x["kl"] for x in here[way]])
-                against = "ggml" if way == "native" else "ggml+imatrix"
-                cell = f"{kl:.5f}"
-                if way not in ("ggml", "ggml+imatrix") and here[against]:
-                    r, low, high = ratio(here[way], here[against])
-                    cell += f" ({r:.2f}, {low:.2f}–{high:.2f})"
-                cells.append(cell)
-            print(f"| {preset} | " + " | ".join(cells) + " |")
+    print("| preset | " + " | ".join(ways) + " |")
+    print("| --- |" + " ---: |" * len(ways))
+    for preset in TABLE:
+        here = {w: [x for x in lines if (x["preset"], x["way"]) == (preset, w)] for w in ways}
+        if any(here.values()):
+            print(f"| {preset} | " + " | ".join(cell(way, here) for way in ways) + " |")
+
+
+def cell(way: str, here: dict[str, list[dict]]) -> str:
+    """The median over seeds, and how it compares with ggml's."""
+    ours, against = here[way], here.get("ggml" if way == "native" else "ggml+imatrix")
+    if not ours:
+        return ""
+    text = f"{np.median([x['kl'] for x in ours]):.5f}"
+    if way in ("ggml", "ggml+imatrix") or not against:
+        return text
+    r, low, high = ratio(ours, against)
+    return f"{text} ({r:.2f}, {low:.2f}–{high:.2f})"
 
 
 def main() -> None:
