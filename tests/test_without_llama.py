@@ -26,6 +26,7 @@ NEED_HF = (
     "dus_edge.calibrate.feedback",
     "dus_edge.calibrate.fisher.",
     "dus_edge.calibrate.gptq",
+    "dus_edge.calibrate.head_feedback",
     "dus_edge.calibrate.imatrix",
     "dus_edge.calibrate.layer",
     "dus_edge.calibrate.streams",

@@ -60,8 +60,21 @@ def render_figure(draw: Callable[[], Any], form: str) -> bytes:
     with matplotlib.rc_context({"svg.hashsalt": "dus-edge", "font.family": "DejaVu Sans"}):
         out = io.BytesIO()
         date = {"Date": None} if form == "svg" else {"Software": None}
-        draw().savefig(out, format=form, metadata=date)
+        _settled(draw()).savefig(out, format=form, metadata=date)
     return out.getvalue()
+
+
+def _settled(figure: Any) -> Any:
+    """The figure with its axes where the layout puts them, less the last digits.
+
+    Those differ from one time to the next, and the names of clip paths in an SVG with them.
+    """
+    figure.draw_without_rendering()
+    places = [(axes, axes.get_position().bounds) for axes in figure.axes]
+    figure.set_layout_engine("none")
+    for axes, bounds in places:
+        axes.set_position([round(x, 6) for x in bounds])
+    return figure
 
 
 def draw_seams(results: SeamResults) -> Any:
