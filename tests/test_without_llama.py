@@ -33,6 +33,7 @@ NEED_HF = (
     "dus_edge.calibrate.sweep",
     "dus_edge.calibrate.world",
     "dus_edge.quant.feedback.factor",
+    "dus_edge.quant.feedback.gram",
     "dus_edge.quant.feedback.solve",
     "dus_edge.quant.gptq",
 )
