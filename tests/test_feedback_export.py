@@ -200,6 +200,25 @@ def test_interrupted_and_resumed_gives_the_same_bytes(text, tmp_path, where):
     assert not list((tmp_path / "cut").glob("*.calibration"))
 
 
+def test_a_head_of_another_run_is_not_taken(text, tmp_path):
+    """Cut short behind the head, then started with another text: nothing of the first is left."""
+    other = tmp_path / "other.py"
+    other.write_text(Path(head_feedback.__file__).read_text() * 2)
+    export(text, tmp_path / "whole", "q4_k_m")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head_feedback, "read_head", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            export(other, tmp_path / "cut", "q4_k_m")
+    assert list((tmp_path / "cut").glob("*.gguf.calibration/head.safetensors"))
+    export(text, tmp_path / "cut", "q4_k_m")
+    whole, again = only(tmp_path / "whole"), only(tmp_path / "cut")
+    assert whole.read_bytes() == again.read_bytes()
+
+
+def _interrupt(*args):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     ("base", "options", "said"),
     [

@@ -161,10 +161,15 @@ def fed_blocks(
             importance=given,
             n_threads=n_threads,
         )
-        more = f"feedback {settings} {quantizer.NAME} {wanted} {_digest(given)}"
+        more = (
+            f"feedback {settings} {quantizer.NAME} {wanted} {_digest(given)}, "
+            f"labels {choice.text.seed}"
+        )
         with kept_state(file.path, model, chunks, compute, more, say) as state:
-            h = run_collector(checkpoint, chunks, collector, compute, state, say)
             head, at_end = wanted_head(model, file), _head_file(state)
+            if state.n_done() < model.config.n_layers:
+                at_end.unlink(missing_ok=True)  # of other inputs
+            h = run_collector(checkpoint, chunks, collector, compute, state, say)
             if head is not None and not at_end.exists():
                 made_of = head, h, head_weights
                 _feed_head(checkpoint, *made_of, quantizer, given, n_threads, at_end)
