@@ -21,6 +21,7 @@ from dus_edge.calibrate.feedback import FedMatrix, WantedBlocks, held_out_chunks
 from dus_edge.calibrate.fisher.token_weights import HeadWeights
 from dus_edge.calibrate.layer import as_tensor, head_input
 from dus_edge.checkpoint.spec import Checkpoint
+from dus_edge.quant.feedback.gram import add_gram, mirror
 from dus_edge.quant.feedback.layouts import LOSES_MORE, stored_values
 from dus_edge.quant.feedback.solve import (
     BlockFactor,
@@ -73,7 +74,8 @@ def head_inputs(
         if i in held_out:
             held.append(x)
         else:
-            gram.addmm_(x.T, x)
+            add_gram(gram, x)
+    mirror(gram)
     looked_up = 0.0
     if tied:
         looked_up = float(weights.lookups[sorted(held_out)].sum())
