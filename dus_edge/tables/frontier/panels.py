@@ -14,7 +14,12 @@ from dus_edge.words import format_bytes
 
 #: What is said of models of the benchmark, whose names are those of folders.
 _MODELS = {"smollm2-padded": "SmolLM2-135M, padded to whole blocks"}
-_LANGUAGES = {"en": "English", "ko": "Korean", "code": "code"}
+_LANGUAGES = {
+    "en": "English",
+    "ko": "Korean",
+    "code": "code",
+    "reference": "English of Python's reference",
+}
 
 
 @dataclass(frozen=True)
