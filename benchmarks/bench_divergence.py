@@ -2,6 +2,8 @@
 
     python benchmarks/bench_divergence.py run CHECKPOINT --work DIR [--presets q4_k_m,q3_k_m]
         [--ways ggml,native] [--seeds 0,1,2]
+    python benchmarks/bench_divergence.py run CHECKPOINT --work DIR --presets int4_g64,int4_g32
+        --ways gptq,GPTQModel --gptqmodel .venv-gptqmodel/bin/python
     python benchmarks/bench_divergence.py report
 
 CHECKPOINT: `pico`, or SmolLM2-135M as `padded.py` writes it. Each file is made by `dus-edge gguf`,
@@ -12,13 +14,17 @@ every next token, in nats, in float32 on both sides; llama.cpp would round activ
 of one seed see the same 24 chunks of 512 tokens of the calibration texts, for importance,
 sensitivity and feedback alike. Ratios are paired: chunks are drawn together 2,000 times.
 
-A run goes on where it was cut short. Results: `results/divergence.jsonl`, a line a file and text,
-with the mean of each chunk.
+`int4_g64` and `int4_g32` are GPTQ folders of four bits and groups of 64 and 32, ours and those of
+GPTQModel with its defaults, which gets the same tokens; both are read by `gptq_dense.py`.
+
+A run goes on where it was cut short. Results: `results/divergence.jsonl`, and for GPTQ
+`results/divergence_gptq.jsonl`, a line a file and text, with the mean of each chunk.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import pydoc_data.topics
 import shutil
 import subprocess
@@ -30,7 +36,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, append, machine, read
+from common import HERE, RESULTS, append, machine, read
+from gptq_dense import write_dense
 
 from dus_edge.calibrate.engine import DTYPES, ComputeSettings, run_layers
 from dus_edge.calibrate.layer import as_tensor, next_token_logits
@@ -39,6 +46,7 @@ from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.export.gguf.mix import model_matrices
 from dus_edge.export.gguf.sink import gguf_shapes
 from dus_edge.export.gguf.weight_error import weight_errors
+from dus_edge.jobs.export.calibration import TextChoice, read_chunks
 from dus_edge.quant.choose import find_quantizer
 from dus_edge.quant.imatrix import match, read_imatrix
 from dus_edge.quant.sensitivity import Sensitivity, weights_identity, write_sensitivity
@@ -48,7 +56,7 @@ from dus_edge.text.tokenizers import load_tokenizer
 from dus_edge.upscale.model import find_model
 from dus_edge.upscale.plan import identity
 
-OUT = RESULTS / "divergence.jsonl"
+OUT, GPTQ_OUT = RESULTS / "divergence.jsonl", RESULTS / "divergence_gptq.jsonl"
 CLI = [sys.executable, "-c", "from dus_edge.cli.main import main; main()"]
 SETTINGS = ComputeSettings("cpu", "float32", 2048)
 N_CTX, ROWS = 512, 256
@@ -64,7 +72,9 @@ WAYS = {
     "mix+feedback": "--like PRESET --sensitivity SENSITIVITY --imatrix IMATRIX --feedback "
     "--chunks 24 --seed SEED",
 }
-TABLE = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
+#: GPTQ's, of folders and not of files.
+GPTQ_WAYS = ("GPTQModel", "gptq")
+TABLE = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k", "int4_g64", "int4_g32")
 #: Chunks of each held-out text, at most.
 TEXTS = {"en": 16, "code": 8, "reference": 8}
 #: What the report counts together: the English of both kinds.
@@ -164,8 +174,12 @@ def keep_weight_errors(checkpoint: str, imatrix: Path, path: Path) -> None:
     write_sensitivity(path, kept)
 
 
-def made(checkpoint: str, preset: str, way: str, seed: int, work: Path) -> tuple[Path, float]:
+def made(
+    checkpoint: str, preset: str, way: str, seed: int, work: Path, gptqmodel: str | None
+) -> tuple[Path, float]:
     """A file, and the seconds that its export took."""
+    if way in GPTQ_WAYS:
+        return made_gptq(checkpoint, preset, way, seed, work, gptqmodel)
     words = []
     for word in WAYS[way].split():
         if word.lower() in {"imatrix", "sensitivity", "weights"} and word.isupper():
@@ -179,35 +193,75 @@ def made(checkpoint: str, preset: str, way: str, seed: int, work: Path) -> tuple
     return next(out.glob("*.gguf")), time.monotonic() - begun
 
 
+def made_gptq(
+    checkpoint: str, preset: str, way: str, seed: int, work: Path, gptqmodel: str | None
+) -> tuple[Path, float]:
+    """A plain folder of what a GPTQ folder's weights are, and the seconds that GPTQ took."""
+    base, folder = work / "base", work / "gptq"
+    group = preset.removeprefix("int4_g")
+    if not base.exists():
+        call(["upscale", checkpoint, "--no-upscale", "-o", str(base)])
+    shutil.rmtree(folder, ignore_errors=True)
+    begun = time.monotonic()
+    if way == "gptq":
+        words = ["gptq", checkpoint, "--no-upscale", "--bits", "4", "--group-size", group]
+        call([*words, "--chunks", "24", "--seed", str(seed), "-o", str(folder)])
+    else:
+        model = find_model(checkpoint, identity, weights=True, say=lambda line: None)
+        tokens = work / "tokens.npy"
+        np.save(tokens, read_chunks(model, TextChoice(n_chunks=24, seed=seed)).tokens)
+        if gptqmodel is None:
+            sys.exit("--gptqmodel PYTHON: of the environment that make interop sets up")
+        side = [gptqmodel, str(HERE / "gptqmodel_side.py"), str(base), str(tokens), "4", group]
+        # It leaves a folder of logs where it runs, and refuses machines of two cores.
+        environment = os.environ | {"GPTQMODEL_CPU_WORKERS": "2"}
+        environment.pop("PYTHONPATH", None)
+        words = [*side, str(folder)]
+        done = subprocess.run(words, cwd=work, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr[-3000:])
+    seconds = time.monotonic() - begun
+    write_dense(folder, base, work / "dense")
+    return work / "dense", seconds
+
+
 def run(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     name = Path(args.checkpoint).name
-    known = {(x["model"], x["preset"], x["way"], x["seed"], x["text"]) for x in read(OUT)}
+    known = {(x["model"], x["preset"], x["way"], x["seed"], x["text"]) for x in everything()}
     tokens = {t: text_chunks(args.checkpoint, t, n) for t, n in TEXTS.items()}
     base = find_model(args.checkpoint, identity, weights=True, say=lambda line: None).open()
     reference = {t: Reference(base, x) for t, x in tokens.items()}
     for seed in map(int, args.seeds.split(",")):
         for preset in args.presets.split(","):
             for way in args.ways.split(","):
-                drawn = seed if "IMATRIX" in WAYS[way] else 0
+                drawn = seed if way in GPTQ_WAYS or "IMATRIX" in WAYS[way] else 0
                 wanted = [t for t in tokens if (name, preset, way, drawn, t) not in known]
                 if not wanted:
                     continue
                 known |= {(name, preset, way, drawn, t) for t in wanted}
-                path, seconds = made(args.checkpoint, preset, way, drawn, args.work)
+                how = preset, way, drawn, args.work, args.gptqmodel
+                path, seconds = made(args.checkpoint, *how)
                 checkpoint = open_file(str(path))
+                folder = args.work / "gptq" / "model.safetensors"
+                size = (folder if way in GPTQ_WAYS else path).stat().st_size
                 lines: list[dict[str, Any]] = []
                 for text in wanted:
                     held_out = tokens[text]
                     kl = divergences(reference[text], Scored(checkpoint, held_out))
                     line = {"model": name, "preset": preset, "way": way, "seed": drawn}
                     line |= {"text": text, "n_tokens": held_out.size, "kl": float(kl.mean())}
-                    line |= {"bytes": path.stat().st_size, "export_s": round(seconds, 1)}
+                    line |= {"bytes": size, "export_s": round(seconds, 1)}
                     lines.append(line | {"by_chunk": kl.round(9).tolist()} | machine())
-                append(OUT, lines)
+                append(GPTQ_OUT if way in GPTQ_WAYS else OUT, lines)
                 print(
                     *[f"{x['kl']:.6f} {x['text']}" for x in lines], preset, way, drawn, flush=True
                 )
+
+
+def everything() -> list[dict]:
+    """All lines of both files."""
+    return read(OUT) + read(GPTQ_OUT)
 
 
 def ratio(ours: Sequence[dict], theirs: Sequence[dict]) -> tuple[float, float, float]:
@@ -235,7 +289,7 @@ def gathered(lines: Sequence[dict], texts: Sequence[str]) -> list[dict]:
 def report() -> None:
     """Tables as Markdown."""
     for label, texts in (("English", ENGLISH), ("code", ("code",))):
-        lines = gathered(read(OUT), texts)
+        lines = gathered(everything(), texts)
         for model in sorted({x["model"] for x in lines}):
             print(f"\n**{model}, {label}**\n")
             table([x for x in lines if x["model"] == model])
@@ -243,7 +297,7 @@ def report() -> None:
 
 def table(lines: Sequence[dict]) -> None:
     """One model's files, a row a preset."""
-    ways = [w for w in WAYS if any(x["way"] == w for x in lines)]
+    ways = [w for w in (*WAYS, *GPTQ_WAYS) if any(x["way"] == w for x in lines)]
     print("| preset | " + " | ".join(ways) + " |")
     print("| --- |" + " ---: |" * len(ways))
     for preset in TABLE:
@@ -254,11 +308,12 @@ def table(lines: Sequence[dict]) -> None:
 
 def cell(way: str, here: dict[str, list[dict]]) -> str:
     """The median over seeds, and how it compares with ggml's."""
-    ours, against = here[way], here.get("ggml" if way == "native" else "ggml+imatrix")
+    other = {"native": "ggml", "gptq": "GPTQModel"}.get(way, "ggml+imatrix")
+    ours, against = here[way], here.get(other)
     if not ours:
         return ""
     text = f"{np.median([x['kl'] for x in ours]):.5f}"
-    if way in ("ggml", "ggml+imatrix") or not against:
+    if way in ("ggml", "ggml+imatrix", "GPTQModel") or not against:
         return text
     r, low, high = ratio(ours, against)
     return f"{text} ({r:.2f}, {low:.2f}–{high:.2f})"
@@ -272,6 +327,7 @@ def main() -> None:
     parser.add_argument("--presets", default=",".join(TABLE))
     parser.add_argument("--ways", default="ggml,native,ggml+imatrix,native+imatrix")
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--gptqmodel", metavar="PYTHON", help="of its environment")
     args = parser.parse_args()
     if args.what == "report":
         report()

@@ -31,7 +31,12 @@ def progress(title: str, total: int, *, unit: str = "B") -> Iterator[Advance]:
         with _bar(title, total, unit) as advance:
             yield advance
     else:
-        yield _Lines(title, total, unit).advance
+        yield _Lines(title, total, unit)
+
+
+def count_resumed(advance: Advance, n: int) -> None:
+    """Tell of an amount that an earlier run did: it is done, but says nothing of the rate."""
+    getattr(advance, "resumed", advance)(n)
 
 
 class _Lines:
@@ -39,21 +44,26 @@ class _Lines:
 
     def __init__(self, title: str, total: int, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self.done = 0
+        self.done = self.earlier = 0
         self.start = self.last = time.monotonic()
 
-    def advance(self, n: int) -> None:
+    def resumed(self, n: int) -> None:
+        self.done += n
+        self.earlier += n
+
+    def __call__(self, n: int) -> None:
         self.done += n
         now = time.monotonic()
         finished = self.done >= self.total
         if now - self.last < LINE_INTERVAL_S and not finished:
             return
         self.last, spent = now, now - self.start
-        left = spent * (self.total - self.done) / self.done if self.done else 0.0
+        here = self.done - self.earlier
+        left = spent * (self.total - self.done) / here if here else 0.0
         tail = f"took {format_time(spent)}" if finished else f"{format_time(left)} left"
         print(
             f"{self.title}: {self.done / max(self.total, 1):4.0%}  "
-            f"{format_rate(self.done, spent, self.unit)}  {tail}",
+            f"{format_rate(here, spent, self.unit)}  {tail}",
             file=sys.stderr,
             flush=True,
         )
@@ -65,9 +75,21 @@ def _bar(title: str, total: int, unit: str) -> Iterator[Advance]:
     from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
+    earlier = 0
+
     class Rate(ProgressColumn):
         def render(self, task):  # type: ignore[no-untyped-def]
-            return Text(format_rate(task.completed, task.elapsed or 0.0, unit))
+            return Text(format_rate(task.completed - earlier, task.elapsed or 0.0, unit))
+
+    class Told:
+        def __call__(self, n: int) -> None:
+            bar.advance(task, n)
+
+        def resumed(self, n: int) -> None:
+            nonlocal earlier
+            earlier += n
+            # Which forgets the times that rich takes the rate of.
+            bar.reset(task, completed=int(bar.tasks[task].completed) + n)
 
     columns = (
         TextColumn("{task.description}"),
@@ -79,4 +101,4 @@ def _bar(title: str, total: int, unit: str) -> Iterator[Advance]:
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=total)
-        yield lambda n: bar.advance(task, n)
+        yield Told()

@@ -20,9 +20,10 @@ def test_pico_upscaled_is_what_llama_quantize_writes(pico, tmp_path, dtype, make
 
 
 #: Deep models show the one rule that depends on depth: attn_v of Q3_K and Q4_K with shared keys.
+#: IQ3_S takes ggml half a minute there; test_recipe asks for its rule.
 FEW = {
-    "80-layers": ("f32", "q2_k", "iq3_s", "q3_k_m", "q4_k_s", "q4_k_m"),
-    "80-layers-mha": ("f32", "iq3_m", "q3_k_m", "q4_k_m"),
+    "80-layers": ("f32", "q2_k", "q3_k_m", "q4_k_m"),
+    "80-layers-mha": ("f32", "q3_k_m", "q4_k_m"),
 }
 
 

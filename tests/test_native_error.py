@@ -98,6 +98,26 @@ def test_importance_moves_error_away_from_columns_that_count():
     check_each(check, WEIGHTED)
 
 
+def test_weights_that_were_q8_0_keep_their_values():
+    """ggml's blocks and our own, quantized again: no weight moves, though many scales are tried.
+
+    Scales below float16's normal numbers are too coarse for that, so ours may move there.
+    """
+    rows = gaussian((64, 512), 5)
+    for quantize, factor in ((native.quantize, 1), (ggml.quantize, 1), (ggml.quantize, 1e-3)):
+        stored = ggml.dequantize(quantize(rows * np.float32(factor), t.Q8_0), t.Q8_0, rows.shape)
+        again = native.quantize(stored, t.Q8_0)
+        np.testing.assert_array_equal(ggml.dequantize(again, t.Q8_0, rows.shape), stored)
+
+
+def test_q8_0_is_searched():
+    rows = gaussian((64, 512), 6)
+    ours, theirs = (
+        rmse(rows, f(rows, t.Q8_0), t.Q8_0, None) for f in (native.quantize, ggml.quantize)
+    )
+    assert ours < 0.93 * theirs
+
+
 def test_importance_means_nothing_to_types_without_search():
     rows = gaussian((3, 64))
 

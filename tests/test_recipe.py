@@ -39,6 +39,15 @@ def test_twice_used_layers_get_two_types_in_solar():
     assert len(differing) == 11
 
 
+@pytest.mark.parametrize(("size", "name"), [("70B", "Q5_K"), ("34B", "Q4_K")])
+@pytest.mark.parametrize("preset", ["iq3_s", "iq3_m"])
+def test_shared_values_of_a_70b_get_more_bits(preset, size, name):
+    """llama_tensor_get_type of llama-quant.cpp: attn_v of Q3_K or Q4_K becomes Q5_K there."""
+    model = ModelShape(80, 64, 8, tied_head=False, llama_cpp_type=size)
+    kind = tensor_type(PRESETS[preset], "blk.9.attn_v.weight", (1024, 8192), model)
+    assert kind.name == name
+
+
 @pytest.mark.parametrize(
     ("typed", "meant"), [("q4km", "q4_k_m"), ("Q8", "q8_0"), ("q4_k_l", "q4_k_"), ("int4", "")]
 )

@@ -30,6 +30,7 @@ from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.errors import CheckpointError, UsageError
 from dus_edge.files import check_free_space
 from dus_edge.machine import keep_freed_memory
+from dus_edge.progress import count_resumed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -167,7 +168,7 @@ def run_layers(
     if h is None:
         h = embedded(checkpoint, tokens, dtype)
     between(start, h)
-    advance(start * tokens.size)
+    count_resumed(advance, start * tokens.size)
     where = positions(config, n_ctx, settings.device, dtype)
     step = max(1, settings.batch_tokens // n_ctx)
     batches = [slice(i, min(i + step, n_chunks)) for i in range(0, n_chunks, step)]

@@ -31,6 +31,7 @@ from dus_edge.calibrate.layer import (
 from dus_edge.calibrate.streams import KeptStates
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.machine import keep_freed_memory
+from dus_edge.progress import count_resumed
 from dus_edge.upscale.plan import DepthPlan
 from dus_edge.upscale.shared_run import LayerStep, SharedSchedule
 from dus_edge.upscale.view import UpscaledCheckpoint
@@ -69,7 +70,7 @@ def run_schedule(
     """
     keep_freed_memory()
     dtype, steps = DTYPES[settings.dtype], schedule.steps
-    advance(start * tokens.size)
+    count_resumed(advance, start * tokens.size)
     if start == 0:
         states.put(0, embedded(base, tokens, dtype))
     n_chunks, n_ctx = tokens.shape

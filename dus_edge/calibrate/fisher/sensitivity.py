@@ -31,6 +31,7 @@ from dus_edge.calibrate.layer import head_input
 from dus_edge.calibrate.streams import KeptStates
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.errors import CheckpointError
+from dus_edge.progress import count_resumed
 from dus_edge.quant.quantizer import Conversion
 from dus_edge.quant.sensitivity.candidates import candidate_types
 from dus_edge.quant.types import QuantType
@@ -122,7 +123,7 @@ def go_down(
     for step in range(checkpoint.config.n_layers + 2):
         if step < done:
             costs = json.loads(state.found(step).read_text(encoding="utf-8"))
-            advance(own.size)
+            count_resumed(advance, own.size)
         else:
             costs = way.take(step)
             _check(costs)

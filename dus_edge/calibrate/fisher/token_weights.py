@@ -28,6 +28,7 @@ from dus_edge.calibrate.fisher.descent import Descent, DownwardState, drawn_labe
 from dus_edge.calibrate.streams import KeptStates
 from dus_edge.checkpoint.spec import Checkpoint
 from dus_edge.errors import CheckpointError
+from dus_edge.progress import count_resumed
 
 #: By site, ``(n_chunks, n_ctx)`` float32 with a mean of 1.
 TokenWeights = Mapping[str, np.ndarray]
@@ -94,7 +95,7 @@ def weigh_tokens(
     done, n_layers = state.n_done, checkpoint.config.n_layers
     for step in range(n_layers + 1):
         if step < done:
-            advance(tokens.size)
+            count_resumed(advance, tokens.size)
         else:
             found = way.squares_of_layer(step) if step else way.squares_of_head()
             state.done(step, partial(_keep, found))

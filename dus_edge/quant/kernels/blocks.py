@@ -158,9 +158,36 @@ def emit_quants(q, words, starts, out, block_bytes, skip, bits):
     emit_words(words, starts, QK, out, block_bytes, skip, n_words)
 
 
+#: Steps from 0 to the largest weight. Down to 124 by halves: every whole number that the largest
+#: code can become is among them, so what was Q8_0 before keeps its scales.
+_Q8_0 = Steps(127.5, -0.5, 8)
+
+
+@njit(nogil=True, inline="always")
+def _scale_q8_0(x, peak):
+    """The float16 scale of least error among `_Q8_0`'s, as bits, and which blocks have none."""
+    reach = f32(127)
+    kept, over = to_scale(peak / reach)
+    least_error = f32(3e38)
+    for i in range(_Q8_0.n):
+        half, _ = to_scale(peak / f32(_Q8_0.first + i * _Q8_0.step))
+        d = from_half(half)
+        per = inverse(d)
+        error = f32(0)
+        for k in range(QK):
+            v = load(x, k * LANES) * per
+            rest = v - clamp(nearest(v), f32(0) - reach, reach)
+            error = fma(rest, rest, error)
+        error = error * d * d
+        better = least_error > error
+        least_error = where(better, error, least_error)
+        kept = where(better, half, kept)
+    return kept, over
+
+
 @njit(nogil=True, cache=True)
 def q8_0(source, importance, sigma2, out):
-    """Quantize to Q8_0; see `kernels`."""
+    """Quantize to Q8_0; see `kernels`. ggml takes the largest weight on 127 (quantize_row_q8_0)."""
     n_blocks = source.size // QK
     x = np.empty(QK * LANES, np.float32)
     starts = np.empty(LANES, np.int64)
@@ -171,7 +198,7 @@ def q8_0(source, importance, sigma2, out):
     for group in range(0, n_blocks, LANES):
         gather_blocks(source, group, n_blocks, QK, starts, x)
         peak = absolute(extreme(x, 0, QK))
-        half, over = to_scale(where(peak > f32(NOTHING), peak / reach, f32(0)))
+        half, over = _scale_q8_0(x, where(peak > f32(NOTHING), peak, f32(0)))
         overflow |= any_lane(over)
         store(scale, 0, half)
         per = inverse(from_half(half))

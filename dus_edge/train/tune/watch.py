@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from dus_edge.checkpoint.names import TRAINING_LOG
 from dus_edge.errors import DusEdgeError
+from dus_edge.progress import count_resumed
 
 #: In a checkpoint of the trainer that is whole.
 WHOLE = "whole"
@@ -36,7 +37,7 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """A run that goes on drops what its log had behind the checkpoint."""
         if state.global_step:
-            self.advance(state.global_step)
+            count_resumed(self.advance, state.global_step)
         lines = [_line(entry) for entry in state.log_history if "loss" in entry]
         (self.work / TRAINING_LOG).write_text("".join(lines), encoding="utf-8")
 
