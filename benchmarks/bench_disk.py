@@ -4,7 +4,7 @@
     python benchmarks/bench_disk.py --markdown
 
 A random checkpoint of Mistral 7B's shape (`make_checkpoint.py`, bf16) is up-scaled by a half and
-written as F16 and as Q8_0; `dd if=/dev/zero bs=16M conv=fsync` writes as many bytes to the same
+written as F16 and as Q8_0; `dd if=/dev/zero bs=1M conv=fsync` writes as many bytes to the same
 folder. The two alternate, and which is first changes from round to round. Before each run what
 the one before wrote is removed, everything is synced, the source is read once so that it lies in
 the page cache, and nothing happens for `--pause` seconds: a virtual disk may let through
@@ -102,7 +102,7 @@ def run_ours(base: Path, out: Path, preset: str, threads: int) -> dict[str, obje
 
 def run_dd(path: Path, n_bytes: int) -> dict[str, object]:
     """Write as many zeros."""
-    size = ["bs=16M", f"count={n_bytes}", "iflag=count_bytes", "conv=fsync"]
+    size = ["bs=1M", f"count={n_bytes}", "iflag=count_bytes", "conv=fsync"]
     facts, _ = measured(["dd", "if=/dev/zero", f"of={path}", *size])
     return facts | {"bytes": n_bytes}
 
@@ -118,6 +118,7 @@ def compare(args: argparse.Namespace) -> None:
     about = machine() | {"threads": args.threads, "layers": args.layers, "pause_s": args.pause}
     sizes = {}
     for preset in args.presets.split(","):  # compiles kernels, and tells the size
+        prepare(base, out, dd, 0)
         sizes[preset] = run_ours(base, out, preset, args.threads)["bytes"]
     for number in range(args.rounds):
         for preset, n_bytes in sizes.items():
