@@ -25,6 +25,8 @@ FEW = {
     "80-layers": ("f32", "q2_k", "q3_k_m", "q4_k_m"),
     "80-layers-mha": ("f32", "q3_k_m", "q4_k_m"),
 }
+#: Shapes of which IQ3_S, the slowest of ggml's, has no rule that others do not show.
+NO_IQ3 = {"mha", "odd-vocabulary", "head-dim", "biases"}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -32,6 +34,6 @@ def test_every_rule_is_llama_cpps(make_checkpoint, tmp_path, shape):
     overrides = dict(SHAPES[shape])
     plan = overrides.pop("plan", None)
     base = make_checkpoint(**overrides)
-    presets = FEW.get(shape, tuple(PRESETS))
+    presets = FEW.get(shape, tuple(p for p in PRESETS if shape not in NO_IQ3 or "iq3" not in p))
     files = export(base, tmp_path / "out", *presets, plan=plan, quantizer="ggml")
     assert_same_as_llama_quantize(files, tmp_path)
