@@ -24,7 +24,6 @@ A run goes on where it was cut short. Results: `results/divergence.jsonl`, and f
 from __future__ import annotations
 
 import argparse
-import os
 import pydoc_data.topics
 import shutil
 import subprocess
@@ -36,7 +35,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import HERE, RESULTS, append, machine, read
+from bench_gptq import theirs
+from common import RESULTS, append, machine, read
 from gptq_dense import write_dense
 
 from dus_edge.calibrate.engine import DTYPES, ComputeSettings, run_layers
@@ -48,6 +48,7 @@ from dus_edge.export.gguf.sink import gguf_shapes
 from dus_edge.export.gguf.weight_error import weight_errors
 from dus_edge.jobs.export.calibration import TextChoice, read_chunks
 from dus_edge.quant.choose import find_quantizer
+from dus_edge.quant.gptq_format import GPTQSettings
 from dus_edge.quant.imatrix import match, read_imatrix
 from dus_edge.quant.sensitivity import Sensitivity, weights_identity, write_sensitivity
 from dus_edge.text.chunks import make_chunks
@@ -207,19 +208,13 @@ def made_gptq(
         words = ["gptq", checkpoint, "--no-upscale", "--bits", "4", "--group-size", group]
         call([*words, "--chunks", "24", "--seed", str(seed), "-o", str(folder)])
     else:
+        if gptqmodel is None:
+            sys.exit("--gptqmodel PYTHON: of the environment that make interop sets up")
         model = find_model(checkpoint, identity, weights=True, say=lambda line: None)
         tokens = work / "tokens.npy"
         np.save(tokens, read_chunks(model, TextChoice(n_chunks=24, seed=seed)).tokens)
-        if gptqmodel is None:
-            sys.exit("--gptqmodel PYTHON: of the environment that make interop sets up")
-        side = [gptqmodel, str(HERE / "gptqmodel_side.py"), str(base), str(tokens), "4", group]
-        # It leaves a folder of logs where it runs, and refuses machines of two cores.
-        environment = os.environ | {"GPTQMODEL_CPU_WORKERS": "2"}
-        environment.pop("PYTHONPATH", None)
-        words = [*side, str(folder)]
-        done = subprocess.run(words, cwd=work, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stderr[-3000:])
+        settings = GPTQSettings(bits=4, group_size=int(group))
+        theirs(gptqmodel, base, tokens, settings, folder)
     seconds = time.monotonic() - begun
     write_dense(folder, base, work / "dense")
     return work / "dense", seconds
@@ -264,9 +259,9 @@ def everything() -> list[dict]:
     return read(OUT) + read(GPTQ_OUT)
 
 
-def ratio(ours: Sequence[dict], theirs: Sequence[dict]) -> tuple[float, float, float]:
+def ratio(ours: Sequence[dict], others: Sequence[dict]) -> tuple[float, float, float]:
     """Of mean KL over seeds, with its 95 % interval over chunks drawn together."""
-    a, b = (np.mean([x["by_chunk"] for x in lines], axis=0) for lines in (ours, theirs))
+    a, b = (np.mean([x["by_chunk"] for x in lines], axis=0) for lines in (ours, others))
     draw = np.random.default_rng(0).integers(0, len(a), (2000, len(a)))
     many = a[draw].mean(axis=1) / b[draw].mean(axis=1)
     low, high = np.quantile(many, (0.025, 0.975))

@@ -48,9 +48,9 @@ def main() -> None:
         for side, words in sides.items():
             folder = Path(work) / side.replace(" ", "-")
             run = timed([*CLI, *words, "-o", str(folder)], Path(work) / "log")
-            line = {"side": side, "wall_s": run.wall_s, "cpu_s": run.cpu_s}
-            append(RESULTS / "feedback.jsonl", [line | {"rss": run.peak_rss_bytes} | facts])
-            print(asdict(run), flush=True)
+            measured = {k: v for k, v in asdict(run).items() if k != "quantize_s"}
+            append(RESULTS / "feedback.jsonl", [{"side": side} | measured | facts])
+            print(side, measured, flush=True)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ _Q8_0 = Steps(127.5, -0.5, 8)
 
 @njit(nogil=True, inline="always")
 def _scale_q8_0(x, peak):
-    """The float16 scale of least error among `_Q8_0`'s, as bits, and which blocks have none."""
+    """The float16 scale of least error among `_Q8_0`'s, as bits; and which are too large."""
     reach = f32(127)
     kept, over = to_scale(peak / reach)
     least_error = f32(3e38)
