@@ -177,7 +177,7 @@ tables: $(VENV)/run.stamp ## Predict SOLAR on every device; write benchmarks/TAB
 
 # Files in order: sorted by their number of tests, the longest would start last.
 test: $(VENV)/test.stamp $(MLX)/done.stamp ## Run the tests; they draw the same cases every time.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $$TESTS
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $$TESTS
 
 fuzz: $(VENV)/test.stamp ## Damaged files and new draws of properties, for MINUTES.
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py "$$MINUTES" -n auto

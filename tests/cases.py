@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
+#: For `llama_cpp.Llama`: tests run side by side, and its threads would wait for one another.
+ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1}
+
 
 def check_each(check: Callable[..., None], *choices: Iterable) -> None:
     """Check every combination of `choices`, and fail once with all that failed, by name."""

@@ -22,6 +22,7 @@ from hypothesis.internal.conjecture import providers
 
 from dus_edge.checkpoint.builtin import model_dir
 from dus_edge.checkpoint.config import parse_config, tensor_shapes
+from dus_edge.machine import default_threads
 
 # Nothing here depends on the clock: a slow machine fails no test.
 settings.register_profile(
@@ -43,6 +44,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Tell `fuzz.py` of a failure while it is still made small."""
     if report.failed and (mark := os.environ.get("FUZZ_FAILED")):
         Path(mark).touch()
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, since tests wait for disks and processes of their own."""
+    return default_threads() + 1
 
 
 def pytest_collection_modifyitems() -> None:
@@ -102,14 +108,21 @@ def write_safetensors(path: Path, tensors: dict[str, tuple[str, np.ndarray]]) ->
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))
 
 
-def random_tensors(config: dict[str, Any], dtype: str, seed: int) -> dict[str, tuple[str, Any]]:
-    """Gaussian weights of every tensor that a configuration means; norms near one."""
+def random_tensors(
+    config: dict[str, Any], dtype: str, seed: int, rows: int | None = None
+) -> dict[str, tuple[str, Any]]:
+    """Gaussian weights of every tensor that a configuration means; norms near one.
+
+    Of matrices only so many rows, where given; the others are zeros, which are quantized fast.
+    """
     rng = np.random.default_rng(seed)
     cast = {"BF16": to_bf16, "F16": lambda x: x.astype(np.float16), "F32": lambda x: x}[dtype]
     tensors = {}
     for name, shape in tensor_shapes(parse_config(config)).items():
         scale = 0.1 if "norm" in name else 0.5 / np.sqrt(config["hidden_size"])
         x = rng.standard_normal(shape, np.float32) * np.float32(scale)
+        if rows is not None and x.ndim == 2:
+            x[rows:] = 0
         tensors[name] = (dtype, cast(x + 1 if "norm" in name else x))
     return tensors
 
@@ -119,7 +132,13 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
     """A function that writes a random checkpoint: config overrides, dtype, shards."""
 
     def make(
-        name: str = "base", *, dtype: str = "BF16", seed: int = 0, shards: int = 1, **overrides: Any
+        name: str = "base",
+        *,
+        dtype: str = "BF16",
+        seed: int = 0,
+        shards: int = 1,
+        rows: int | None = None,
+        **overrides: Any,
     ) -> Path:
         config = {k: v for k, v in (TINY | overrides).items() if v is not ...}
         folder = tmp_path / name
@@ -127,7 +146,7 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
         (folder / "config.json").write_text(json.dumps(config))
         for file in TOKENIZER_FILES:
             shutil.copy(model_dir() / file, folder / file)
-        tensors = random_tensors(config, dtype, seed)
+        tensors = random_tensors(config, dtype, seed, rows)
         if shards == 1:
             write_safetensors(folder / "model.safetensors", tensors)
             return folder

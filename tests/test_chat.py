@@ -29,7 +29,7 @@ from dus_edge.cli.talk.next import after_folder, after_gguf, can_chat
 from dus_edge.errors import UnsupportedError, UsageError
 from dus_edge.text.jinja import render_prompt
 
-from .cases import check_each
+from .cases import ONE_THREAD, check_each
 from .chat_models import (
     SOLAR_TEMPLATE,
     STRICT_TEMPLATE,
@@ -135,7 +135,7 @@ def test_a_module_of_the_folder_one_stands_in_is_not_run(tmp_path, monkeypatch):
 
 
 def test_a_gguf_answers_as_llama_cpp_python_has_it(files, engines):
-    model = llama_cpp.Llama(str(files[1]), n_ctx=256, n_threads=1, verbose=False)
+    model = llama_cpp.Llama(str(files[1]), n_ctx=256, verbose=False, **ONE_THREAD)
 
     def check(talk: list) -> None:
         found = model.create_chat_completion(

@@ -22,6 +22,8 @@ from dus_edge.jobs.job import quiet
 from dus_edge.quant.recipe import PRESETS
 from dus_edge.upscale.model import find_model, plan_chooser
 
+from .cases import ONE_THREAD
+
 CHOOSE = plan_chooser(None, None, ("0:3,1:4",), True)
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -88,8 +90,8 @@ def test_the_command_says_what_was_kept_and_llama_cpp_runs_the_file(run, text, t
 
 def log_probs(path: Path) -> np.ndarray:
     tokens = np.random.default_rng(7).integers(3, 4096, 48).tolist()
-    options = {"n_ctx": 64, "logits_all": True, "verbose": False, "n_threads": 1}
-    model = llama_cpp.Llama(str(path), n_gpu_layers=0, **options)
+    options = {"n_ctx": 64, "logits_all": True, "verbose": False}
+    model = llama_cpp.Llama(str(path), n_gpu_layers=0, **ONE_THREAD, **options)
     try:
         model.eval(tokens)
         logits = np.array(model.scores[: len(tokens)], np.float64)

@@ -22,6 +22,7 @@ from dus_edge.upscale.model import find_model, plan_chooser
 from dus_edge.upscale.plan import from_drop
 from dus_edge.upscale.view import base_tensor_name
 
+from .cases import ONE_THREAD
 from .gguf_cases import SHAPES, export
 
 LLAMA = load_families()["llama"]
@@ -198,7 +199,7 @@ def test_an_export_imports_no_torch(pico, tmp_path, quantizer, unneeded):
 def test_up_scaled_pico_continues_a_line_of_python(tmp_path, prompt, closing):
     """The main job's own file, Q4_K_M at 12 layers, in llama.cpp: the line becomes valid Python."""
     files = export("pico", tmp_path, "q4_k_m")
-    model = llama_cpp.Llama(str(files["q4_k_m"]), n_ctx=64, verbose=False, n_threads=1)
+    model = llama_cpp.Llama(str(files["q4_k_m"]), n_ctx=64, verbose=False, **ONE_THREAD)
     try:
         choice = model.create_completion(prompt, max_tokens=12, temperature=0)["choices"][0]
     finally:

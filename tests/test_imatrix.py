@@ -28,6 +28,7 @@ from dus_edge.quant.recipe import PRESETS
 from dus_edge.upscale.model import find_model, plan_chooser
 
 from . import llama_imatrix
+from .cases import ONE_THREAD
 from .draws import examples
 
 SILENT = llama_cpp.llama_log_callback(lambda level, text, data: None)
@@ -399,7 +400,7 @@ def test_every_rule_with_importance_is_llama_cpps(make_checkpoint, tmp_path, sha
     """Two tensors lack an entry: they are quantized without, as there."""
     overrides = dict(SHAPES[shape])
     plan = overrides.pop("plan", "0:3,1:4")
-    base = make_checkpoint(vocab_size=4097, **overrides)
+    base = make_checkpoint(rows=48, vocab_size=4097, **overrides)
     choose = plan_chooser(None, None, (plan,), True)
     model = find_model(str(base), choose, weights=False, say=print)
     importance = random_importance(model.shapes)
@@ -422,7 +423,7 @@ def test_our_own_quantizers_files_load_and_weigh(pico, tmp_path, collected):
     without = export(pico, tmp_path / "o", [*presets, "f32"], quantizer="native")
     true = {x.name: x.data for x in gguf_py.GGUFReader(without["f32"]).tensors}
     for preset, path in with_it.items():
-        model = llama_cpp.Llama(str(path), n_ctx=32, logits_all=True, verbose=False, n_threads=1)
+        model = llama_cpp.Llama(str(path), n_ctx=32, logits_all=True, verbose=False, **ONE_THREAD)
         model.eval([1, 300, 301])
         assert np.isfinite(model.scores[:3]).all()
         model.close()

@@ -14,6 +14,7 @@ from dus_edge.jobs.export.gguf import export_gguf
 from dus_edge.quant.recipe import PRESETS
 from dus_edge.upscale.model import plan_chooser
 
+from .cases import ONE_THREAD
 from .forms import FORMS, deep_copied, load
 
 TOKENS = [1, *np.random.default_rng(7).integers(3, 4096, 47).tolist()]
@@ -32,8 +33,8 @@ def log_probs(model) -> np.ndarray:
 
 
 def llama_log_probs(path: Path, **options) -> np.ndarray:
-    fixed = {"n_ctx": 64, "logits_all": True, "verbose": False, "n_threads": 1, "n_gpu_layers": 0}
-    model = llama_cpp.Llama(str(path), **fixed, **options)
+    fixed = {"n_ctx": 64, "logits_all": True, "verbose": False, "n_gpu_layers": 0}
+    model = llama_cpp.Llama(str(path), **fixed, **ONE_THREAD, **options)
     try:
         model.eval(TOKENS)
         logits = np.array(model.scores[: len(TOKENS)], np.float64)

@@ -13,6 +13,7 @@ from dus_edge.predict.memory.llama import read_gguf
 from dus_edge.quant.sensitivity import Sensitivity, weights_identity, write_sensitivity
 from dus_edge.upscale.model import find_model, plan_chooser
 
+from .cases import ONE_THREAD
 from .mix_cases import made_up
 
 SIZED = ("--target-bpw", "4.6")
@@ -96,7 +97,7 @@ def test_llama_cpp_runs_it_and_quantizes_the_same(run, known, tmp_path):
     assert ours == {t.name: (t.tensor_type, t.data.tobytes()) for t in GGUFReader(theirs).tensors}
     assert {ours[f"blk.{i}.ffn_up.weight"][0].name for i in range(4)} == {"Q5_K"}
     assert ours["token_embd.weight"][0].name == "Q4_0"
-    model = llama_cpp.Llama(str(path), n_ctx=32, verbose=False)
+    model = llama_cpp.Llama(str(path), n_ctx=32, verbose=False, **ONE_THREAD)
     assert model.metadata["dus.mix.goal"] == "4.6 bits per weight"
     model.close()
 

@@ -37,7 +37,7 @@ from dus_edge.chat.template import ChatTemplate
 from dus_edge.errors import DependencyError
 from dus_edge.run.open import inspect_source
 
-from .cases import check_each
+from .cases import ONE_THREAD, check_each
 from .chat_models import SOLAR_TEMPLATE, STRICT_TEMPLATE, chat_folder, chat_gguf, ending_in
 
 KEY = "a key of many words"
@@ -146,7 +146,7 @@ def test_completions_add_nothing_but_the_begin_token(servers):
         assert "".join(c.choices[0].text for c in chunks if c.choices) == found.choices[0].text
         assert create(model="x", prompt=prompt, temperature=0).usage.completion_tokens == 16
 
-    known = llama_cpp.Llama(str(servers[0].path), n_ctx=N_CTX, n_threads=1, verbose=False)
+    known = llama_cpp.Llama(str(servers[0].path), n_ctx=N_CTX, verbose=False, **ONE_THREAD)
     expected = known.create_completion(
         "def add(a, b):\n", temperature=0, max_tokens=10, repeat_penalty=1.0
     )["choices"][0]["text"]

@@ -25,6 +25,8 @@ from dus_edge.train.tune.formats import known_format
 from dus_edge.train.tune.model import open_tokenizer
 from dus_edge.upscale.model import plan_chooser
 
+from .cases import ONE_THREAD
+
 AS_IT_IS = plan_chooser(None, None, (), False)
 
 
@@ -67,7 +69,7 @@ def test_answers_that_were_held_out_become_likelier(tuned):
 
 def test_the_model_answers_in_its_format_and_stops(tuned, exported, english):
     """In llama.cpp, by the template in the file; nothing stops it but its own end-of-text token."""
-    model = llama_cpp.Llama(str(exported[0]), n_ctx=512, n_threads=1, verbose=False)
+    model = llama_cpp.Llama(str(exported[0]), n_ctx=512, verbose=False, **ONE_THREAD)
     held = split_held_out(read_dialogues(english("chat.jsonl")).rows, 0.1)[1]
     go = chat.family("solar").template
     stopped = []

@@ -268,13 +268,38 @@ def _parse_model(data: bytes, most: int) -> SentencePieceModel:
 
 
 def _piece(data: bytes) -> Piece:
-    fields = dict(_fields(data))
-    text = _as_bytes(fields.get(1, b"")).decode("utf-8")
-    (score,) = struct.unpack("<f", _as_bytes(fields.get(2, bytes(4))))
-    kind = fields.get(3, NORMAL)
+    text_bytes, score_bytes, kind = _usual_piece(data) or _any_piece(data)
+    text = text_bytes.decode("utf-8")
+    (score,) = struct.unpack("<f", score_bytes)
     if kind not in _TYPES or not math.isfinite(score):
         raise ValueError(f"piece {text[:20]!r} has type {kind!r} and score {score}")
     return Piece(text, score, int(kind))
+
+
+def _usual_piece(data: bytes) -> tuple[bytes, bytes, int] | None:
+    """Text, score and type as SentencePiece writes them: in this order, a length below 128.
+
+    There are tens of thousands, and byte by byte they take most of the time of an export's start.
+    """
+    if len(data) < 7 or data[0] != 0x0A:
+        return None
+    end = 2 + data[1]
+    if len(data) < end + 5 or data[end] != 0x15 or data[1] >= 0x80:
+        return None
+    behind = data[end + 5 :]
+    if behind and (len(behind) != 2 or behind[0] != 0x18 or behind[1] >= 0x80):
+        return None
+    return data[2:end], data[end + 1 : end + 5], behind[1] if behind else NORMAL
+
+
+def _any_piece(data: bytes) -> tuple[bytes, bytes, int | bytes]:
+    """The same of any message."""
+    fields = dict(_fields(data))
+    return (
+        _as_bytes(fields.get(1, b"")),
+        _as_bytes(fields.get(2, bytes(4))),
+        fields.get(3, NORMAL),
+    )
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
