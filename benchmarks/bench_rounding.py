@@ -121,6 +121,8 @@ def report() -> None:
         {(x["model"], x["preset"]) for x in lines}, key=lambda k: (k[0], TABLE.index(k[1]))
     ):
         here = [x for x in lines if (x["model"], x["preset"]) == (model, preset)]
+        if len(here) <= len(WAYS):  # one draw says nothing of their spread
+            continue
         sides = [sorted((x for x in here if x["way"] == w), key=lambda x: x["draw"]) for w in WAYS]
         cells = [np.array([x["squared_error"] for x in side]) for side in sides]
         row = [f"{np.median(cells[1] / cells[0]):.3f}"]
