@@ -117,18 +117,22 @@ FAMILY_FORMS = {
 }
 
 
-def write_model(form: Form, folder: Path, seed: int = 0) -> Path:
-    """A checkpoint in float32: the model that transformers makes of the form, at random."""
+def write_model(form: Form, folder: Path, rows: int | None = None) -> Path:
+    """A checkpoint in float32: the model that transformers makes of the form, at random.
+
+    Of matrices only so many rows, where given; the others are zeros, which are quantized fast.
+    """
     folder.mkdir(parents=True)
     text = json.dumps(form.raw)
     (folder / "config.json").write_text(text)
     config = transformers.AutoConfig.from_pretrained(folder)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, x in model.named_parameters():
             if x.dim() > 1:
                 x.copy_(torch.randn_like(x) * form.spread / form.raw["hidden_size"] ** 0.5)
+                x[rows or len(x) :] = 0
             else:  # norms lie around their neutral factor, biases around none
                 x.add_(torch.randn_like(x) * 0.1)
             assert torch.isfinite(x).all(), name

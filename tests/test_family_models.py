@@ -137,7 +137,7 @@ class Same(Replacer):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_presets_are_what_llama_quantize_makes(name, tmp_path):
     form = FAMILY_FORMS[name]
-    base = write_model(form.wide(), tmp_path / "base")
+    base = write_model(form.wide(), tmp_path / "base", rows=48)
     presets = ("f32", "q8_0", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
     files = export(base, tmp_path / "out", *presets, plan=form.plans[0], quantizer="ggml")
     assert_same_as_llama_quantize(files, tmp_path)

@@ -28,9 +28,9 @@ CHOOSE = plan_chooser(None, None, ("0:3,1:4",), True)
 pytestmark = pytest.mark.usefixtures("compiled")
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.py"
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.py"
     path.write_text(Path(hub.__file__).read_text() + Path(engine.__file__).read_text())
     return path
 
@@ -44,6 +44,14 @@ def export(text: Path, folder: Path, *presets: str, feedback: bool = True):
     chosen = [PRESETS[p] for p in presets]
     more = {"feedback": choice} if feedback else {}
     return export_gguf(BUILTIN, CHOOSE, chosen, folder, n_threads=1, **more)
+
+
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a run that nothing cut short."""
+    folder = tmp_path_factory.mktemp("whole")
+    export(text, folder, "q4_k_m")
+    return only(folder)
 
 
 def only(folder: Path) -> Path:
@@ -169,9 +177,8 @@ CUTS = {
 
 
 @pytest.mark.parametrize("where", CUTS)
-def test_interrupted_and_resumed_gives_the_same_bytes(text, tmp_path, where):
+def test_interrupted_and_resumed_gives_the_same_bytes(text, whole, tmp_path, where):
     allowed, folder, index, n_done = CUTS[where]
-    export(text, tmp_path / "whole", "q4_k_m")
     original, calls = engine.DecoderLayer.ffn, []
 
     def interrupting(self, x):
@@ -196,25 +203,22 @@ def test_interrupted_and_resumed_gives_the_same_bytes(text, tmp_path, where):
         patch.setattr(engine.DecoderLayer, "ffn", lambda *a: calls.append(1) or original(*a))
         result = export(text, tmp_path / "cut", "q4_k_m")
     assert len(calls) == 6 + 6 + 6 - allowed
-    whole, again = only(tmp_path / "whole"), only(tmp_path / "cut")
-    assert whole.read_bytes() == again.read_bytes()
+    assert whole.read_bytes() == only(tmp_path / "cut").read_bytes()
     assert any("of 43 matrices" in note for note in result.notes)
     assert not list((tmp_path / "cut").glob("*.calibration"))
 
 
-def test_a_head_of_another_run_is_not_taken(text, tmp_path):
+def test_a_head_of_another_run_is_not_taken(text, whole, tmp_path):
     """Cut short behind the head, then started with another text: nothing of the first is left."""
     other = tmp_path / "other.py"
     other.write_text(Path(head_feedback.__file__).read_text() * 2)
-    export(text, tmp_path / "whole", "q4_k_m")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head_feedback, "read_head", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             export(other, tmp_path / "cut", "q4_k_m")
     assert list((tmp_path / "cut").glob("*.gguf.calibration/head.safetensors"))
     export(text, tmp_path / "cut", "q4_k_m")
-    whole, again = only(tmp_path / "whole"), only(tmp_path / "cut")
-    assert whole.read_bytes() == again.read_bytes()
+    assert whole.read_bytes() == only(tmp_path / "cut").read_bytes()
 
 
 def _interrupt(*args):

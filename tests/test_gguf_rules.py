@@ -21,8 +21,9 @@ def test_pico_upscaled_is_what_llama_quantize_writes(pico, tmp_path, dtype, make
 
 
 #: Deep models show the one rule that depends on depth: attn_v of Q3_K and Q4_K with shared keys.
+#: test_recipe asks for that of IQ3_S, at which ggml is slow.
 FEW = {
-    "80-layers": ("f32", "q2_k", "q3_k_m", "q4_k_m", "iq3_s"),
+    "80-layers": ("f32", "q2_k", "q3_k_m", "q4_k_m"),
     "80-layers-mha": ("f32", "q3_k_m", "q4_k_m"),
 }
 #: Rows that are not zeros, of each matrix: rules know nothing of values, and pico has them all.
