@@ -49,8 +49,14 @@ class TensorSize:
     @property
     def layer(self) -> int | None:
         """Number of its layer; None if it belongs to none."""
-        first, _, rest = self.name.partition(".")
-        return whole_number(rest.partition(".")[0]) if first == "blk" else None
+        return _layer_of(self.name)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _layer_of(name: str) -> int | None:
+    """Kept, since a table of predictions asks some twenty million times."""
+    first, _, rest = name.partition(".")
+    return whole_number(rest.partition(".")[0]) if first == "blk" else None
 
 
 @dataclass(frozen=True, slots=True)
