@@ -163,6 +163,15 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
     return make
 
 
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    """What a test sets for PyTorch's threads ends with it: tests run side by side on all cores."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and (wanted := os.environ.get("OMP_NUM_THREADS")):
+        torch.set_num_threads(int(wanted))
+
+
 @pytest.fixture(scope="session")
 def pico() -> Path:
     """The built-in base's folder."""
