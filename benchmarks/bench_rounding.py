@@ -42,7 +42,7 @@ from dus_edge.upscale.plan import identity
 
 OUT = RESULTS / "rounding.jsonl"
 WAYS = ("ggml", "native")
-#: Student's t, two-sided 95 %, by degrees of freedom.
+#: Student's t, two-sided 95 %, by degrees of freedom; of more than nine that of nine is taken.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
 def spread(ratios: np.ndarray) -> str:
     """Geometric mean of ratios ``(n_draws,)``, its interval, and the lowest and highest."""
     logs = np.log(ratios)
-    wide = T95[len(logs) - 1] * logs.std(ddof=1) / np.sqrt(len(logs))
+    wide = T95[min(len(logs) - 1, 9)] * logs.std(ddof=1) / np.sqrt(len(logs))
     middle, low, high = np.exp([logs.mean(), logs.mean() - wide, logs.mean() + wide])
     return f"{middle:.3f} ({low:.3f}–{high:.3f}); {ratios.min():.3f}–{ratios.max():.3f}"
 

@@ -194,3 +194,24 @@ def test_damaged_sentencepiece_bytes_never_crash(
         vocab_spm.read_model(path)
     except CheckpointError as error:
         assert "damaged.model" in str(error)
+
+
+@examples(300)
+@given(
+    st.binary(max_size=140),
+    st.sampled_from([b"", b"\x18\x01", b"\x18\x06", b"\x18\x81\x01", b"\x20\x01", b"\x18"]),
+    st.integers(0, 160),
+    st.integers(0, 255),
+    st.booleans(),
+)
+def test_a_piece_read_at_once_is_that_read_field_by_field(text, behind, at, byte, change):
+    """Pieces as SentencePiece writes them, longer ones, and damaged ones."""
+    size = bytes([len(text)]) if len(text) < 128 else bytes([len(text) & 127 | 128, 1])
+    data = b"\x0a" + size + text + b"\x15" + b"\x00\x00\x80\xbf" + behind
+    if change:
+        at %= len(data)
+        data = data[:at] + bytes([byte]) + data[at + 1 :]
+    elif len(text) < 128 and behind in (b"", b"\x18\x01", b"\x18\x06"):
+        assert vocab_spm._usual_piece(data) is not None
+    if (found := vocab_spm._usual_piece(data)) is not None:
+        assert found == vocab_spm._any_piece(data)
