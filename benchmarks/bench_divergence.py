@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_gptq import theirs
-from common import RESULTS, append, machine, read
+from common import RESULTS, append, machine, read, run_or_report
 from gptq_dense import write_dense
 
 from dus_edge.calibrate.engine import DTYPES, ComputeSettings, run_layers
@@ -315,19 +315,13 @@ def cell(way: str, here: dict[str, list[dict]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("checkpoint", nargs="?")
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--presets", default=",".join(TABLE))
-    parser.add_argument("--ways", default="ggml,native,ggml+imatrix,native+imatrix")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--gptqmodel", metavar="PYTHON", help="of its environment")
-    args = parser.parse_args()
-    if args.what == "report":
-        report()
-    else:
-        run(args)
+    options = {
+        "--presets": {"default": ",".join(TABLE)},
+        "--ways": {"default": "ggml,native,ggml+imatrix,native+imatrix"},
+        "--seeds": {"default": "0"},
+        "--gptqmodel": {"metavar": "PYTHON", "help": "of its environment"},
+    }
+    run_or_report(__doc__, run, report, options)
 
 
 if __name__ == "__main__":

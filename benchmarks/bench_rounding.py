@@ -31,7 +31,7 @@ from bench_divergence import (
     open_file,
     text_chunks,
 )
-from common import RESULTS, append, machine, read
+from common import RESULTS, append, machine, read, run_or_report
 from padded import dithered
 from safetensors.numpy import save_file
 
@@ -133,17 +133,11 @@ def report() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("checkpoint", nargs="?")
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--presets", default="q6_k,q4_k_m,q3_k_m")
-    parser.add_argument("--draws", default="1,2,3,4,5")
-    args = parser.parse_args()
-    if args.what == "report":
-        report()
-    else:
-        run(args)
+    options = {
+        "--presets": {"default": "q6_k,q4_k_m,q3_k_m"},
+        "--draws": {"default": "1,2,3,4,5"},
+    }
+    run_or_report(__doc__, run, report, options)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ The scripts are run as `python benchmarks/x.py`, which puts this folder on the i
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,29 @@ def append(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
 def read(path: Path) -> list[dict]:
     """All lines of a JSONL file; none if there is no such file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run_or_report(
+    doc: str | None,
+    run: Callable[[argparse.Namespace], None],
+    report: Callable[[], None],
+    options: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """The command line of a benchmark that measures a checkpoint or prints what it has found.
+
+    `options` are those of `run`, as `add_argument` takes them.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("checkpoint", nargs="?")
+    parser.add_argument("--work", type=Path)
+    for name, more in options.items():
+        parser.add_argument(name, **more)
+    args = parser.parse_args()
+    if args.what == "report":
+        report()
+    else:
+        run(args)
 
 
 def toml_text(about: Iterable[str], tables: Mapping[str, Mapping]) -> str:
