@@ -11,10 +11,11 @@ import numpy as np
 
 from dus_edge.quant import ggml, native
 from dus_edge.quant import types as t
+from dus_edge.quant.imatrix import DEPENDENT
 
 PLAIN = (t.F16, t.BF16)
 SMALL = (t.Q4_0, t.Q4_1, t.Q5_0, t.Q5_1, t.IQ4_NL)
-K_TYPES = (t.Q2_K, t.Q3_K, t.Q4_K, t.Q5_K, t.Q6_K, t.IQ3_S, t.IQ4_XS)
+K_TYPES = (t.Q2_K, t.Q3_K, t.Q4_K, t.Q5_K, t.Q6_K, t.IQ2_XS, t.IQ2_S, t.IQ3_S, t.IQ4_XS)
 #: Types whose search can weigh errors by importance.
 WEIGHTED = SMALL + K_TYPES
 QUANTIZED = (t.Q8_0, *WEIGHTED)
@@ -36,7 +37,9 @@ class Form(NamedTuple):
 
 
 #: Every form that there is a kernel for.
-FORMS = [Form(k, w) for k in ALL for w in (False, True) if not w or k in WEIGHTED]
+FORMS = [
+    Form(k, w) for k in ALL for w in (False, True) if (k in WEIGHTED if w else k not in DEPENDENT)
+]
 
 
 def compile_once(folder: Path) -> None:
@@ -68,7 +71,7 @@ def search_weights(rows: np.ndarray, kind: t.QuantType, importance: np.ndarray) 
     x2 = np.square(rows, dtype=np.float64)
     n = kind.block_weights if kind in (*K_TYPES, t.IQ4_NL) else rows.shape[1]
     sigma2 = np.repeat(x2.reshape(len(rows), -1, n).mean(-1), n, axis=1)
-    if kind in (t.Q3_K, t.Q4_K, t.Q5_K, t.IQ4_NL, t.IQ4_XS, t.IQ3_S):
+    if kind not in (t.Q2_K, t.Q4_0, t.Q4_1, t.Q5_0, t.Q5_1):
         sigma2 *= 2
     return importance * np.sqrt(sigma2 + x2)
 

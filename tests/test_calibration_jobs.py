@@ -95,6 +95,24 @@ def test_layers_without_an_entry_are_named(run, text, tmp_path):
     assert "blk.8." in out
 
 
+def test_two_bits_without_importance_are_refused(run, text, tmp_path):
+    """As llama-quantize does: with no matrix, and with one that knows only some of the layers."""
+    for preset, kind in (("iq2_m", "IQ2_S"), ("iq2_s", "IQ2_XS")):
+        code, _, err = run("gguf", "pico", "-q", f"q4_k_m,{preset}", "-o", tmp_path / "out")
+        assert code == 2
+        assert f"{preset} stores blk.0.attn_k.weight as {kind}" in err and "--imatrix auto" in err
+    by_hand = ("--tensor-type", "blk.*ffn_up=iq2_s", "-o", tmp_path / "out")
+    code, _, err = run("gguf", "pico", "-q", "q4_k_m", *by_hand)
+    assert code == 2 and "blk.0.ffn_up.weight as IQ2_S" in err
+    assert run("imatrix", "pico", *short(text), "--no-upscale", "-o", tmp_path / "i.gguf")[0] == 0
+    known = ("--imatrix", tmp_path / "i.gguf", "-o", tmp_path / "out")
+    code, _, err = run("gguf", "pico", "-q", "iq2_m", *known)
+    assert code == 3
+    assert "i.gguf knows nothing of blk.8.attn_k.weight, which iq2_m stores as IQ2_S" in err
+    assert not (tmp_path / "out").exists()
+    assert run("gguf", "pico", "-q", "iq2_m", "--no-upscale", *known)[0] == 0
+
+
 def test_entries_of_a_deeper_model_are_said(run, text, tmp_path):
     assert run("imatrix", "pico", *short(text), "-o", tmp_path / "i.gguf")[0] == 0
     options = ("--no-upscale", "--imatrix", tmp_path / "i.gguf", "-o", tmp_path / "out")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pytest
 
+from dus_edge.quant.imatrix import DEPENDENT
 from dus_edge.quant.recipe import PRESETS
 
 from .gguf_cases import SHAPES, assert_same_as_llama_quantize, export
+
+#: Presets that need no importance; test_imatrix has the others.
+ALONE = tuple(name for name, preset in PRESETS.items() if preset.default not in DEPENDENT)
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32", "F16"])
 def test_pico_upscaled_is_what_llama_quantize_writes(pico, tmp_path, dtype, make_checkpoint):
     # ggml is slow at IQ3_S; the shapes below have it.
-    base, presets = pico, tuple(p for p in PRESETS if "iq3" not in p)
+    base, presets = pico, tuple(p for p in ALONE if "iq3" not in p)
     if dtype != "BF16":  # pico ships in bf16; other dtypes on random weights of its shape
         base = make_checkpoint(dtype=dtype, **SHAPES["gqa-256"])
         presets = ("f32", "f16", "q8_0", "q4_0", "q4_k_m")
@@ -36,6 +40,6 @@ def test_every_rule_is_llama_cpps(make_checkpoint, tmp_path, shape):
     overrides = dict(SHAPES[shape])
     plan = overrides.pop("plan", None)
     base = make_checkpoint(rows=ROWS, **overrides)
-    presets = FEW.get(shape, tuple(PRESETS))
+    presets = FEW.get(shape, ALONE)
     files = export(base, tmp_path / "out", *presets, plan=plan, quantizer="ggml")
     assert_same_as_llama_quantize(files, tmp_path)

@@ -376,9 +376,10 @@ def test_collected_sums_are_those_of_the_first_layers_input(pico, tmp_path):
 
 
 def test_pico_upscaled_is_what_llama_quantize_writes(pico, tmp_path, collected):
-    """All but IQ3_S, at which ggml is slow: the shapes below have it."""
+    """All but IQ2 and IQ3, at which ggml is slow: the shapes below have them."""
     file = f"{tmp_path}/{'long' * 40}.gguf"
-    files = export(pico, tmp_path, [p for p in PRESETS if "iq3" not in p], collected, file)
+    presets = [p for p in PRESETS if p[:3] not in ("iq2", "iq3")]
+    files = export(pico, tmp_path, presets, collected, file)
     source = export(pico, tmp_path / "plain", ["f32"])["f32"]
     for preset, ours in files.items():
         theirs = tmp_path / "theirs.gguf"
@@ -416,9 +417,29 @@ def test_every_rule_with_importance_is_llama_cpps(make_checkpoint, tmp_path, sha
         assert ours.read_bytes() == theirs.read_bytes(), preset
 
 
+#: And what the presets of two bits look at besides: keys that many queries share.
+TWO_BIT_SHAPES = SHAPES | {"gqa-4": SHAPES["tied"] | {"num_attention_heads": 8}}
+
+
+@pytest.mark.parametrize("shape", TWO_BIT_SHAPES)
+def test_every_rule_of_two_bits_is_llama_cpps(make_checkpoint, tmp_path, shape):
+    """They need an entry of every matrix in a layer, as there; embedding and head have none."""
+    overrides = dict(TWO_BIT_SHAPES[shape])
+    plan = overrides.pop("plan", "0:3,1:4")
+    base = make_checkpoint(rows=48, vocab_size=4097, **overrides)
+    choose = plan_chooser(None, None, (plan,), True)
+    importance = random_importance(find_model(str(base), choose, weights=False, say=print).shapes)
+    files = export(base, tmp_path, ["iq2_m", "iq2_s"], importance, "i.gguf", plan=plan)
+    source = export(base, tmp_path / "plain", ["f32"], plan=plan)["f32"]
+    for preset, ours in files.items():
+        theirs = tmp_path / "theirs.gguf"
+        llama_quantize(source, theirs, preset, importance, "i.gguf")
+        assert ours.read_bytes() == theirs.read_bytes(), preset
+
+
 def test_our_own_quantizers_files_load_and_weigh(pico, tmp_path, collected):
     """llama.cpp runs them, and the errors that importance weighs are smaller than without it."""
-    presets = ["q2_k", "q4_k_m", "q4_0", "iq4_xs", "iq3_m", "q8_0"]
+    presets = ["iq2_m", "iq2_s", "q2_k", "q4_k_m", "q4_0", "iq4_xs", "iq3_m", "q8_0"]
     with_it = export(pico, tmp_path / "w", presets, collected, "i.gguf", quantizer="native")
     without = export(pico, tmp_path / "o", [*presets, "f32"], quantizer="native")
     true = {x.name: x.data for x in gguf_py.GGUFReader(without["f32"]).tensors}

@@ -17,6 +17,7 @@ import pytest
 
 from dus_edge.quant import ggml, kernels, native
 from dus_edge.quant import types as t
+from dus_edge.quant.imatrix import DEPENDENT
 
 from .cases import check_each
 from .native_cases import (
@@ -217,8 +218,9 @@ def test_prepare_compiles_what_quantize_uses():
         kind, weighted = form
         dtypes = [np.float32, np.float16] + [np.uint16] * (kind in (*FROM_BF16, t.BF16))
         native.prepare([(kind, np.dtype(d), weighted) for d in dtypes])
-        names = [k for k in kernels._MODULES if k.startswith(kind.name.lower())]
-        names += [f"{k}_weighted" for k in names if kind in WEIGHTED]
+        alone = [k for k in kernels._MODULES if k.startswith(kind.name.lower())]
+        names = [f"{k}_weighted" for k in alone if kind in WEIGHTED]
+        names += alone if kind not in DEPENDENT else []
         before = {k: len(kernels.load(k).signatures) for k in names}
         importance = importance_of(256) if weighted else None
         for dtype in dtypes:

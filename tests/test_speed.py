@@ -195,7 +195,7 @@ def test_stored_constants_are_those_of_the_fit(fit_speed, stored):
 
 
 #: Presets of which no run is published.
-UNPUBLISHED = ("iq4_nl", "iq4_xs", "iq3_s", "iq3_m")
+UNPUBLISHED = ("iq4_nl", "iq4_xs", "iq3_s", "iq3_m", "iq2_m", "iq2_s")
 
 
 def test_a_type_that_nobody_measured_is_less_certain(fit_speed, stored):
@@ -214,7 +214,7 @@ def test_a_type_that_nobody_measured_is_less_certain(fit_speed, stored):
     certain, half = widths({"Q4_K": 2e9}), widths({"Q4_K": 1e9, "IQ4_NL": 1e9})
     whole = widths({"IQ4_NL": 2e9})
     assert (certain < half).all() and (half < whole).all()
-    for known, taken in (("Q4_K", "IQ4_NL"), ("Q3_K", "IQ3_S")):
+    for known, taken in (("Q4_K", "IQ4_NL"), ("Q3_K", "IQ3_S"), ("Q2_K", "IQ2_S")):
         same = [predict(device(), Work(shape, {kind: 2e9})) for kind in (known, taken)]
         assert same[0].tg_tokens_per_s == same[1].tg_tokens_per_s
         assert same[0].tg_tokens_per_s_high < same[1].tg_tokens_per_s_high

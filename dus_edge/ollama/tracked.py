@@ -6,6 +6,7 @@ from dus_edge.ollama.modelfile import (
     instruct_spec,
     render_modelfile,
 )
+from dus_edge.quant.imatrix import DEPENDENT
 from dus_edge.quant.recipe import PRESETS
 
 
@@ -27,6 +28,8 @@ def tracked_modelfiles() -> dict[str, str]:
 
     def create(name: str, preset: str | None = None) -> str:
         make = f"make gguf QUANT={preset}" if preset else "make gguf"
+        if preset and PRESETS[preset].default in DEPENDENT:
+            make += " IMATRIX=auto"
         return (
             f'Make the GGUF first: {make}; without it Ollama says "invalid model name". Then:'
             f" ollama create {name.replace('solar', 'solar-dus', 1)} -f modelfiles/{name}"

@@ -33,6 +33,9 @@ SUMS, COUNTS = ".in_sum2", ".counts"
 
 #: Types whose values do not depend on importance; the same in ggml and in our quantizers.
 UNWEIGHTED = frozenset({t.F32, t.F16, t.BF16, t.Q8_0})
+#: Types that are no use to a matrix of a layer without importance: `tensor_requires_imatrix` of
+#: src/llama-quant.cpp.
+DEPENDENT = frozenset({t.IQ2_XS, t.IQ2_S})
 #: Matrices that llama-imatrix leaves out unless it is told otherwise.
 _USUALLY_ABSENT = frozenset({"token_embd.weight", "output.weight"})
 
@@ -84,6 +87,11 @@ class Match:
 def takes_importance(kind: QuantType) -> bool:
     """Whether importance changes what a tensor of this type holds."""
     return kind not in UNWEIGHTED
+
+
+def needs_importance(name: str, kind: QuantType) -> bool:
+    """Whether a tensor of that GGUF name and type is quantized with importance or not at all."""
+    return kind in DEPENDENT and name not in _USUALLY_ABSENT
 
 
 def match(

@@ -19,6 +19,8 @@ NAME = "native"
 
 #: Types that take no importance weights, as in ggml.
 _UNWEIGHTED = (t.F32, t.F16, t.BF16, t.Q8_0)
+#: Types that have a kernel with importance alone; without, every column counts the same.
+_WEIGHTED = (t.IQ2_XS, t.IQ2_S)
 #: Types whose errors by importance count by the mean square of the whole row too, as in ggml.
 _BY_ROW = (t.Q4_0, t.Q4_1, t.Q5_0, t.Q5_1)
 _NONE = np.empty(0, np.float32)
@@ -54,6 +56,8 @@ def quantize(
         ValueError: `importance` is not one number per column.
     """
     n_cols = rows.shape[-1]
+    if importance is None and kind in _WEIGHTED:
+        importance = np.ones(n_cols, np.float32)
     weighted = importance is not None and kind not in _UNWEIGHTED
     source = _source(rows, kind, weighted)
     if kind is t.F32:
@@ -96,6 +100,7 @@ def prepare(
     """
     todo: dict[tuple[str, np.dtype], str] = {}
     for kind, dtype, weighted in wanted:
+        weighted = kind in _WEIGHTED or weighted
         dtype = _source_dtype(np.dtype(dtype), kind, weighted)
         if kind is t.F32 or (kind is t.BF16 and dtype == np.uint16):
             continue

@@ -68,8 +68,12 @@ PRESETS: Mapping[str, Preset] = {
         Preset("iq3_m", 27, t.IQ3_S),
         Preset("iq3_s", 26, t.IQ3_S),
         Preset("q2_k", 10, t.Q2_K),
+        Preset("iq2_m", 29, t.IQ2_S),
+        Preset("iq2_s", 28, t.IQ2_XS),
     )
 }
+#: Mixes that have rules of their own.
+_TWO_BITS = ("iq2_m", "iq2_s")
 #: Other spellings that people type.
 _ALIASES = {"q4_k": "q4_k_m", "q5_k": "q5_k_m", "q3_k": "q3_k_m", "fp16": "f16", "fp32": "f32"}
 
@@ -142,9 +146,11 @@ def _mixed(preset: Preset, name: str, n_cols: int, model: ModelShape) -> QuantTy
     if name == "output.weight" or (name == "token_embd.weight" and model.tied_head):
         if n_cols % default.block_weights:
             return t.Q8_0
+        if preset.name in _TWO_BITS:
+            return t.Q5_K
         return default if default is t.Q8_0 else t.Q6_K
     if name == "token_embd.weight":
-        return default
+        return t.IQ3_S if preset.name in _TWO_BITS else default
     layer, part = _layer_and_part(name)
     rule = {
         "attn_v": _attn_v,
@@ -169,6 +175,9 @@ def _uses_more_bits(layer: int, n_layers: int) -> bool:
 
 def _attn_v(preset: Preset, layer: int, model: ModelShape) -> QuantType:
     chosen = preset.default
+    if preset.name in _TWO_BITS:
+        # No word of 70B there.
+        return t.Q4_K if model.n_gqa >= 4 else t.IQ3_S
     match preset.name:
         case "q2_k":
             chosen = t.Q4_K if model.n_gqa >= 4 else t.Q3_K
@@ -199,6 +208,8 @@ def _ffn_down(preset: Preset, layer: int, model: ModelShape) -> QuantType:
             return t.Q5_K if layer < n // 16 else t.Q4_K
         case "iq3_m" if layer < n // 8:
             return t.Q4_K
+        case "iq2_m" | "iq2_s" if layer < n // 8:
+            return t.IQ3_S
         case "q4_k_m" | "q5_k_m" if _uses_more_bits(layer, n):
             return t.Q6_K
         case "q4_k_s" if layer < n // 8:
@@ -214,13 +225,14 @@ def _ffn_down(preset: Preset, layer: int, model: ModelShape) -> QuantType:
 
 def _attn_output(preset: Preset, layer: int, model: ModelShape) -> QuantType:
     wider = {"q2_k": t.Q3_K, "q3_k_m": t.Q4_K, "iq3_m": t.Q4_K}
+    wider |= dict.fromkeys(_TWO_BITS, t.IQ3_S)
     return wider.get(preset.name, preset.default)
 
 
 #: What stands in for a 256-weight block type when a row is no whole number of such blocks.
 _NARROWER = {
     t.Q2_K: t.Q4_0, t.Q3_K: t.Q4_0, t.Q4_K: t.Q5_0, t.Q5_K: t.Q5_1, t.Q6_K: t.Q8_0,
-    t.IQ3_S: t.IQ4_NL, t.IQ4_XS: t.IQ4_NL,
+    **dict.fromkeys((t.IQ2_XS, t.IQ2_S, t.IQ3_S, t.IQ4_XS), t.IQ4_NL),
 }  # fmt: skip
 
 

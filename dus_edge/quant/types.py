@@ -51,13 +51,15 @@ Q3_K = QuantType("Q3_K", 11, 256, 110)
 Q4_K = QuantType("Q4_K", 12, 256, 144)
 Q5_K = QuantType("Q5_K", 13, 256, 176)
 Q6_K = QuantType("Q6_K", 14, 256, 210)
+IQ2_XS = QuantType("IQ2_XS", 17, 256, 74)
 IQ4_NL = QuantType("IQ4_NL", 20, 32, 18)
 IQ3_S = QuantType("IQ3_S", 21, 256, 110)
+IQ2_S = QuantType("IQ2_S", 22, 256, 82)
 IQ4_XS = QuantType("IQ4_XS", 23, 256, 136)
 
 #: What codes of IQ4_NL and IQ4_XS stand for: kvalues_iq4nl of ggml/src/ggml-common.h.
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 _SMALL = (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL)
-_SUPER = (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ3_S, IQ4_XS)
+_SUPER = (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ2_XS, IQ2_S, IQ3_S, IQ4_XS)
 TYPES = {t.name: t for t in (F32, F16, BF16, *_SMALL, *_SUPER)}

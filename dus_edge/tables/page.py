@@ -41,7 +41,8 @@ PageRow = tuple[Device, float]
 
 PAGE_FILE = "index.html"
 PAGE_PRESETS = (
-    *("q2_k", "iq3_m", "q3_k_m", "iq4_xs", "q4_0", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "f16"),
+    *("iq2_m", "q2_k", "iq3_m", "q3_k_m", "iq4_xs", "q4_0", "q4_k_m", "q5_k_m", "q6_k", "q8_0"),
+    "f16",
     "gptq-int4",
 )
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)

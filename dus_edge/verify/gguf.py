@@ -28,6 +28,7 @@ SCALES: Mapping[str, tuple[int, ...]] = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
     "IQ4_NL": (0,), "IQ4_XS": (0,), "IQ3_S": (0,),
+    "IQ2_XS": (0,), "IQ2_S": (0,),
 }  # fmt: skip
 _BY_ID = {t.ggml_id: t for t in TYPES.values()}
 _HALF, _BRAIN = 0x7C00, 0x7F80

@@ -13,8 +13,9 @@ import numpy as np
 from dus_edge.checkpoint.config import ModelConfig
 from dus_edge.checkpoint.names import CONFIG
 from dus_edge.checkpoint.spec import Checkpoint
+from dus_edge.errors import CheckpointError, UsageError
 from dus_edge.export.gguf import sink
-from dus_edge.export.gguf.format import KeyValue
+from dus_edge.export.gguf.format import KeyValue, TensorInfo
 from dus_edge.export.gguf.imatrix import quantize_metadata
 from dus_edge.export.gguf.metadata import build_metadata, check_layers
 from dus_edge.export.gguf.sink import GGUFFile
@@ -25,7 +26,7 @@ from dus_edge.jobs.job import Job, Result, Writing, Written, quiet, run_job
 from dus_edge.ollama.facts import model_facts, render_facts
 from dus_edge.progress import progress
 from dus_edge.quant import choose
-from dus_edge.quant.imatrix import Importance, match
+from dus_edge.quant.imatrix import Importance, match, needs_importance
 from dus_edge.quant.mix.file import mix_path, write_mix
 from dus_edge.quant.recipe import Preset
 from dus_edge.text.chunks import Chunks
@@ -139,6 +140,8 @@ class GGUFJob(Job[GGUFPlan]):
         )
         weighted = self.imatrix is not None or self.feedback is not None
         files = self._files(model, metadata, (lambda path: []) if weighted else None)
+        if self.imatrix is None:
+            _refuse_without_importance(files)
         sink.check_outputs(files, self.writing.overwrite)
         mixes = [mix_path(f.path) for f in files if f.preset.chosen]
         check_absent([*map(_modelfile, files), *mixes], self.writing.overwrite)
@@ -153,6 +156,7 @@ class GGUFJob(Job[GGUFPlan]):
         _say_requantized(model, say)
         if self.imatrix is not None:
             weights, said, notes = _importance(model, checkpoint, self.imatrix)
+            _refuse_incomplete(planned.files, weights, self.imatrix.label)
         with self._fed(model, checkpoint, planned, weights, say) as fed:
             files = planned.files
             if fed is not None:
@@ -253,6 +257,42 @@ def _say_requantized(model: Model, say: Say) -> None:
                 "they are."
             )
         )
+
+
+def _dependent(file: GGUFFile) -> list[TensorInfo]:
+    """Tensors that are quantized with importance or not at all."""
+    return [info for info in file.tensors if needs_importance(info.name, info.kind)]
+
+
+def _refuse_without_importance(files: Sequence[GGUFFile]) -> None:
+    """A type of about two bits needs importance.
+
+    Raises:
+        UsageError: a file has such a type.
+    """
+    for file in files:
+        for info in _dependent(file):
+            raise UsageError(
+                f"{file.preset.name} stores {info.name} as {info.kind.name}, which is no use "
+                "without an importance matrix: add --imatrix auto, or --imatrix FILE."
+            )
+
+
+def _refuse_incomplete(
+    files: Sequence[GGUFFile], weights: Mapping[str, np.ndarray], label: str
+) -> None:
+    """Every tensor of such a type needs an entry.
+
+    Raises:
+        CheckpointError: there is none of one.
+    """
+    for file in files:
+        for info in _dependent(file):
+            if info.name not in weights:
+                raise CheckpointError(
+                    f"{label} knows nothing of {info.name}, which {file.preset.name} stores as "
+                    f"{info.kind.name}: take one of the whole model, such as --imatrix auto."
+                )
 
 
 def _modelfile(file: GGUFFile) -> Path:

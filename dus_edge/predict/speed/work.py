@@ -19,9 +19,10 @@ _GROUP_OF = {
     "Q4_0": "q4", "Q4_1": "q4", "Q5_0": "q4", "Q5_1": "q4",
     "Q4_K": "k", "Q5_K": "k", "Q6_K": "k", "Q3_K": "k_low", "Q2_K": "k_low",
     "IQ4_NL": "k", "IQ4_XS": "k", "IQ3_S": "k_low",
+    "IQ2_S": "k_low", "IQ2_XS": "k_low",
 }  # fmt: skip
 #: Types of which no run is published: taken for others of as many bits, with wider intervals.
-_UNPUBLISHED = frozenset({"IQ4_NL", "IQ4_XS", "IQ3_S"})
+_UNPUBLISHED = frozenset({"IQ4_NL", "IQ4_XS", "IQ3_S", "IQ2_S", "IQ2_XS"})
 #: GPTQ weights by the bits of a code.
 _GPTQ_GROUP_OF = {2: "k_low", 3: "k_low", 4: "q4", 8: "q8"}
 

@@ -38,7 +38,7 @@ _MODULES = {
     **dict.fromkeys(("q2_k", "q4_k", "q5_k"), "affine_k"),
     **dict.fromkeys(("q3_k", "q6_k"), "symmetric_k"),
     **dict.fromkeys(("iq4_nl", "iq4_xs"), "nonlinear"),
-    "iq3_s": "lattice.iq3_s",
+    **{name: f"lattice.{name}" for name in ("iq2_xs", "iq2_s", "iq3_s")},
     **dict.fromkeys(("mlx_affine", "mlx_affine_bf16"), "mlx"),
     "feed_block": "feedback",
 }

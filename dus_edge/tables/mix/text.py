@@ -13,7 +13,7 @@ from dus_edge.words import counts_text, format_count, wrap
 LETTERS = {
     **{"Q2_K": "2", "Q3_K": "3", "Q4_K": "4", "Q5_K": "5", "Q6_K": "6", "Q8_0": "8"},
     **{"Q4_0": "a", "Q4_1": "b", "Q5_0": "c", "Q5_1": "d", "IQ4_NL": "n", "IQ4_XS": "x"},
-    "IQ3_S": "i",
+    **{"IQ3_S": "i", "IQ2_S": "j", "IQ2_XS": "k"},
     **{"BF16": "g", "F16": "h", "F32": "f"},
 }
 _OTHER = "?"

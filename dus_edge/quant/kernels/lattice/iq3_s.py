@@ -10,16 +10,15 @@ Layout: block_iq3_s in ggml/src/ggml-common.h.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numba import njit
 
 from dus_edge.quant.kernels.blocks import QK
-from dus_edge.quant.kernels.fit import NOTHING, SLIGHT, Steps, better_scale, clamp, inverse
+from dus_edge.quant.kernels.fit import Steps, clamp, inverse
 from dus_edge.quant.kernels.half import from_half
-from dus_edge.quant.kernels.lattice.odd_scales import settle_odd, spaced_odd
-from dus_edge.quant.kernels.lattice.points import NEAR, numbers, pairs
+from dus_edge.quant.kernels.lattice.odd_scales import pack_odd
+from dus_edge.quant.kernels.lattice.points import IQ3_S, numbers, pairs
+from dus_edge.quant.kernels.lattice.search import LatticeSearch, search_scales, split_signs
 from dus_edge.quant.kernels.superblock import (
     QK_K,
     columns_of,
@@ -32,12 +31,8 @@ from dus_edge.quant.kernels.superblock import (
 )
 from dus_edge.quant.simd import (
     LANES,
-    absolute,
-    any_lane,
-    as_i32,
     f32,
     fma,
-    greatest,
     i32,
     load,
     lookup,
@@ -52,27 +47,11 @@ _BLOCK_BYTES = 110
 _N_SUB = QK_K // QK
 #: Weights of a point.
 _FOUR = 4
-#: Points tried while scales are searched.
-_FEW = 6
+#: Half the points tried while scales are searched, and for what is stored.
+_FEW, _MANY = 3, 6
 #: The point of four ones, packed.
 _LEAST = 0x1111
-_FEW_PAIRS, _ALL_PAIRS, _NUMBERS = pairs(_FEW), pairs(NEAR), numbers()
-
-
-class _Search(NamedTuple):
-    """How long to look for scales.
-
-    Attributes:
-        candidates: what the largest weight of 32 becomes.
-        refits: times that the best one's scale is fitted again to the points found with it.
-        spacings: the largest scale of a super-block on this multiple of D.
-        rounds: times that scales are put on their grid and points found for them.
-    """
-
-    candidates: Steps
-    refits: int
-    spacings: Steps
-    rounds: int
+_FEW_PAIRS, _ALL_PAIRS, _NUMBERS = pairs(IQ3_S, 2 * _FEW), pairs(IQ3_S, 2 * _MANY), numbers(IQ3_S)
 
 
 @njit(nogil=True)
@@ -142,67 +121,17 @@ def _sums(x, w, at, scale, table, n):
 
 
 @njit(nogil=True)
-def _fitted(x, w, at, search, table):
-    """The best scale of 32 weights, and the sums that it comes from: Σwv², Σwvx."""
-    zero = f32(0)
-    top = load(x, at)
-    for k in range(1, QK):
-        top = greatest(load(x, at + k * LANES), top)
-    some = top > f32(NOTHING)
-    per = where(some, f32(1) / top, zero)
-    best = f32(-1)
-    d = where(some, top * f32(1 / 15), zero)
-    vv = zero
-    vx = zero
-    for i in range(search.candidates.n):
-        scale = f32(search.candidates.first + search.candidates.step * i) * per
-        s_vv, s_vx = _sums(x, w, at, scale, table, _FEW // 2)
-        best, d, vv, vx = better_scale(s_vv, s_vx, best, d, vv, vx)
-    for _ in range(search.refits):
-        s_vv, s_vx = _sums(x, w, at, inverse(d), table, _FEW // 2)
-        best, d, vv, vx = better_scale(s_vv, s_vx, best, d, vv, vx)
-    return d, vv, vx
-
-
-@njit(nogil=True)
-def _refound(x, w, scales, bits, table, found):
-    """Every 32 weights' sums and best scale for the points next to what is stored."""
-    big = from_half(bits)
-    for j in range(_N_SUB):
-        at = j * LANES
-        per = inverse(load(scales, at) * big)
-        vv, vx = _sums(x, w, QK * at, per, table, NEAR // 2)
-        sound = (vv > f32(SLIGHT)) & (per > f32(0))
-        store(found[0], at, where(sound, vx * inverse(vv), load(found[0], at)))
-        store(found[1], at, where(sound, vv, load(found[1], at)))
-        store(found[2], at, where(sound, vx, load(found[2], at)))
-
-
-@njit(nogil=True)
 def _quantize(x, w, scales, bits, table, numbered, q):
     """Numbers of the points of all 64 fours, for the scales that are stored."""
     big = from_half(bits)
     for j in range(_N_SUB):
         per = inverse(load(scales, j * LANES) * big)
         for k in range(j * QK // _FOUR, (j + 1) * QK // _FOUR):
-            point = _nearest_point(x, w, _FOUR * k * LANES, per, table, NEAR // 2)
+            point = _nearest_point(x, w, _FOUR * k * LANES, per, table, _MANY)
             key = i32(0)
             for i in range(_FOUR):
                 key = key | (((point >> i32(4 * i + 1)) & i32(7)) << i32(3 * i))
             store(q, k * LANES, lookup(numbered, key))
-
-
-@njit(nogil=True)
-def _split_signs(x, words, to):
-    """Signs of 256 weights into 8 words, a bit each; then the weights are their magnitudes."""
-    for j in range(_N_SUB):
-        word = i32(0)
-        for b in range(QK):
-            k = (j * QK + b) * LANES
-            v = load(x, k)
-            word = word | ((as_i32(v) >> i32(31)) << i32(b))
-            store(x, k, absolute(v))
-        store(words, (to + j) * LANES, word)
 
 
 @njit(nogil=True)
@@ -220,15 +149,6 @@ def _pack_points(q, words):
         store(words, (16 + g) * LANES, word)
 
 
-@njit(nogil=True)
-def _pack_scales(scales, words, to):
-    """s of the multiples 2s + 1, four bits each, into a word."""
-    word = i32(0)
-    for j in range(_N_SUB):
-        word = word | ((to_i32(load(scales, j * LANES)) >> i32(1)) << i32(4 * j))
-    store(words, to * LANES, word)
-
-
 @njit(nogil=True, inline="always")
 def _encode(source, importance, out, weighted, search, few, every, numbered):
     n_blocks = source.size // QK_K
@@ -237,7 +157,6 @@ def _encode(source, importance, out, weighted, search, few, every, numbered):
     q = np.empty(QK_K // _FOUR * LANES, np.int32)
     starts = np.empty(LANES, np.int64)
     columns = np.empty(LANES, np.int64)
-    # Of each 32 weights: scale, Σwv², Σwvx.
     found = np.empty((3, _N_SUB * LANES), np.float32)
     scales = np.empty(_N_SUB * LANES, np.float32)
     words = np.empty(27 * LANES, np.int32)
@@ -245,39 +164,27 @@ def _encode(source, importance, out, weighted, search, few, every, numbered):
     overflow = False
     for group in range(0, n_blocks, LANES):
         gather_blocks(source, group, n_blocks, QK_K, starts, x)
-        _split_signs(x, words, 18)
-        sigma2 = f32(0)
+        split_signs(x, words, 18)
         if weighted:
             columns_of(starts, importance.size, columns)
             sigma2 = mean_square(x, QK_K) * f32(2)
-        for j in range(_N_SUB):
-            at = j * QK * LANES
-            if weighted:
-                weigh_importance(importance, columns, x, w, j * QK, QK, sigma2)
-            else:
-                weigh_spread(x, w, at, QK)
-            d, vv, vx = _fitted(x, w, at, search, few)
-            store(found[0], j * LANES, d)
-            store(found[1], j * LANES, vv)
-            store(found[2], j * LANES, vx)
-        bits, over = spaced_odd(found, _N_SUB, search.spacings)
-        overflow |= any_lane(over)
-        for turn in range(search.rounds):
-            if turn:
-                _refound(x, w, scales, bits, every, found)
-            bits, over = settle_odd(found, _N_SUB, bits, scales)
-            overflow |= any_lane(over)
+            weigh_importance(importance, columns, x, w, 0, QK_K, sigma2)
+        else:
+            for j in range(_N_SUB):
+                weigh_spread(x, w, j * QK * LANES, QK)
+        bits, over = search_scales(_sums, x, w, _N_SUB, search, few, every, found, scales)
+        overflow |= over
         _quantize(x, w, scales, bits, every, numbered, q)
         store(half, 0, bits)
         _pack_points(q, words)
-        _pack_scales(scales, words, 26)
+        pack_odd(scales, _N_SUB, words, 26)
         emit_half(half, starts, QK_K, out, _BLOCK_BYTES, 0)
         emit_words(words, starts, QK_K, out, _BLOCK_BYTES, 2, 27)
     return overflow
 
 
 _COARSE = Steps(27.0, 0.5, 10)
-_ALONE = _Search(Steps(10.5, 1.5, 5), 2, _COARSE, 2)
+_ALONE = LatticeSearch(QK, 15.0, _FEW, _MANY, Steps(10.5, 1.5, 5), 2, _COARSE, 2)
 
 
 @njit(nogil=True, cache=True)
@@ -286,7 +193,7 @@ def iq3_s(source, importance, sigma2, out):
     return _encode(source, importance, out, False, _ALONE, _FEW_PAIRS, _ALL_PAIRS, _NUMBERS)
 
 
-_BY_IMPORTANCE = _Search(Steps(9.5, 1.25, 7), 2, _COARSE, 2)
+_BY_IMPORTANCE = LatticeSearch(QK, 15.0, _FEW, _MANY, Steps(9.5, 1.25, 7), 2, _COARSE, 2)
 
 
 @njit(nogil=True, cache=True)

@@ -10,7 +10,19 @@ from numba import njit
 
 from dus_edge.quant.kernels.fit import clamp, inverse
 from dus_edge.quant.kernels.half import from_half, to_scale
-from dus_edge.quant.simd import LANES, f32, fma, greatest, least, load, nearest, store, where
+from dus_edge.quant.simd import (
+    LANES,
+    f32,
+    fma,
+    greatest,
+    i32,
+    least,
+    load,
+    nearest,
+    store,
+    to_i32,
+    where,
+)
 
 #: The largest multiple of D.
 TOP = 31
@@ -74,3 +86,14 @@ def settle_odd(found, n_sub, bits, scales):
     # A fit far from what the search found is rounding noise.
     sound = (d > big * f32(0.8)) & (big * f32(1.25) > d)
     return to_scale(where(sound, d, big))
+
+
+@njit(nogil=True)
+def pack_odd(scales, n_sub, words, to):
+    """s of the multiples 2s + 1, four bits each, eight to a word."""
+    for g in range(n_sub // 8):
+        word = i32(0)
+        for b in range(8):
+            s = to_i32(load(scales, (8 * g + b) * LANES)) >> i32(1)
+            word = word | (s << i32(4 * b))
+        store(words, (to + g) * LANES, word)
