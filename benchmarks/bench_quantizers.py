@@ -36,13 +36,14 @@ from dus_edge.checkpoint.builtin import BUILTIN
 from dus_edge.checkpoint.resolve import resolve_base
 from dus_edge.checkpoint.safetensors import SafetensorsCheckpoint
 from dus_edge.quant import ggml, native
+from dus_edge.quant.imatrix import DEPENDENT
 from dus_edge.quant.types import TYPES, QuantType
 from dus_edge.words import markdown_table
 
 #: The types measured: those for which ggml has no use for importance, and those for which it has.
 UNWEIGHTED = ["F16", "BF16", "Q8_0"]
 WEIGHTED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
-WEIGHTED += ["IQ4_NL", "IQ4_XS", "IQ3_S"]
+WEIGHTED += ["IQ4_NL", "IQ4_XS", "IQ3_S", "IQ2_S", "IQ2_XS"]
 NAMES = UNWEIGHTED + WEIGHTED
 DATA = ("gaussian", "heavy", "pico")
 SEED = 20261121
@@ -264,7 +265,7 @@ def search_weights(
             return np.broadcast_to(importance.astype(np.float64), rows.shape)
         case "Q2_K":
             sigma2 = mean(256)
-        case "Q3_K" | "Q4_K" | "Q5_K" | "IQ4_NL" | "IQ4_XS" | "IQ3_S":
+        case "Q3_K" | "Q4_K" | "Q5_K" | "IQ4_NL" | "IQ4_XS" | "IQ3_S" | "IQ2_S" | "IQ2_XS":
             sigma2 = 2 * mean(kind.block_weights)
         case _:
             sigma2 = mean(rows.shape[1])
@@ -496,7 +497,13 @@ def main() -> None:
     if args.validate:
         sides = {"ggml": checked_ggml, "native": checked_native}
 
-    runs = [(k, w) for k in kinds for w in (False, True) if not w or k.name in WEIGHTED]
+    # Without importance IQ2_XS would end ggml's process, and no preset has IQ2_S.
+    runs = [
+        (k, w)
+        for k in kinds
+        for w in (False, True)
+        if (k.name in WEIGHTED if w else k not in DEPENDENT)
+    ]
     dtypes = (np.dtype(np.float32), np.dtype(np.uint16))
     native.prepare([(k, dtype, w) for k, w in runs for dtype in dtypes], print)
     tied = "not tied to a core" if about["core"] is None else f"tied to core {about['core']}"

@@ -23,7 +23,7 @@ from dus_edge.predict.prediction import (
 from dus_edge.predict.processors import find_processor, memory_gbps
 from dus_edge.predict.report import prediction_text
 from dus_edge.predict.speed.cpu import host_gbps, predict_cpu
-from dus_edge.predict.speed.work import Work
+from dus_edge.predict.speed.work import Work, bytes_per_weight
 from dus_edge.tables.predicted import PRESET_COLUMNS, solar_config
 
 from .cases import check_each
@@ -91,11 +91,14 @@ def test_more_memory_bandwidth_and_cores_are_faster():
     )
 
 
-def test_a_type_that_keeps_cores_busy_may_be_slower():
+@pytest.mark.parametrize("pair", [("Q3_K", "IQ3_S"), ("Q2_K", "IQ2_S"), ("Q2_K", "IQ2_XS")])
+def test_a_type_that_keeps_cores_busy_may_be_slower(pair):
     """As many bytes in IQ3_S as in Q3_K: the same at best, and a lower low end."""
+    plain, busy = pair
+    n = 2e9 * bytes_per_weight(plain) / bytes_per_weight(busy)
     processor = find_processor("cpu-ddr4-3200")
     shape = dense_work("q4_k_m", LLAMA3_8B).shape
-    mixes = ({"Q3_K": 2e9}, {"Q3_K": 1e9, "IQ3_S": 1e9}, {"IQ3_S": 2e9})
+    mixes = ({plain: 2e9}, {plain: 1e9, busy: n / 2}, {busy: n})
     known, half, whole = (predict_cpu(processor, Work(shape, mix)) for mix in mixes)
     assert known.tg_tokens_per_s == half.tg_tokens_per_s == whole.tg_tokens_per_s
     assert known.tg_tokens_per_s_high == whole.tg_tokens_per_s_high

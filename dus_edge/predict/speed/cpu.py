@@ -28,9 +28,10 @@ from dus_edge.predict.speed.work import Work, bytes_per_weight
 #: Instruction sets whose rate is known.
 SIMD = ("avx2", "avx512")
 #: How much longer a core takes for a type's weights than for as many bytes of another type, if
-#: arithmetic and not memory holds it up. IQ3_S beside Q3_K: llama.cpp at 3.1 and 6.4 GB/s, best of
-#: 5 turns, one core of an AMD EPYC with AVX-512.
-_SLOWER = {"IQ3_S": 2.07}
+#: arithmetic and not memory holds it up. llama.cpp, best of 5 turns, one core of an AMD EPYC with
+#: AVX-512: IQ3_S at 3.1 GB/s beside Q3_K at 6.4; on a newer one IQ2_S at 5.2 and IQ2_XS at 4.7 GB/s
+#: beside Q2_K at 11.3.
+_SLOWER = {"IQ3_S": 2.07, "IQ2_S": 2.15, "IQ2_XS": 2.39}
 
 
 @dataclass(frozen=True, slots=True)
