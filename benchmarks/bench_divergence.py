@@ -75,7 +75,8 @@ WAYS = {
 }
 #: GPTQ's, of folders and not of files.
 GPTQ_WAYS = ("GPTQModel", "gptq")
-TABLE = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k", "int4_g64", "int4_g32")
+TABLE = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k", "iq2_m", "iq2_s")
+TABLE += ("int4_g64", "int4_g32")
 #: Chunks of each held-out text, at most.
 TEXTS = {"en": 16, "code": 8, "reference": 8}
 #: What the report counts together: the English of both kinds.
