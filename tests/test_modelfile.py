@@ -399,6 +399,8 @@ def test_tracked_set():
         assert "num_ctx" not in {key for _, key, _ in commands}
         comment = " ".join(text.replace("\n#", "").split())
         quant = f" QUANT={suffix[1:]}" if suffix else ""
+        # llama-quantize refuses these without a matrix, and so do we.
+        quant += " IMATRIX=auto" if suffix[1:4] == "iq2" else ""
         assert f"Make the GGUF first: make gguf{quant}; " in comment
         assert f"-f modelfiles/{name}" in comment
         assert any(key == "stop" for _, key, _ in commands)

@@ -214,7 +214,7 @@ def test_a_type_that_nobody_measured_is_less_certain(fit_speed, stored):
     certain, half = widths({"Q4_K": 2e9}), widths({"Q4_K": 1e9, "IQ4_NL": 1e9})
     whole = widths({"IQ4_NL": 2e9})
     assert (certain < half).all() and (half < whole).all()
-    for known, taken in (("Q4_K", "IQ4_NL"), ("Q3_K", "IQ3_S"), ("Q2_K", "IQ2_S")):
+    for known, taken in (("Q4_K", "IQ4_NL"), ("Q3_K", "IQ3_S")):
         same = [predict(device(), Work(shape, {kind: 2e9})) for kind in (known, taken)]
         assert same[0].tg_tokens_per_s == same[1].tg_tokens_per_s
         assert same[0].tg_tokens_per_s_high < same[1].tg_tokens_per_s_high
@@ -306,8 +306,8 @@ def test_bad_options(options, word):
 def test_bad_models_and_devices():
     with pytest.raises(UsageError, match="hidden"):
         work(hidden_size=-4096)
-    with pytest.raises(UsageError, match="IQ2_S"):
-        Work(attention(32, 32, 8, 128), {"IQ2_S": 1e9})
+    with pytest.raises(UsageError, match="IQ1_S"):
+        Work(attention(32, 32, 8, 128), {"IQ1_S": 1e9})
     with pytest.raises(UsageError, match="no weights"):
         Work(attention(32, 32, 8, 128), {})
     with pytest.raises(UsageError, match="negative"):

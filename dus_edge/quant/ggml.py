@@ -149,18 +149,17 @@ def quantize(
     Raises:
         OverflowError: a value or a scale is too large for the type (F16 ends at 65,504).
         TypeError: rows are of another dtype.
-        ValueError: rows are no whole blocks, importance is not one float32 for each column, or it
-            is missing where ggml would end the process.
+        ValueError: rows are no whole blocks, or importance is not one float32 for each column.
     """
-    lib = library()
-    if importance is None and lib.ggml_quantize_requires_imatrix(kind.ggml_id):
-        raise ValueError(f"{kind.name} needs importance")
     rows = to_f32(rows)
     if kind == t.F32:
         return rows.reshape(-1).view(np.uint8)
     n_cols = rows.shape[-1]
     n_rows = rows.size // n_cols
     out = np.empty(n_rows * kind.row_bytes(n_cols), np.uint8)
+    lib = library()
+    if importance is None and lib.ggml_quantize_requires_imatrix(kind.ggml_id):
+        importance = np.ones(n_cols, np.float32)  # without, ggml ends the process
     written = lib.ggml_quantize_chunk(
         kind.ggml_id,
         rows.ctypes.data,

@@ -41,7 +41,7 @@ from dus_edge.files import (
     output_files,
     pwrite_all,
 )
-from dus_edge.quant.imatrix import DEPENDENT, takes_importance
+from dus_edge.quant.imatrix import takes_importance
 from dus_edge.quant.quantizer import Conversion, Quantizer
 from dus_edge.quant.recipe import ModelShape, Preset, tensor_type
 from dus_edge.quant.types import QuantType
@@ -294,15 +294,9 @@ def _copies(
 
 
 def _weights(info: TensorInfo, importance: Mapping[str, np.ndarray] | None) -> bytes | None:
-    """The importance that a place is quantized with; None where it would change nothing.
-
-    A type that depends on it gets that of columns which all count the same, where none is known.
-    """
-    if not takes_importance(info.kind):
+    """The importance that a place is quantized with; None where it would change nothing."""
+    if importance is None or info.name not in importance or not takes_importance(info.kind):
         return None
-    if importance is None or info.name not in importance:
-        alike = np.ones(info.shape[-1], np.float32)
-        return alike.tobytes() if info.kind in DEPENDENT else None
     return np.asarray(importance[info.name], np.float32).tobytes()
 
 
