@@ -165,6 +165,26 @@ def test_importance_of_a_file_is_used_where_feedback_is_not_kept(run, text, tmp_
     assert int(fields["dus.feedback.tried"].contents()) == 85
 
 
+def test_types_without_feedback_get_the_texts_importance(run, text, tmp_path, make_checkpoint):
+    """IQ3_S, and types of two bits that are nothing without."""
+    shape = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8}
+    base = make_checkpoint(num_hidden_layers=4, vocab_size=4097, **shape)
+    common = ("gguf", base, "--no-upscale")
+    for preset, kind in (("iq3_s", "IQ3_S"), ("iq2_m", "IQ2_S")):
+        options = ("-q", preset, "--feedback", "--imatrix", "auto", *short(text))
+        code, _, err = run(*common, *options, "-o", tmp_path / preset)
+        assert code == 0, err
+        fed = {x.name: x for x in GGUFReader(only(tmp_path / preset)).tensors}
+        assert fed["blk.1.ffn_up.weight"].tensor_type.name == kind
+        assert fed["blk.1.attn_v.weight"].tensor_type.name == "Q4_K"
+    assert run(*common, "-q", "iq3_s", "-o", tmp_path / "plain")[0] == 0
+    fed, plain = (GGUFReader(only(tmp_path / name)) for name in ("iq3_s", "plain"))
+    for a, b in zip(fed.tensors, plain.tensors, strict=True):
+        if a.tensor_type.name == "IQ3_S":
+            changed = not np.array_equal(a.data, b.data)
+            assert changed == a.name.startswith("blk."), a.name
+
+
 #: Six layers forward, six down, then six with feedback: how often `ffn` is called before
 #: the run is cut short, where its state lies, and how many steps are kept.
 CUTS = {

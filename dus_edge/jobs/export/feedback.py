@@ -74,7 +74,7 @@ class FeedbackChoice:
             if not wanted_blocks(model, file):
                 raise UsageError(
                     f"--feedback has nothing to do in {file.preset.name}: no matrix of a layer is "
-                    "stored in blocks; leave it out, or choose a quantized preset."
+                    "stored in a type that takes it; leave it out, or choose another preset."
                 )
             check_free_space(file.path.parent, file.nbytes)
         return chunks

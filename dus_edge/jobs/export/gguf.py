@@ -140,7 +140,7 @@ class GGUFJob(Job[GGUFPlan]):
         )
         weighted = self.imatrix is not None or self.feedback is not None
         files = self._files(model, metadata, (lambda path: []) if weighted else None)
-        if self.imatrix is None:
+        if not weighted:
             _refuse_without_importance(files)
         sink.check_outputs(files, self.writing.overwrite)
         mixes = [mix_path(f.path) for f in files if f.preset.chosen]
@@ -153,13 +153,16 @@ class GGUFJob(Job[GGUFPlan]):
     ) -> tuple[tuple[Written, ...], tuple[str, ...]]:
         """Quantize and write; Modelfiles and links follow when all files are whole."""
         weights, said, notes = None, None, []
+        shapes = sink.gguf_shapes(model.config.family, model.shapes)
         _say_requantized(model, say)
         if self.imatrix is not None:
-            weights, said, notes = _importance(model, checkpoint, self.imatrix)
+            weights, said, notes = _importance(model, checkpoint, shapes, self.imatrix)
             _refuse_incomplete(planned.files, weights, self.imatrix.label)
         with self._fed(model, checkpoint, planned, weights, say) as fed:
             files = planned.files
             if fed is not None:
+                if weights is None:
+                    weights = match(fed.importance, shapes).weights
                 said = said or quantize_metadata("the importance matrix", fed.importance)
                 notes += fed.notes()
             if said is not None:
@@ -305,11 +308,14 @@ def _written(file: GGUFFile) -> Written:
 
 
 def _importance(
-    model: Model, checkpoint: Checkpoint, imatrix: ImatrixSource
+    model: Model,
+    checkpoint: Checkpoint,
+    shapes: Mapping[str, tuple[int, ...]],
+    imatrix: ImatrixSource,
 ) -> tuple[Mapping[str, np.ndarray], list[KeyValue], list[str]]:
     """Importance by tensor, what the file says of it, and what the user should know."""
     found = imatrix.get(model, checkpoint)
-    matched = match(found, sink.gguf_shapes(model.config.family, model.shapes), imatrix.label)
+    matched = match(found, shapes, imatrix.label)
     notes = []
     if matched.missing:
         named = ", ".join(matched.missing[:3]) + (", …" if len(matched.missing) > 3 else "")
