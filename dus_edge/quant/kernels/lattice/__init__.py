@@ -1,1 +1,1 @@
-"""Types whose weights share codes by fours: points of a lattice, found by tables of neighbours."""
+"""Types whose weights share codes by fours or eights: points of a lattice, found by tables."""

@@ -12,37 +12,31 @@ from __future__ import annotations
 
 from numba import njit
 
-from dus_edge.quant.kernels.lattice.eights import N_SCALES, encode_eights, tables_of
+from dus_edge.quant.kernels.lattice.eights import encode_eights, tables_of_eights
+from dus_edge.quant.kernels.lattice.encode import pack_signs, split_signs
 from dus_edge.quant.kernels.lattice.odd_scales import pack_odd
 from dus_edge.quant.kernels.lattice.points import IQ2_S
-from dus_edge.quant.kernels.lattice.search import split_signs
 from dus_edge.quant.kernels.superblock import pack_bytes
 from dus_edge.quant.simd import LANES, i32, load, store
 
-_TABLES = tables_of(IQ2_S)
+_TABLES = tables_of_eights(IQ2_S)
 _N_WORDS = 20
-
-
-@njit(nogil=True)
-def _split(x, w, signs):
-    split_signs(x, signs, 0)
 
 
 @njit(nogil=True)
 def _pack(q, signs, scales, words):
     """The low 8 bits of 32 numbers, 256 signs, the 2 high bits of the numbers, multiples."""
     pack_bytes(q, words, 0, 8)
-    for g in range(8):
-        store(words, (8 + g) * LANES, load(signs, g * LANES))
+    pack_signs(signs, words, 8)
     for g in range(2):
         word = i32(0)
         for b in range(16):
             word = word | ((load(q, (16 * g + b) * LANES) >> i32(8)) << i32(2 * b))
         store(words, (16 + g) * LANES, word)
-    pack_odd(scales, N_SCALES, words, 18)
+    pack_odd(scales, 16, words, 18)
 
 
 @njit(nogil=True, cache=True)
 def iq2_s_weighted(source, importance, sigma2, out):
     """Quantize to IQ2_S by importance; see `kernels`."""
-    return encode_eights(source, importance, out, _TABLES, _split, _pack, _N_WORDS)
+    return encode_eights(source, importance, out, _TABLES, split_signs, _pack, _N_WORDS)

@@ -11,25 +11,21 @@ from __future__ import annotations
 
 from numba import njit
 
-from dus_edge.quant.kernels.lattice.eights import (
-    EIGHT,
-    N_POINTS,
-    N_SCALES,
-    encode_eights,
-    tables_of,
-)
+from dus_edge.quant.kernels.lattice.eights import EIGHT, encode_eights, tables_of_eights
 from dus_edge.quant.kernels.lattice.odd_scales import pack_odd
 from dus_edge.quant.kernels.lattice.points import IQ2_XS
 from dus_edge.quant.simd import LANES, absolute, as_f32, as_i32, f32, i32, load, store, where
 
-_TABLES = tables_of(IQ2_XS)
+_TABLES = tables_of_eights(IQ2_XS)
 _N_WORDS = 18
+#: Points of a super-block.
+_N_POINTS = 32
 
 
 @njit(nogil=True)
 def _split(x, w, signs):
     """Signs of 32 eights, 7 bits each; then the weights are what is left for the points."""
-    for k in range(N_POINTS):
+    for k in range(_N_POINTS):
         at = k * EIGHT * LANES
         bits = i32(0)
         odd = i32(0)
@@ -55,13 +51,13 @@ def _split(x, w, signs):
 @njit(nogil=True)
 def _pack(q, signs, scales, words):
     """32 numbers of 9 bits and 7 bits of signs above each, multiples."""
-    for g in range(N_POINTS // 2):
+    for g in range(_N_POINTS // 2):
         word = i32(0)
         for b in range(2):
             k = (2 * g + b) * LANES
             word = word | ((load(q, k) | (load(signs, k) << i32(9))) << i32(16 * b))
         store(words, g * LANES, word)
-    pack_odd(scales, N_SCALES, words, 16)
+    pack_odd(scales, 16, words, 16)
 
 
 @njit(nogil=True, cache=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -63,6 +64,19 @@ _ODD = tuple(range(1, 16, 2))
 IQ3_S = Lattice("IQ3_S", _ODD, 4, 12, _ODD)
 IQ2_S = Lattice("IQ2_S", (8, 25, 43), 8, 16, (0, 1, 2))
 IQ2_XS = Lattice("IQ2_XS", (8, 25, 43), 8, 16, (0, 1, 2))
+
+
+class Tables(NamedTuple):
+    """What points are found by: `pairs` of a few and of many, and `numbers`."""
+
+    few: np.ndarray
+    many: np.ndarray
+    numbers: np.ndarray
+
+
+def tables_of(lattice: Lattice, few: int, many: int) -> Tables:
+    """The tables of a type that tries twice so many points."""
+    return Tables(pairs(lattice, 2 * few), pairs(lattice, 2 * many), numbers(lattice))
 
 
 @functools.cache
