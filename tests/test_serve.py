@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import signal
@@ -29,6 +30,7 @@ from dus_edge.chat.serve.call import CURRENT, Call
 from dus_edge.chat.serve.folder import _make_attentive as attend
 from dus_edge.chat.serve.gguf import gguf_app
 from dus_edge.chat.serve.guard import LOOPBACK, Access, Guard
+from dus_edge.chat.serve.guard import _with_usage as with_usage
 from dus_edge.chat.serve.request import CHAT, COMPLETION, ApiError, Served
 from dus_edge.chat.serve.request import prepare_request as prepare
 from dus_edge.chat.serve.run import Serving, introduction
@@ -463,6 +465,28 @@ def test_requests_are_made_what_servers_take():
     assert call.prompt == "12345None7"
     ready, _ = prepare(COMPLETION, {"prompt": "1234", "max_completion_tokens": 99}, served())
     assert ready["max_tokens"] == 16 and ready["prompt"] == "1234"
+
+
+@pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n"], ids=["lf", "crlf"])
+def test_a_count_is_added_however_events_come(end):
+    """One to a message, as llama-cpp-python's server sends them, or several."""
+    events = [f'data: {{"id": "a", "choices": [{i}]}}{end}'.encode() for i in range(4)]
+    done = f"data: [DONE]{end}".encode()
+    usage = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
+    count = f"data: {json.dumps({'id': 'a', 'choices': [], 'usage': usage})}\n\n".encode()
+    for n in (1, 2, 3, 5):
+        sent = []
+
+        async def send(message, sent=sent):
+            sent.append(message)
+
+        through = with_usage(send, Call(n_prompt=5, n_tokens=7))
+        asyncio.run(through({"type": "http.response.start", "status": 200}))
+        for i in range(0, 5, n):
+            body = b"".join([*events, done][i : i + n])
+            asyncio.run(through({"type": "http.response.body", "body": body, "more_body": True}))
+        assert sent[0] == {"type": "http.response.start", "status": 200}
+        assert b"".join(x["body"] for x in sent[1:]) == b"".join([*events, count, done])
 
 
 def test_requests_that_are_none():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import re
 import weakref
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ MODELS = "/v1/models"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 #: More than the longest context that is asked for has in text.
 MAX_BODY_BYTES = 16 << 20
+_BETWEEN_EVENTS = re.compile(rb"(\r?\n\r?\n)")
 _METHODS = {CHAT: "POST", COMPLETION: "POST", MODELS: "GET"}
 
 
@@ -194,23 +196,27 @@ async def _answer(send: _Send, error: ApiError) -> None:
 def _with_usage(send: _Send, call: Call) -> _Send:
     """A stream that ends in a count of tokens, as `stream_options` asks for.
 
-    llama-cpp-python's server does not know the option. Each event is a message of its own there.
+    llama-cpp-python's server does not know the option. transformers' sends several events in one
+    message where the client is slower than the model.
     """
     last: dict[str, Any] = {}
 
     async def sent(message: _Message) -> None:
         nonlocal last
-        body = message.get("body", b"")
-        if body.startswith(b"data: {"):
-            last = json.loads(body.removeprefix(b"data: "))
-        if body.startswith(b"data: [DONE]") and "id" in last and not last.get("usage"):
-            usage = {
-                "prompt_tokens": call.n_prompt,
-                "completion_tokens": call.n_tokens,
-                "total_tokens": call.n_prompt + call.n_tokens,
-            }
-            event = json.dumps({**last, "choices": [], "usage": usage})
-            message = {**message, "body": f"data: {event}\n\n".encode() + body}
+        # Events and what stands between them, by turns.
+        parts = _BETWEEN_EVENTS.split(message.get("body", b""))
+        for i, event in enumerate(parts):
+            if event.startswith(b"data: {"):
+                last = json.loads(event.removeprefix(b"data: "))
+            elif event.startswith(b"data: [DONE]") and "id" in last and not last.get("usage"):
+                usage = {
+                    "prompt_tokens": call.n_prompt,
+                    "completion_tokens": call.n_tokens,
+                    "total_tokens": call.n_prompt + call.n_tokens,
+                }
+                more = json.dumps({**last, "choices": [], "usage": usage})
+                parts[i] = f"data: {more}\n\n".encode() + event
+                message = {**message, "body": b"".join(parts)}
         await send(message)
 
     return sent
