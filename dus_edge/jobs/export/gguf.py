@@ -277,7 +277,8 @@ def _refuse_without_importance(files: Sequence[GGUFFile]) -> None:
         for info in _dependent(file):
             raise UsageError(
                 f"{file.preset.name} stores {info.name} as {info.kind.name}, which is no use "
-                "without an importance matrix: add --imatrix auto, or --imatrix FILE."
+                "without an importance matrix: add --imatrix auto (of make: IMATRIX=auto), "
+                "or a file."
             )
 
 
