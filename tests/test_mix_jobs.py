@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 from gguf import GGUFReader
 
+from dus_edge.cli import export
+from dus_edge.cli.quants.mix import made_mixes
 from dus_edge.export.gguf.mix import model_matrices
 from dus_edge.predict.memory.llama import read_gguf
 from dus_edge.quant.sensitivity import Sensitivity, weights_identity, write_sensitivity
@@ -110,6 +113,22 @@ def test_like_a_preset_is_no_larger_than_it(run, known, tmp_path):
     assert 0.985 * most <= path.stat().st_size <= most
     mix = said["mixes"][0]
     assert mix["expected_kl"] < mix["presets_expected_kl"]["q4_k_m"]
+
+
+def test_the_choice_counts_as_time(run, known, tmp_path, monkeypatch):
+    """Most of all where what types cost is measured first."""
+    clock = time.monotonic
+    waited = 0.0
+
+    def slow(*args):
+        nonlocal waited
+        waited = 1000.0
+        return made_mixes(*args)
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + waited)
+    monkeypatch.setattr(export, "made_mixes", slow)
+    _, said = made(run, tmp_path, *SIZED, "--sensitivity", known)
+    assert said["seconds"] >= 1000
 
 
 def test_what_types_cost_is_measured_once(run, tmp_path):

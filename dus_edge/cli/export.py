@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,7 @@ def gguf_command(
     asked = [find_preset(name) for word in presets or (DEFAULT_PRESET,) for name in word.split(",")]
     chosen = list({p.name: p for p in reversed(asked)}.values())[::-1]
     more: dict[str, Any] = {"quantizer": quantizer}
+    begun = time.monotonic()
     if mix is not None:
         how = measuring_of(out, text, machine, quantizer, imatrix)
         say, adapter = say_to(as_json), writing["adapter"]
@@ -141,6 +144,8 @@ def gguf_command(
         say=say_to(as_json),
         **writing,
     )
+    # What types cost was measured before the job began.
+    result = replace(result, seconds=time.monotonic() - begun)
     keep_digests(result, digest)
     print_gguf(result, alias, as_json, verbose, **more)
 
@@ -164,13 +169,7 @@ def upscale_command(
     """Up-scale BASE into a checkpoint that transformers loads."""
     from dus_edge.jobs.export.checkpoint import export_checkpoint
 
-    result = export_checkpoint(
-        base,
-        choose,
-        out,
-        say=say_to(as_json),
-        **writing,
-    )
+    result = export_checkpoint(base, choose, out, say=say_to(as_json), **writing)
     keep_digests(result, digest)
     print_folder(result, out, as_json, verbose)
 
