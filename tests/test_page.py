@@ -177,8 +177,7 @@ def test_the_command_gives_the_same_figures(grid, run, tmp_path):
 
 
 def test_the_file_is_small_and_loads_nothing(html):
-    # A preset is 44 kB of predictions.
-    assert len(html.encode()) < 750_000
+    assert len(html.encode()) < 700_000
     bare = html.replace("http://www.w3.org/2000/svg", "")  # a name, not an address
     assert "http://" not in bare
     assert "https://" not in bare

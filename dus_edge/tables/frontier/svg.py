@@ -55,7 +55,7 @@ def frontier_svg(panel: FrontierPanel) -> str:
     parts = [*_axes(scale)]
     line = [(scale.x(f.n_bytes), scale.y(f.kl or 1)) for f in panel.frontier if f.has_place]
     if len(line) > 1:
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in line)
+        points = " ".join(f"{_place(x)},{_place(y)}" for x, y in line)
         parts.append(f'<polyline class="frontier" points="{points}"/>')
     parts += [_bar(scale, f) for f in shown if f.error]
     # What is on the frontier is drawn last, on top.
@@ -89,7 +89,7 @@ def marker(way: str, x: float, y: float) -> str:
     name = f'class="mark {tone}{"" if filled else " hollow"}"'
     r = _RADIUS
     if shape == "circle":
-        return f'<circle {name} cx="{x:.1f}" cy="{y:.1f}" r="{r}"/>'
+        return f'<circle {name} cx="{_place(x)}" cy="{_place(y)}" r="{r}"/>'
     corners = {
         "square": ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
         "diamond": ((0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)),
@@ -100,7 +100,7 @@ def marker(way: str, x: float, y: float) -> str:
             *((1.2, 0.7), (0.7, 1.2), (0, 0.5), (-0.7, 1.2), (-1.2, 0.7), (-0.5, 0)),
         ),
     }[shape]
-    path = "L".join(f"{x + r * dx:.1f} {y + r * dy:.1f}" for dx, dy in corners)
+    path = "L".join(f"{_place(x + r * dx)} {_place(y + r * dy)}" for dx, dy in corners)
     return f'<path {name} d="M{path}Z"/>'
 
 
@@ -209,11 +209,16 @@ def _ticks(low: float, high: float) -> list[float]:
     return [round(k * step, 10) for k in range(max(first, 0), last + 1)]
 
 
+def _place(v: float) -> str:
+    """A coordinate, to a tenth of a unit."""
+    return f"{v:.1f}".removesuffix(".0")
+
+
 def _line(name: str, x0: float, y0: float, x1: float, y1: float) -> str:
-    return f'<line class="{name}" x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}"/>'
+    ends = f'x1="{_place(x0)}" y1="{_place(y0)}" x2="{_place(x1)}" y2="{_place(y1)}"'
+    return f'<line class="{name}" {ends}/>'
 
 
 def _text(x: float, y: float, said: str, name: str, anchor: str) -> str:
-    return (
-        f'<text class="{name}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(said)}</text>'
-    )
+    where = f'x="{_place(x)}" y="{_place(y)}" text-anchor="{anchor}"'
+    return f'<text class="{name}" {where}>{escape(said)}</text>'
