@@ -12,15 +12,12 @@ import numpy as np
 
 from dus_edge.quant import kernels
 from dus_edge.quant import types as t
+from dus_edge.quant.imatrix import DEPENDENT, takes_importance
 from dus_edge.quant.simd import LANES
 from dus_edge.quant.types import QuantType
 
 NAME = "native"
 
-#: Types that take no importance weights, as in ggml.
-_UNWEIGHTED = (t.F32, t.F16, t.BF16, t.Q8_0)
-#: Types that have a kernel with importance alone; without, every column counts the same.
-_WEIGHTED = (t.IQ2_XS, t.IQ2_S)
 #: Types whose errors by importance count by the mean square of the whole row too, as in ggml.
 _BY_ROW = (t.Q4_0, t.Q4_1, t.Q5_0, t.Q5_1)
 _NONE = np.empty(0, np.float32)
@@ -45,7 +42,8 @@ def quantize(
             C-contiguous; a row must be whole blocks of `kind`.
         kind: the target type.
         importance: ``(n_cols,)`` float32, how much an error in each column counts (an importance
-            matrix's mean squares). Without meaning for F32, F16, BF16 and Q8_0.
+            matrix's mean squares). Without meaning for F32, F16, BF16 and Q8_0; of IQ2_XS and
+            IQ2_S, which have a kernel with importance alone, all columns count the same without.
         validate: refuse what the type cannot hold. Otherwise it becomes the largest that it holds.
 
     Returns:
@@ -56,9 +54,9 @@ def quantize(
         ValueError: `importance` is not one number per column.
     """
     n_cols = rows.shape[-1]
-    if importance is None and kind in _WEIGHTED:
+    if importance is None and kind in DEPENDENT:
         importance = np.ones(n_cols, np.float32)
-    weighted = importance is not None and kind not in _UNWEIGHTED
+    weighted = importance is not None and takes_importance(kind)
     source = _source(rows, kind, weighted)
     if kind is t.F32:
         return source.view(np.uint8)
@@ -100,11 +98,11 @@ def prepare(
     """
     todo: dict[tuple[str, np.dtype], str] = {}
     for kind, dtype, weighted in wanted:
-        weighted = kind in _WEIGHTED or weighted
+        weighted = kind in DEPENDENT or (weighted and takes_importance(kind))
         dtype = _source_dtype(np.dtype(dtype), kind, weighted)
         if kind is t.F32 or (kind is t.BF16 and dtype == np.uint16):
             continue
-        name = _kernel_name(kind, dtype, weighted and kind not in _UNWEIGHTED)
+        name = _kernel_name(kind, dtype, weighted)
         todo[name, dtype] = kind.name
     if not todo:
         return

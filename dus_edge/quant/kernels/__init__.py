@@ -9,8 +9,8 @@ Every kernel has the same form, ``kernel(source, importance, sigma2, out) -> ove
 - out: uint8, exactly the bytes of the blocks; always filled with finite scales;
 - overflow: whether a scale was too large for float16 and is the largest one instead.
 
-Those of `mlx` and `feedback` have forms of their own. All release the GIL. `load` gives one of
-them; compiled code is cached on disk.
+IQ2_XS and IQ2_S have a kernel with importance alone. Those of `mlx` and `feedback` have forms of
+their own. All release the GIL. `load` gives one of them; compiled code is cached on disk.
 """
 
 from __future__ import annotations
