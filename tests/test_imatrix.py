@@ -396,25 +396,34 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_every_rule_with_importance_is_llama_cpps(make_checkpoint, tmp_path, shape):
-    """Two tensors lack an entry: they are quantized without, as there."""
-    overrides = dict(SHAPES[shape])
-    plan = overrides.pop("plan", "0:3,1:4")
-    base = make_checkpoint(rows=48, vocab_size=4097, **overrides)
+def importance_for(base: Path, plan: str) -> Importance:
     choose = plan_chooser(None, None, (plan,), True)
-    model = find_model(str(base), choose, weights=False, say=print)
-    importance = random_importance(model.shapes)
-    for name in ("blk.0.ffn_down.weight", "blk.1.attn_v.weight"):
-        del importance.sums[name]
-    presets = ["q4_0", "q5_0", "q4_k_m", "q4_k_s", "q3_k_m", "iq4_nl", "iq4_xs"]
-    presets += ["iq3_s", "iq3_m"]
+    return random_importance(find_model(str(base), choose, weights=False, say=print).shapes)
+
+
+def assert_same_as_theirs(
+    base: Path, tmp_path: Path, presets: list[str], importance: Importance, plan: str
+) -> None:
     files = export(base, tmp_path, presets, importance, "i.gguf", plan=plan)
     source = export(base, tmp_path / "plain", ["f32"], plan=plan)["f32"]
     for preset, ours in files.items():
         theirs = tmp_path / "theirs.gguf"
         llama_quantize(source, theirs, preset, importance, "i.gguf")
         assert ours.read_bytes() == theirs.read_bytes(), preset
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_rule_with_importance_is_llama_cpps(make_checkpoint, tmp_path, shape):
+    """Two tensors lack an entry: they are quantized without, as there."""
+    overrides = dict(SHAPES[shape])
+    plan = overrides.pop("plan", "0:3,1:4")
+    base = make_checkpoint(rows=48, vocab_size=4097, **overrides)
+    importance = importance_for(base, plan)
+    for name in ("blk.0.ffn_down.weight", "blk.1.attn_v.weight"):
+        del importance.sums[name]
+    presets = ["q4_0", "q5_0", "q4_k_m", "q4_k_s", "q3_k_m", "iq4_nl", "iq4_xs"]
+    presets += ["iq3_s", "iq3_m"]
+    assert_same_as_theirs(base, tmp_path, presets, importance, plan)
 
 
 #: And what the presets of two bits look at besides: keys that many queries share. One early layer
@@ -431,14 +440,8 @@ def test_every_rule_of_two_bits_is_llama_cpps(make_checkpoint, tmp_path, shape):
     overrides = dict(TWO_BIT_SHAPES[shape])
     plan = overrides.pop("plan", "0:3,1:4")
     base = make_checkpoint(rows=48, vocab_size=4097, **overrides)
-    choose = plan_chooser(None, None, (plan,), True)
-    importance = random_importance(find_model(str(base), choose, weights=False, say=print).shapes)
-    files = export(base, tmp_path, ["iq2_m", "iq2_s"], importance, "i.gguf", plan=plan)
-    source = export(base, tmp_path / "plain", ["f32"], plan=plan)["f32"]
-    for preset, ours in files.items():
-        theirs = tmp_path / "theirs.gguf"
-        llama_quantize(source, theirs, preset, importance, "i.gguf")
-        assert ours.read_bytes() == theirs.read_bytes(), preset
+    importance = importance_for(base, plan)
+    assert_same_as_theirs(base, tmp_path, ["iq2_m", "iq2_s"], importance, plan)
 
 
 def test_our_own_quantizers_files_load_and_weigh(pico, tmp_path, collected):

@@ -56,9 +56,7 @@ def test_points_are_llama_cpps(lattice):
     data = native.quantize(rows, kind, np.ones(256, np.float32))
     back = ggml.dequantize(data, kind, rows.shape)
     met = (np.abs(back - rows) < 1e-3 * np.abs(rows)).reshape(-1, 256).all(1)
-    # Points of one value alone also lie on other scales; the more of a block's weights can be
-    # met by several, the more often is another D as good.
-    assert met.mean() > (0.9 if lattice is IQ3_S else 0.7)
+    assert met.mean() > 0.9
 
 
 @LATTICES
@@ -97,7 +95,9 @@ def test_packed_tables_say_the_same(lattice):
 @pytest.mark.parametrize("spread", [0.0, 1.0, 2.0])
 @LATTICES
 def test_what_is_stored_is_the_best_point(lattice, spread):
-    """Beside all points for the scales and signs that were stored: 2 % is lost at most."""
+    """Beside all points for the scales and signs that were stored: 1 % of the error is lost at
+    most, with 512 points of eight weights 2 %.
+    """
     kind, values, dims = t.TYPES[lattice.name], values_of(lattice), lattice.dims
     rows, importance = gaussian((32, 512), 4), importance_of(512, spread=spread)
     data = native.quantize(rows, kind, importance)
@@ -116,7 +116,8 @@ def test_what_is_stored_is_the_best_point(lattice, spread):
         + scales**2 * (w @ np.square(values.T))
     )
     ours = rmse(rows, data, kind, importance) ** 2
-    assert ours <= 1.02 * costs.min(1).sum() / w.sum()
+    most = 1.02 if lattice is IQ2_XS else 1.01
+    assert ours <= most * costs.min(1).sum() / w.sum()
 
 
 def test_a_sign_that_iq2_xs_cannot_hold_costs_least():
@@ -132,8 +133,12 @@ def test_a_sign_that_iq2_xs_cannot_hold_costs_least():
 
 
 #: Of the types without importance and with: at most this share of ggml's error.
-SHARES = {("IQ3_S", False): 0.83, ("IQ3_S", True): 0.94, ("IQ2_S", True): 0.97}
-SHARES[("IQ2_XS", True)] = 0.96
+SHARES = {
+    ("IQ3_S", False): 0.83,
+    ("IQ3_S", True): 0.94,
+    ("IQ2_S", True): 0.97,
+    ("IQ2_XS", True): 0.96,
+}
 
 
 @pytest.mark.parametrize(("name", "weighted"), SHARES)
